@@ -1,0 +1,86 @@
+"""Which sample goes where, flipped how: pure functions of (seed, epoch, step, rank, world).
+
+All draws come from one counter-based generator, the SplitMix64 finalizer (Steele, Lea, Flood: "Fast splittable
+pseudorandom number generators", 2014) over the key, so they depend on no state, no thread and no NumPy version.
+"""
+
+import numpy as np
+
+ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP = range(6)  # what a draw is for: one stream each
+
+
+def draws(counter: np.ndarray | int, *key: int) -> np.ndarray:
+    """Uniform uint64 draws, one per element of `counter` (any shape of integers), for the stream `key`."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(0)
+        for word in (*key, np.asarray(counter)):
+            state = (state ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The permutation of range(n) for this epoch (int64)."""
+    return np.argsort(draws(np.arange(n), ORDER, seed, epoch), kind="stable")
+
+
+def flips(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """Bool [len(ids), 2]: flip horizontally, flip vertically; each with probability 1/2, independent."""
+    bits = draws(ids, FLIPS, seed, epoch)
+    return np.stack([bits & np.uint64(1), bits >> np.uint64(1) & np.uint64(1)], axis=-1).astype(bool)
+
+
+def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Seed of torch's generator for one step of one rank (dropout): it belongs to the cursor."""
+    return int(draws(rank, STEP, seed, epoch, step) >> np.uint64(1))
+
+
+def num_steps(n: int, global_batch_size: int) -> int:
+    """Steps per epoch; the last one may be smaller."""
+    return -(-n // global_batch_size)
+
+
+def rank_part(step: int, n: int, global_batch_size: int, rank: int, world: int) -> tuple[int, int, int]:
+    """(start, stop, size): this rank's contiguous positions of global step `step`, and the whole step's size.
+
+    Parts differ by at most one image; in a last step smaller than the world some are empty.
+    """
+    start = step * global_batch_size
+    size = min(global_batch_size, n - start)
+    return start + rank * size // world, start + (rank + 1) * size // world, size
+
+
+def stratified_split(labels: np.ndarray, fraction: float, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(rest, drawn): sorted int64 positions; of each class about `fraction` of its images are drawn.
+
+    Every class of two or more images keeps at least one on either side.
+    """
+    drawn = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        members = members[np.argsort(draws(members, *key), kind="stable")]
+        most = max(len(members) - 1, 0)
+        drawn.append(members[: min(max(1, round(fraction * len(members))), most)])
+    chosen = np.sort(np.concatenate(drawn))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def train_validation_ids(
+    labels: np.ndarray, validation_fraction: float, train_images: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(train ids, validation ids): rows of the train split, the same on every rank, run and world size.
+
+    labels: int64 [n]. train_images > 0 keeps only that many train ids, evenly drawn by class; the validation
+    ids stay the same.
+    """
+    train, validation = stratified_split(labels, validation_fraction, (VALIDATION, seed))
+    if 0 < train_images < len(train):
+        keys = draws(train, SUBSET, seed)
+        by_class = np.lexsort((keys, labels[train]))
+        first = np.searchsorted(labels[train][by_class], labels[train][by_class])
+        rank_in_class = np.arange(len(train)) - first
+        chosen = np.lexsort((keys[by_class], rank_in_class))[:train_images]
+        train = np.sort(train[by_class][chosen])
+    return train, validation

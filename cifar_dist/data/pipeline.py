@@ -1,0 +1,105 @@
+"""The DALI pipeline, one definition for CPU and GPU: decode, flip, resize, normalize."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
+
+# Input range -> (mean, standard deviation) on the 0 to 255 scale of decoded pixels.
+NORMALIZATION = {"0..1": (0.0, 255.0), "-1..1": (127.5, 127.5), "0..255": (0.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What the model wants: float32 [n, 3, image_size, image_size], in `input_range`, NHWC in memory or not."""
+
+    image_size: int
+    input_range: str
+    channels_last: bool
+
+
+@pipeline_def
+def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool):  # noqa: ANN201 - DALI wraps it
+    mean, std = NORMALIZATION[spec.input_range]
+    flip_x = fn.external_source(name="flip_x", dtype=types.INT32, ndim=0)
+    flip_y = fn.external_source(name="flip_y", dtype=types.INT32, ndim=0)
+    if encoded:
+        images = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
+        images = fn.decoders.image(images, device="mixed" if gpu else "cpu", output_type=types.RGB)
+    else:
+        images = fn.external_source(name="images", dtype=types.UINT8, ndim=3, layout="HWC")
+        images = images.gpu() if gpu else images
+    # Flipping commutes with this symmetric resize and costs less on the small image.
+    images = fn.flip(images, horizontal=flip_x, vertical=flip_y)
+    if resize:  # bilinear, half-pixel centres, no antialias: Keras's Resizing
+        size = {"resize_x": spec.image_size, "resize_y": spec.image_size}
+        images = fn.resize(images, **size, interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT)
+    layout = "HWC" if spec.channels_last else "CHW"
+    return fn.crop_mirror_normalize(
+        images, dtype=types.FLOAT, output_layout=layout, mean=[mean] * 3, std=[std] * 3
+    )
+
+
+class ImagePipeline:
+    """Batches through DALI, one in flight: `submit` the next one, work, `collect` it."""
+
+    def __init__(
+        self, spec: ImageSpec, max_batch_size: int, encoded: bool, resize: bool, device: torch.device, num_threads: int
+    ) -> None:
+        self.spec, self.device = spec, device
+        gpu = device.type == "cuda"
+        self._pipe = image_pipeline(
+            spec,
+            encoded,
+            resize,
+            gpu,
+            batch_size=max_batch_size,
+            num_threads=num_threads,
+            device_id=device.index or 0 if gpu else None,
+            prefetch_queue_depth=1,
+        )
+        self._pipe.build()
+
+    def submit(self, images: Sequence[np.ndarray] | np.ndarray, flips: np.ndarray) -> None:
+        """Starts a batch: encoded bytes (a list of uint8 [num_bytes]) or pixels (uint8 [n, H, W, 3]), and
+        bool [n, 2] flips (horizontal, vertical)."""
+        self._pipe.feed_input("images", images)
+        self._pipe.feed_input("flip_x", flips[:, 0].astype(np.int32))
+        self._pipe.feed_input("flip_y", flips[:, 1].astype(np.int32))
+        self._pipe.schedule_run()
+
+    def collect(self) -> torch.Tensor:
+        """The oldest submitted batch. Raises RuntimeError if an image cannot be decoded."""
+        (output,) = self._pipe.share_outputs()
+        output = output.as_tensor()
+        batch = torch.empty(output.shape(), dtype=torch.float32, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        feed_ndarray(output, batch, cuda_stream=stream)  # a copy: DALI reuses its buffer
+        if stream is not None:
+            stream.synchronize()
+        self._pipe.release_outputs()
+        return batch.permute(0, 3, 1, 2) if self.spec.channels_last else batch
+
+
+@pipeline_def
+def decode_pipeline():  # noqa: ANN201
+    encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
+    return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+
+
+def decode(batches: Iterable[list[np.ndarray]], max_batch_size: int, num_threads: int) -> Iterator[np.ndarray]:
+    """Decodes batches of encoded bytes into uint8 [n, H, W, 3]; all images of a batch have one shape.
+
+    Raises RuntimeError if an image cannot be decoded.
+    """
+    pipe = decode_pipeline(
+        batch_size=max_batch_size, num_threads=num_threads, device_id=None, prefetch_queue_depth=1
+    )
+    pipe.build()
+    for batch in batches:
+        pipe.feed_input("images", batch)
+        (output,) = pipe.run()
+        yield output.as_array()

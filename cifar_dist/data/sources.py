@@ -1,0 +1,311 @@
+"""Where images come from: CIFAR-10, image folders, Parquet, drawn shapes. All give rows of (encoded bytes, label)."""
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw
+
+from cifar_dist.data.order import TEST, stratified_split
+from cifar_dist.errors import UserError
+from cifar_dist.storage import Folder
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image before it is checked: `read` gives its bytes, or finished RGB pixels as a uint8 [H, W, 3] array.
+
+    `path` is stored with the image; `where` names it in messages.
+    """
+
+    path: str
+    label: int
+    read: Callable[[], bytes | np.ndarray]
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checked image: RGB when decoded, in one of FORMATS."""
+
+    encoded: bytes
+    path: str
+    label: int
+    encoding: str
+    height: int
+    width: int
+
+
+@dataclass
+class Source:
+    """A data set to be stored: class names in label order and, per split, the items."""
+
+    name: str
+    class_names: list[str]
+    splits: dict[str, list[Item]]
+    skipped: list[str] = field(default_factory=list)
+
+    def rows(self, split: str, skip_bad: bool = False) -> Iterator[Row]:
+        """The split's checked rows. A bad image is a UserError, or with `skip_bad` noted in `skipped`."""
+        for item in self.splits[split]:
+            try:
+                yield checked_row(item)
+            except UserError as error:
+                if not skip_bad:
+                    raise UserError(f"{error}; mend or remove it, or leave such files out with --skip-bad") from error
+                self.skipped.append(str(error))
+
+
+def encode_png(pixels: np.ndarray | Image.Image) -> bytes:
+    """Lossless PNG of uint8 [H, W, 3] pixels or of an image."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, 8 bit: 16-bit gray is scaled, palettes are resolved, alpha is dropped, CMYK is converted."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
+
+
+def checked_row(item: Item) -> Row:
+    """Decodes the item once. Bytes that already decode to RGB are kept as they came, others become PNG."""
+    where, content = item.where or item.path, item.read()
+    if isinstance(content, np.ndarray):
+        return Row(encode_png(content), item.path, item.label, "PNG", *content.shape[:2])
+    if not content:
+        raise UserError(f"{where} is empty (zero bytes)")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            encoding, (width, height) = image.format or "unknown", image.size
+            if encoding in FORMATS and (image.mode != "RGB" or getattr(image, "n_frames", 1) > 1):
+                content, encoding = encode_png(to_rgb(image)), "PNG"
+            elif image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 are turned by 90 degrees when decoded
+                width, height = height, width
+    except Exception as error:  # Pillow raises many types for damaged files; each means the same here
+        reason = str(error).replace("\n", " ")
+        reason = "it is no image that Pillow knows" if "cannot identify" in reason else reason
+        raise UserError(f"{where} is not a readable image: {reason}") from error
+    if encoding not in FORMATS:
+        raise UserError(f"{where} is a {encoding} file; JPEG, PNG, WebP, BMP and TIFF are read")
+    return Row(content, item.path, item.label, encoding, height, width)
+
+
+def draw_test_split(items: list[Item], class_names: list[str], fraction: float, seed: int) -> dict[str, list[Item]]:
+    """Train and test drawn from `items` by a seeded, stratified permutation."""
+    labels = np.array([item.label for item in items])
+    for label, name in enumerate(class_names):
+        if (labels == label).sum() < 2:
+            raise UserError(f"class {name!r} has fewer than 2 images, so no test split can be drawn from train")
+    train, test = stratified_split(labels, fraction, (TEST, seed))
+    return {"train": [items[i] for i in train], "test": [items[i] for i in test]}
+
+
+def cifar10(path: str | None) -> Source:
+    """CIFAR-10 (60,000 images, 32 px) by torchvision's downloader, which checks its checksums; kept as PNG."""
+    from torchvision.datasets import CIFAR10  # noqa: PLC0415 - slow to import, needed here only
+
+    root = Path(path).expanduser() if path else Path.home() / ".cache" / "cifar_dist"
+    if path and not root.is_dir():
+        raise UserError(f"the folder {root} does not exist; --path names where CIFAR-10 is or shall be kept")
+    try:
+        parts = {split: CIFAR10(str(root), train=split == "train", download=True) for split in ("train", "test")}
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"CIFAR-10 could not be downloaded from {CIFAR10.url} to {root} ({error}). Without a network, fetch "
+            f"{CIFAR10.filename} elsewhere, put it into a folder and name that folder with --path; or use "
+            "--source folder on images of your own, or --source shapes, which needs no network"
+        ) from error
+
+    def items(split: str) -> list[Item]:
+        data, targets = parts[split].data, parts[split].targets
+        return [Item(f"{split}-{i:05d}.png", targets[i], lambda i=i: data[i]) for i in range(len(data))]
+
+    return Source("cifar10", list(parts["train"].classes), {split: items(split) for split in parts})
+
+
+def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Source:
+    """train/CLASS/* and test/CLASS/*; labels follow the sorted class folders; a missing test split is drawn."""
+    root = Path(path or "").expanduser()
+    if not path or not (root / "train").is_dir():
+        raise UserError(
+            f"{path or '(no --path)'} holds no folder named train; --source folder reads PATH/train/CLASS/IMAGE and, "
+            "if it is there, PATH/test/CLASS/IMAGE"
+        )
+    class_names = [p.name for p in visible(root / "train") if p.is_dir()]
+    if len(class_names) < 2:
+        raise UserError(f"{root / 'train'} holds {len(class_names)} class folders; a classifier needs 2 or more")
+
+    def items(split: str) -> list[Item]:
+        found = {p.name for p in visible(root / split) if p.is_dir()}
+        if extra := sorted(found - set(class_names)):
+            raise UserError(f"class {extra[0]!r} is in {root / split} but not in {root / 'train'}")
+        rows = []
+        for label, name in enumerate(class_names):
+            files = visible(root / split / name) if name in found else []
+            if not files:
+                raise UserError(f"class {name!r} has no images in {root / split}; add some or remove the class")
+            rows += [Item(f"{split}/{name}/{p.name}", label, lambda p=p: read_file(p), str(p)) for p in files]
+        return rows
+
+    train = items("train")
+    if (root / "test").is_dir():
+        splits = {"train": train, "test": items("test")}
+    else:
+        splits = draw_test_split(train, class_names, test_fraction, seed)
+    return Source("folder", class_names, splits)
+
+
+def visible(folder: Path) -> list[Path]:
+    """The folder's entries sorted by name, without hidden ones."""
+    return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+
+
+def read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parquet(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Source:
+    """Hugging Face layout: train*.parquet and test*.parquet with `image` (or `img`) {bytes, path} and `label`."""
+    if not path:
+        raise UserError("--source parquet needs --path, a folder of train-*.parquet and test-*.parquet")
+    folder = Folder(path)
+    names = [n for n in folder.names() if n.endswith(".parquet")]
+    if not names and "data" in folder.names():
+        folder = Folder(f"{path}/data")
+        names = [n for n in folder.names() if n.endswith(".parquet")]
+    tables = {split: [n for n in names if re.match(rf"{split}\b", n)] for split in ("train", "test")}
+    if not tables["train"]:
+        raise UserError(f"{path} holds no train*.parquet; --source parquet reads the Hugging Face layout")
+    loaded = {split: [read_parquet(folder, n) for n in files] for split, files in tables.items() if files}
+    class_names = parquet_classes([table for parts in loaded.values() for _, table in parts])
+    splits = {
+        split: [item for name, table in parts for item in parquet_items(name, table, len(class_names))]
+        for split, parts in loaded.items()
+    }
+    if "test" not in splits:
+        splits = draw_test_split(splits["train"], class_names, test_fraction, seed)
+    return Source("parquet", class_names, splits)
+
+
+def read_parquet(folder: Folder, name: str) -> tuple[str, pa.Table]:
+    """(path, table with the columns image and label)."""
+    where = f"{folder.uri}/{name}"
+    try:
+        table = pq.read_table(folder.at(name), filesystem=folder.fs)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{where} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+    image = next((c for c in ("image", "img") if c in table.column_names), None)
+    if image is None or "label" not in table.column_names:
+        found = ", ".join(table.column_names)
+        raise UserError(f"{where} has the columns {found}; an image (bytes, path) and a label column are needed")
+    kind, label_kind = table.schema.field(image).type, table.schema.field("label").type
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise UserError(f"{where}: column {image} is {kind}; struct<bytes: binary, path: string> is needed")
+    if not pa.types.is_integer(label_kind):
+        raise UserError(f"{where}: column label is {label_kind}; integers are needed")
+    columns = {"image": table[image], "label": table["label"]}
+    return where, pa.table(columns).replace_schema_metadata(table.schema.metadata)
+
+
+def parquet_classes(tables: list[pa.Table]) -> list[str]:
+    """Class names from the Hugging Face metadata, or '0', '1', ... up to the largest label."""
+    info = json.loads((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = info.get("info", {}).get("features", {}).get("label", {}).get("names")
+    if names:
+        return list(names)
+    labels = [value for table in tables for value in table["label"].to_pylist() if value is not None]
+    return [str(i) for i in range(max(labels, default=-1) + 1)]
+
+
+def parquet_items(where: str, table: pa.Table, num_classes: int) -> list[Item]:
+    content = pc.struct_field(table["image"], "bytes")
+    has_paths = table.schema.field("image").type.get_field_index("path") >= 0
+    paths = pc.struct_field(table["image"], "path") if has_paths else pa.nulls(len(table), pa.string())
+    items = []
+    for row, label in enumerate(table["label"].to_pylist()):
+        if label is None or not 0 <= label < num_classes:
+            raise UserError(f"{where} row {row} has the label {label}; 0 to {num_classes - 1} are valid")
+        name = paths[row].as_py() or f"row-{row}"
+        items.append(Item(name, label, lambda row=row: content[row].as_py() or b"", f"{where} row {row}"))
+    return items
+
+
+SHAPES = ["circle", "cross", "diamond", "frame", "grid", "ring", "square", "star", "stripes", "triangle"]
+
+
+def shapes(num_train: int = 1000, num_test: int = 500, seed: int = 0) -> Source:
+    """Ten classes of drawn 32-px images, made from the seed: data that needs no network."""
+    if min(num_train, num_test) < 2 * len(SHAPES):
+        raise UserError(f"--num-train and --num-test must be {2 * len(SHAPES)} or more, two images per class")
+
+    def items(split: str, count: int, key: int) -> list[Item]:
+        return [
+            Item(f"{split}-{i:05d}.png", i % len(SHAPES), lambda i=i: draw_shape(i % len(SHAPES), (seed, key, i)))
+            for i in range(count)
+        ]
+
+    return Source("shapes", SHAPES, {"train": items("train", num_train, 0), "test": items("test", num_test, 1)})
+
+
+def draw_shape(label: int, key: tuple[int, ...], size: int = 32) -> np.ndarray:
+    """uint8 [size, size, 3]: the shape in a random colour, place and size on a noisy ground of another colour."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+    scale = 4  # drawn larger and reduced, for smooth edges
+    ground = random.integers(0, 120, 3)
+    colour = tuple(int(c) for c in (ground + random.integers(90, 136, 3)))
+    image = Image.new("RGB", (size * scale, size * scale), tuple(int(c) for c in ground))
+    draw = ImageDraw.Draw(image)
+    radius = random.uniform(0.28, 0.42) * size * scale
+    x, y = (random.uniform(radius, size * scale - radius) for _ in range(2))
+    box, width = (x - radius, y - radius, x + radius, y + radius), max(int(radius / 4), 1)
+
+    def polygon(corners: int, turn: float, inner: float = 1.0) -> list[tuple[float, float]]:
+        angles = turn + 2 * np.pi * np.arange(corners) / corners
+        reach = radius * np.where(np.arange(corners) % 2, inner, 1.0)
+        return [(float(x + r * np.sin(a)), float(y - r * np.cos(a))) for a, r in zip(angles, reach, strict=True)]
+
+    match SHAPES[label]:
+        case "circle":
+            draw.ellipse(box, fill=colour)
+        case "cross":
+            draw.rectangle((x - radius, y - width, x + radius, y + width), fill=colour)
+            draw.rectangle((x - width, y - radius, x + width, y + radius), fill=colour)
+        case "diamond":
+            draw.polygon(polygon(4, 0.0), fill=colour)
+        case "frame":
+            draw.rectangle(box, outline=colour, width=width)
+        case "grid":
+            for step in np.linspace(-radius, radius, 4):
+                draw.line((x + step, y - radius, x + step, y + radius), fill=colour, width=width // 2)
+                draw.line((x - radius, y + step, x + radius, y + step), fill=colour, width=width // 2)
+        case "ring":
+            draw.ellipse(box, outline=colour, width=width)
+        case "square":
+            draw.rectangle(box, fill=colour)
+        case "star":
+            draw.polygon(polygon(10, 0.0, inner=0.4), fill=colour)
+        case "stripes":
+            for step in np.linspace(-radius, radius, 4):
+                draw.line((x - radius, y + step, x + radius, y + step), fill=colour, width=width)
+        case "triangle":
+            draw.polygon(polygon(3, 0.0), fill=colour)
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BOX)).astype(np.int64)
+    return (pixels + random.integers(-12, 13, pixels.shape)).clip(0, 255).astype(np.uint8)

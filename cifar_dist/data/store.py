@@ -1,0 +1,266 @@
+"""A data set at rest (Parquet and a manifest) and staged (an Arrow file on the node, memory-mapped)."""
+
+import bisect
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from cifar_dist.data.sources import Row, Source
+from cifar_dist.errors import UserError
+from cifar_dist.storage import Folder, file_sha256, join_uri, to_json
+
+FORMAT_VERSION = 1
+ROWS_PER_FILE = 10_000
+BYTES_PER_FILE = 256 << 20
+ROWS_PER_GROUP = 1_000  # also the rows of one Arrow batch: staging holds one in memory
+PREPARING = ".preparing"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json. `splits[name]` holds num_rows, num_rows_per_class, encodings, the heights and widths [least, most]
+    in pixels, and the files with their rows and SHA-256; `sha256` is that of all the rest."""
+
+    format_version: int
+    source: str
+    class_names: list[str]
+    splits: dict[str, dict[str, Any]]
+    num_skipped: int
+    sha256: str = ""
+
+    def digest(self) -> str:
+        return hashlib.sha256(to_json({**asdict(self), "sha256": ""})).hexdigest()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def num_rows(self, split: str) -> int:
+        return self.splits[split]["num_rows"]
+
+    def image_shape(self, split: str) -> tuple[int, int] | None:
+        """(height, width) in pixels if all images of the split share it, else None."""
+        (low_h, high_h), (low_w, high_w) = self.splits[split]["height"], self.splits[split]["width"]
+        return (low_h, low_w) if low_h == high_h and low_w == high_w else None
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The data set's manifest. Raises UserError if there is none, or one that is damaged or of another version."""
+    where = join_uri(uri, "manifest.json")
+    try:
+        values = json.loads(Folder(uri).read("manifest.json"))
+        version = values["format_version"]
+        if version == FORMAT_VERSION:
+            manifest = Manifest(**values)
+            damaged = manifest.sha256 != manifest.digest()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{uri} is no data set: it has no manifest.json; make one with jobs/prepare.py") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where} is damaged ({error}); prepare the data set again") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{where} has format version {version}, this program reads {FORMAT_VERSION}; prepare it again")
+    if damaged:
+        raise UserError(f"{where} does not match its own checksum; prepare the data set again")
+    return manifest
+
+
+def prepare(
+    source: Source,
+    uri: str,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Iterable[Row], str, int], Iterable[Row]] = lambda rows, split, total: rows,
+) -> tuple[Manifest, bool]:
+    """Writes the source as a data set; returns its manifest and whether anything was written.
+
+    All is written in a folder .preparing and moved when it is whole, the manifest last. A data set that is already
+    there is left alone if it is equal, replaced only with `overwrite`.
+    """
+    folder = Folder(uri)
+    old = read_manifest(uri) if folder.exists("manifest.json") and not overwrite else None
+    folder.delete(PREPARING)
+    folder.create(PREPARING)
+    try:
+        splits = {}
+        for split in source.splits:
+            rows = progress(source.rows(split, skip_bad), split, len(source.splits[split]))
+            splits[split] = write_split(folder, split, iter(rows), source.class_names)
+        manifest = Manifest(FORMAT_VERSION, source.name, source.class_names, splits, len(source.skipped))
+        manifest = Manifest(**{**asdict(manifest), "sha256": manifest.digest()})
+        if old is not None and old.sha256 == manifest.sha256:
+            return manifest, False
+        if old is not None:
+            raise UserError(f"{uri} already holds another data set ({old.source}); use --overwrite or another --out")
+        folder.delete("manifest.json")
+        for name in folder.names():  # of an older data set or of a write that was cut off; nobody else's files
+            if re.fullmatch(r"(train|test)-\d{5}\.parquet", name):
+                folder.delete(name)
+        for name in [file["name"] for s in splits.values() for file in s["files"]]:
+            folder.move(f"{PREPARING}/{name}", name)
+        folder.write("manifest.json", to_json(asdict(manifest)))
+        return manifest, True
+    finally:
+        folder.delete(PREPARING)
+
+
+def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: list[str]) -> dict[str, Any]:
+    """Writes .preparing/SPLIT-*.parquet in the Hugging Face layout; returns the split's part of the manifest."""
+    features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
+    schema = pa.schema(
+        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    files, per_class, encodings = [], np.zeros(len(class_names), int), set()
+    sizes = []
+    for chunk in file_chunks(rows):
+        images = [{"bytes": row.encoded, "path": row.path} for row in chunk]
+        table = pa.table({"image": images, "label": [row.label for row in chunk]}, schema=schema)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer, row_group_size=ROWS_PER_GROUP, compression="none", use_dictionary=False)
+        content = buffer.getvalue().to_pybytes()
+        name = f"{split}-{len(files):05d}.parquet"
+        folder.write(f"{PREPARING}/{name}", content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        files.append({"name": name, "num_rows": len(chunk), "num_bytes": len(content), "sha256": sha256})
+        per_class += np.bincount([row.label for row in chunk], minlength=len(class_names))
+        encodings |= {row.encoding for row in chunk}
+        sizes += [(row.height, row.width) for row in chunk]
+    for name, count in zip(class_names, per_class, strict=True):
+        if not count:
+            raise UserError(f"class {name!r} has no usable images in the {split} split; add some or remove the class")
+    heights, widths = zip(*sizes, strict=True)
+    return {
+        "num_rows": int(per_class.sum()),
+        "num_rows_per_class": per_class.tolist(),
+        "encodings": sorted(encodings),
+        "height": [min(heights), max(heights)],
+        "width": [min(widths), max(widths)],
+        "files": files,
+    }
+
+
+def file_chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """The rows of one file each: ROWS_PER_FILE, or fewer where images are large."""
+    chunk: list[Row] = []
+    num_bytes = 0
+    for row in rows:
+        chunk.append(row)
+        num_bytes += len(row.encoded)
+        if len(chunk) == ROWS_PER_FILE or num_bytes >= BYTES_PER_FILE:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+class StagedSplit:
+    """One split as memory-mapped Arrow: `encoded(i)` is a zero-copy view of image i's bytes (uint8 [num_bytes])."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [self.file.get_batch(i) for i in range(self.file.num_record_batches)]
+        self.labels = np.concatenate([b["label"].to_numpy() for b in batches])
+        self._paths = [b["path"] for b in batches]
+        self._starts = np.cumsum([0] + [len(b) for b in batches]).tolist()
+        self._chunks = []
+        for column in (b["bytes"] for b in batches):
+            _, offsets, data = column.buffers()
+            self._chunks.append((np.frombuffer(offsets, np.int64, len(column) + 1), np.frombuffer(data, np.uint8)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def encoded(self, i: int) -> np.ndarray:
+        chunk, at = self._place(i)
+        offsets, data = self._chunks[chunk]
+        return data[offsets[at] : offsets[at + 1]]
+
+    def _place(self, i: int) -> tuple[int, int]:
+        chunk = bisect.bisect_right(self._starts, i) - 1
+        return chunk, i - self._starts[chunk]
+
+    def path(self, i: int) -> str:
+        """The image's path in its source, to name it in messages."""
+        chunk, at = self._place(i)
+        return self._paths[chunk][at].as_py()
+
+
+def default_staging_folder() -> Path:
+    return Path(tempfile.gettempdir()) / "cifar_dist-staged"
+
+
+def stage(uri: str, split: str, staging_folder: Path | None = None, manifest: Manifest | None = None) -> StagedSplit:
+    """The split on this node, copied once: the first process under a file lock copies, the others wait and map.
+
+    A part is checked against the manifest's SHA-256 while it is copied; a staged file is checked against its own
+    checksum each time it is opened, and copied again if it was damaged.
+    """
+    manifest = manifest or read_manifest(uri)
+    folder = staging_area(manifest, staging_folder)
+    return StagedSplit(once_per_node(folder / f"{split}.arrow", lambda path: copy_split(uri, split, manifest, path)))
+
+
+def staging_area(manifest: Manifest, staging_folder: Path | None = None) -> Path:
+    """The local folder of this data set, named by its checksum: another data set never shares it."""
+    return (staging_folder or default_staging_folder()) / manifest.sha256[:16]
+
+
+def once_per_node(path: Path, make: Callable[[Path], None]) -> Path:
+    """Lets one process per node make a file; `make` gets a temporary name, renamed when it is whole."""
+    checksum, part = path.with_name(path.name + ".sha256"), path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(path.name + ".lock")):
+            if path.exists() and checksum.exists() and checksum.read_text() == file_sha256(path):
+                return path
+            make(part)
+            checksum.write_text(file_sha256(part))
+            part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.exists() else 0
+        raise UserError(
+            f"cannot stage {path} on this node: {error} ({free} MiB free); make room or set --staging-folder"
+        ) from error
+    return path
+
+
+def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
+    """Parquet files -> one Arrow file of ROWS_PER_GROUP-row batches with columns bytes, path and label."""
+    schema = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
+    data = Folder(uri)
+    local = path.with_name(path.name + ".parquet")
+    num_rows = 0
+    try:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for file in manifest.splits[split]["files"]:
+                where = join_uri(uri, file["name"])
+                try:
+                    sha256 = data.download(file["name"], local)
+                except FileNotFoundError:
+                    raise UserError(f"{where} is named in the manifest but missing; prepare the data set again") from None
+                if sha256 != file["sha256"]:
+                    raise UserError(f"{where} does not match the manifest's checksum; prepare the data set again")
+                for batch in pq.ParquetFile(local).iter_batches(ROWS_PER_GROUP):
+                    labels = batch["label"].to_numpy()
+                    if labels.min() < 0 or labels.max() >= manifest.num_classes:
+                        raise UserError(f"{where} has labels outside 0 to {manifest.num_classes - 1}; prepare it again")
+                    image = batch["image"]
+                    columns = [image.field("bytes").cast(pa.large_binary()), image.field("path"), batch["label"]]
+                    writer.write_batch(pa.record_batch(columns, schema=schema))
+                    num_rows += len(labels)
+    finally:
+        local.unlink(missing_ok=True)
+    if num_rows != manifest.num_rows(split):
+        raise UserError(f"{uri}: {num_rows} {split} rows were found, the manifest says {manifest.num_rows(split)}")
