@@ -35,12 +35,13 @@ class KerasBatchNorm(nn.Module):
             return (x - x.detach()) * self.weight.view(1, -1, *[1] * (x.ndim - 2)) + self.bias.view(
                 1, -1, *[1] * (x.ndim - 2)
             )
-        kept = self.running_var * self.momentum
+        moving = self.running_var.clone()  # autograd keeps the tensor it is given
         y = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, 1 - self.momentum, self.epsilon
+            x, self.running_mean, moving, self.weight, self.bias, True, 1 - self.momentum, self.epsilon
         )
         # torch added (1 - momentum) * unbiased; (n - 1) / n of that is the biased part.
-        self.running_var.lerp_(kept, 1 / num_values)
+        with torch.no_grad():
+            self.running_var.mul_(self.momentum / num_values).add_(moving, alpha=1 - 1 / num_values)
         return y
 
     def extra_repr(self) -> str:

@@ -1,0 +1,163 @@
+"""One epoch of training, and validation."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from cifar_dist.config import Config
+from cifar_dist.data import order
+from cifar_dist.data.loader import Batch
+from cifar_dist.models import KerasBatchNorm
+from cifar_dist.train.checkpoint import Cursor
+from cifar_dist.train.optim import set_step
+from cifar_dist.train.precision import Precision
+
+
+class Clock:
+    """Splits wall time into waiting for data and everything else, and counts images (of all ranks)."""
+
+    def __init__(self) -> None:
+        self.start, self.data_wait_seconds, self.num_images = time.perf_counter(), 0.0, 0
+
+    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self.data_wait_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            self.num_images += batch.global_size
+            yield batch
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "images_per_second": round(self.num_images / seconds, 2),
+            "data_wait_share": round(self.data_wait_seconds / seconds, 4),
+            "seconds": round(seconds, 3),
+        }
+
+
+@dataclass
+class TrainState:
+    """All that one rank trains with. `totals` (float64 [3]: loss sum, correct, seen) are this rank's, this epoch's."""
+
+    config: Config
+    model: nn.Module
+    wrapped: nn.Module  # the same model, compiled and in DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    average: AveragedModel | None
+    device: torch.device
+    rank: int
+    world: int
+    steps_per_epoch: int
+    cursor: Cursor = Cursor(0, 0)
+    learning_rate: float = 0.0
+    totals: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+
+    @property
+    def global_step(self) -> int:
+        return self.cursor.epoch * self.steps_per_epoch + self.cursor.step
+
+
+def train_epoch(
+    state: TrainState,
+    batches: Iterable[Batch],
+    on_log: Callable[[Clock], None],
+    on_checkpoint: Callable[[], None],
+) -> Clock:
+    """Trains from the cursor to the end of its epoch. Nothing here waits for the device but the two callbacks."""
+    config, seed = state.config, state.config.loop.seed
+    num_steps = config.loop.epochs * state.steps_per_epoch
+    every = config.checkpoint.checkpoint_every_steps
+    state.wrapped.train()
+    clock = Clock()
+    for batch in clock.waiting(batches):
+        state.learning_rate = set_step(state.optimizer, config.optim, state.global_step, num_steps)
+        torch.manual_seed(order.step_seed(seed, *state.cursor, state.rank))
+        state.totals += backward(state, batch)
+        if config.optim.clip_norm:
+            state.precision.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm)
+        state.precision.scaler.step(state.optimizer)
+        state.precision.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.average is not None:
+            state.average.update_parameters(state.model)
+        state.cursor = Cursor(state.cursor.epoch, state.cursor.step + 1)
+        if state.global_step % config.loop.log_every_steps == 0:
+            on_log(clock)
+        if every and state.global_step % every == 0 and state.cursor.step < state.steps_per_epoch:
+            on_checkpoint()
+    return clock
+
+
+def backward(state: TrainState, batch: Batch) -> torch.Tensor:
+    """Adds the gradient of the mean loss over the *global* batch; returns this rank's float64 [3] totals.
+
+    DistributedDataParallel averages over ranks, so each rank scales its summed loss by world / global size: the
+    result is exact for uneven parts too.
+    """
+    num_chunks = min(state.config.loop.accumulation_steps, len(batch.labels))
+    chunks = list(zip(batch.images.tensor_split(num_chunks), batch.labels.tensor_split(num_chunks), strict=True))
+    counted = batch.num_counted > 0
+    totals = torch.zeros(3, dtype=torch.float64, device=state.device)
+    for i, (images, labels) in enumerate(chunks):
+        last = i == num_chunks - 1
+        no_sync = isinstance(state.wrapped, DistributedDataParallel) and not last
+        with state.wrapped.no_sync() if no_sync else nullcontext():
+            with state.precision.autocast():
+                logits = state.wrapped(images)
+            smoothing = state.config.optim.label_smoothing
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum") * counted
+            state.precision.scaler.scale(loss * (state.world / batch.global_size)).backward()
+        correct = (logits.argmax(1) == labels).sum() * counted
+        totals += torch.stack([loss.detach().double(), correct.double(), torch.full_like(totals[0], len(labels) * counted)])
+    return totals
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, batches: Iterable[Batch], precision: Precision) -> torch.Tensor:
+    """This rank's float64 [3] totals (loss sum, correct, seen) in inference mode."""
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=precision.device)
+    for batch in batches:
+        with precision.autocast():
+            logits = model(batch.images)
+        loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        correct = (logits.argmax(1) == batch.labels).sum()
+        totals += torch.stack([loss.double(), correct.double(), torch.full_like(totals[0], len(batch.labels))])
+    model.train(was_training)
+    return totals
+
+
+def sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
+    """The sum of a float64 tensor over all ranks: integers up to 2**53 stay exact."""
+    summed = totals.clone()
+    if dist.is_initialized():
+        dist.all_reduce(summed)
+    return summed
+
+
+def average_batchnorm_over_ranks(model: nn.Module) -> None:
+    """Each rank saw its own part of every batch: the moving statistics of trained BatchNorms become the ranks' mean."""
+    layers = [m for m in model.modules() if isinstance(m, KerasBatchNorm) and m.weight.requires_grad]
+    buffers = [b for layer in layers for b in (layer.running_mean, layer.running_var)]
+    if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    flat = torch.cat(buffers)
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean)

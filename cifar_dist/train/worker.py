@@ -1,0 +1,356 @@
+"""What runs inside each Ray Train worker: set up, resume, train epoch by epoch, validate, checkpoint."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from cifar_dist import models
+from cifar_dist.config import Config
+from cifar_dist.data import order
+from cifar_dist.data.loader import Loader, eval_plans, train_plans
+from cifar_dist.data.pipeline import ImageSpec
+from cifar_dist.data.store import Manifest, read_manifest
+from cifar_dist.errors import UserError
+from cifar_dist.storage import Folder, to_json
+from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor
+from cifar_dist.train.loop import (
+    Clock,
+    TrainState,
+    average_batchnorm_over_ranks,
+    sum_over_ranks,
+    train_epoch,
+    validate,
+)
+from cifar_dist.train.metrics import RunLog
+from cifar_dist.train.optim import average_of, make_optimizer
+from cifar_dist.train.precision import Precision
+
+EVAL_BATCH = 100
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker. `progress` is a Ray actor handle."""
+
+    config: Config
+    data_uri: str
+    manifest_sha256: str
+    run_uri: str
+    staging_folder: str | None
+    num_threads: int
+    git_commit: str
+    progress: Any
+
+
+class Diverged(Exception):
+    """The loss or the weights are no longer finite; raised on all ranks at once."""
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Ray Train's train function. A fault that the user can mend ends the run on every rank, with a status."""
+    job: Job = settings["job"]
+    fault = None
+    try:
+        worker = Worker(job)
+    except UserError as error:
+        fault = str(error)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)  # so that no rank waits for one that gave up
+    fault = next((f for f in faults if f), None)
+    try:
+        if fault is None:
+            worker.run()
+    except Diverged as error:
+        fault = str(error)
+    if ray.train.get_context().get_world_rank() == 0:
+        status = {"status": "failed", "message": fault} if fault else {"status": "finished"}
+        Folder(job.run_uri).write("status.json", to_json(status))
+
+
+def image_spec(config: Config, device: torch.device) -> ImageSpec:
+    """What the configured model wants; channels_last pays on GPUs and, measured, for resnet50v2 on the CPU."""
+    chosen = config.loop.memory_format
+    if chosen == "auto":
+        chosen = "channels_last" if device.type == "cuda" or config.model.model == "resnet50v2" else "contiguous"
+    return ImageSpec(config.data.image_size, config.data.input_range, chosen == "channels_last")
+
+
+def build_model(config: Config, num_classes: int, spec: ImageSpec, device: torch.device) -> torch.nn.Module:
+    model = models.build(
+        config.model.model,
+        num_classes,
+        finetune=config.model.finetune,
+        batchnorm_momentum=config.model.batchnorm_momentum,
+        seed=config.loop.seed,
+    )
+    memory_format = torch.channels_last if spec.channels_last else torch.contiguous_format
+    return model.to(device, memory_format=memory_format)
+
+
+def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(train ids, validation ids) of the configured split."""
+    return order.train_validation_ids(
+        labels, config.data.validation_fraction, config.data.train_images, config.loop.seed
+    )
+
+
+class Worker:
+    """One rank of a run, set up and resumed from the newest checkpoint."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, config = job, job.config
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        device = ray.train.torch.get_device()
+        torch.set_num_threads(job.num_threads)
+        torch.use_deterministic_algorithms(config.loop.deterministic)
+        self.manifest = self._manifest()
+        spec = image_spec(config, device)
+        model = build_model(config, self.manifest.num_classes, spec, device)
+        self.loader = self._loader(spec, device)
+        self.train_ids, self.validation_ids = split_ids(config, self.loader.staged.labels)
+        self.state = TrainState(
+            config,
+            model,
+            self._wrap(model, device),
+            make_optimizer(model, config.optim),
+            Precision(config.loop.precision, device),
+            average_of(model, config.optim),
+            device,
+            self.rank,
+            self.world,
+            order.num_steps(len(self.train_ids), config.loop.global_batch_size),
+            totals=torch.zeros(3, dtype=torch.float64, device=device),
+        )
+        self.checkpoints = Checkpoints(job.run_uri)
+        self.attempt = 1
+        resumed = self.checkpoints.latest()
+        if resumed:
+            self._resume(resumed)
+        self.log = RunLog(job.run_uri, self.state.global_step) if self.rank == 0 else None
+        if resumed:
+            self._say(f"continuing from {resumed.name} (attempt {self.attempt})")
+
+    def _manifest(self) -> Manifest:
+        manifest = read_manifest(self.job.data_uri)
+        if manifest.sha256 != self.job.manifest_sha256:
+            raise UserError(f"{self.job.data_uri} is not the same data set on every worker; is the storage shared?")
+        return manifest
+
+    def _loader(self, spec: ImageSpec, device: torch.device) -> Loader:
+        data, loop = self.job.config.data, self.job.config.loop
+        return Loader(
+            self.job.data_uri,
+            self.manifest,
+            "train",
+            spec,
+            device,
+            data.dali_threads or self.job.num_threads,
+            max(-(-loop.global_batch_size // self.world), EVAL_BATCH),
+            data.cache,
+            data.cache_budget_mib,
+            Path(self.job.staging_folder) if self.job.staging_folder else None,
+        )
+
+    def _wrap(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        compile = self.job.config.loop.compile
+        gpu = device.type == "cuda"
+        wrapped: Any = torch.compile(model) if compile == "on" or compile == "auto" and gpu else model
+        if self.world > 1:
+            # Moving statistics are averaged where they are read, so DDP need not broadcast them at every step.
+            wrapped = DistributedDataParallel(
+                wrapped,
+                device_ids=[device] if gpu else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        return wrapped
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        state, meta = self.state, checkpoint.meta
+        expect = {"model": self.job.config.model.model, "manifest_sha256": self.manifest.sha256}
+        loaded = self.checkpoints.load(checkpoint, expect)
+        state.model.load_state_dict(loaded["model"])
+        if state.average is not None:
+            state.average.module.load_state_dict(loaded["average"])
+            state.average.n_averaged.fill_(meta["num_averaged"])
+        state.optimizer.load_state_dict(loaded["optimizer"]["optimizer"])
+        state.precision.scaler.load_state_dict(loaded["optimizer"]["scaler"])
+        state.cursor = checkpoint.cursor
+        if self.rank == 0:  # the others start from zero: only the sum over ranks is ever used
+            state.totals += torch.tensor(meta["totals"], dtype=torch.float64, device=state.device)
+        self.attempt = meta["attempt"] + 1
+
+    def run(self) -> None:
+        config, state = self.job.config, self.state
+        if config.model.model == "resnet50v2":
+            self._warn(
+                "random_weights",
+                "resnet50v2 starts from RANDOM weights, not ImageNet's: "
+                + ("" if config.model.finetune else "its frozen base is random too, ")
+                + "its accuracy says nothing about the deck's result",
+            )
+        while state.cursor.epoch < config.loop.epochs:
+            plans = train_plans(
+                self.train_ids,
+                config.loop.seed,
+                *state.cursor,
+                config.loop.global_batch_size,
+                config.data.flips,
+                self.rank,
+                self.world,
+            )
+            clock = train_epoch(state, self.loader.batches(plans), self._on_log, self._write_checkpoint)
+            self._end_epoch(clock)
+
+    def _end_epoch(self, clock: Clock) -> None:
+        """Validates, logs the epoch, moves the cursor to the next one and writes a checkpoint."""
+        state = self.state
+        rates = clock.rates()
+        train = self._finite_totals()
+        average_batchnorm_over_ranks(state.model)
+        evaluated = state.model
+        if state.average is not None:
+            average_batchnorm_over_ranks(state.average.module)
+            evaluated = state.average.module
+        plans = eval_plans(self.validation_ids, EVAL_BATCH, self.rank, self.world)
+        start = time.perf_counter()
+        validation = sum_over_ranks(validate(evaluated, self.loader.batches(plans), state.precision)).tolist()
+        epoch = state.cursor.epoch
+        metrics = {
+            "train_loss": train[0] / train[2],
+            "train_accuracy": train[1] / train[2],
+            "validation_loss": validation[0] / validation[2],
+            "validation_accuracy": validation[1] / validation[2],
+            "num_validation_correct": int(validation[1]),
+            "num_validation": int(validation[2]),
+            "learning_rate": state.learning_rate,
+            "validation_seconds": round(time.perf_counter() - start, 3),
+            **rates,
+        }
+        self._check_chance(metrics["train_accuracy"], metrics["validation_accuracy"], int(validation[2]))
+        global_step = state.global_step
+        state.cursor = Cursor(epoch + 1, 0)
+        state.totals.zero_()
+        if self.log:
+            self.log.add("epoch", epoch, global_step, **metrics)
+            self._send({"epoch_done": epoch, **metrics})
+        self._write_checkpoint(metrics, [0.0, 0.0, 0.0])
+        ray.train.report({"epoch": epoch, **metrics})
+
+    def _finite_totals(self) -> list[float]:
+        """The epoch's totals over all ranks. Raises Diverged on every rank if the loss is not finite."""
+        totals = sum_over_ranks(self.state.totals).tolist()
+        if not math.isfinite(totals[0]):
+            self._diverged("the training loss")
+        return totals
+
+    def _diverged(self, what: str) -> None:
+        kept = self.checkpoints.latest()
+        raise Diverged(
+            f"{what} became infinite or not a number by step {self.state.global_step}; the run stopped and "
+            + (f"its last good checkpoint {kept.name} is kept" if kept else "no checkpoint was written before that")
+            + ". Lower --learning-rate, set --clip-norm, or use another --precision, under another --name"
+        )
+
+    def _on_log(self, clock: Clock) -> None:
+        state = self.state
+        totals = self._finite_totals()
+        line = {
+            "step": state.cursor.step,
+            "train_loss": totals[0] / totals[2],
+            "train_accuracy": totals[1] / totals[2],
+            "learning_rate": state.learning_rate,
+            **clock.rates(),
+        }
+        if self.log:
+            self.log.add("step", state.cursor.epoch, state.global_step, **line)
+            self._send(line)
+        self._check_chance(totals[1] / totals[2], None, int(totals[2]))
+
+    def _write_checkpoint(self, metrics: dict[str, Any] | None = None, totals: list[float] | None = None) -> None:
+        """All ranks call it; rank 0 writes. Weights that are not finite are never written."""
+        state, job = self.state, self.job
+        totals = totals or self._finite_totals()
+        if metrics is None:
+            average_batchnorm_over_ranks(state.model)
+            if state.average is not None:
+                average_batchnorm_over_ranks(state.average.module)
+        if not math.isfinite(get_total_norm([p.detach() for p in state.model.parameters()])):
+            self._diverged("a weight")
+        if self.log is None:
+            return
+        self.log.flush()
+        self.checkpoints.write(
+            state.cursor,
+            state.model.state_dict(),
+            state.average.module.state_dict() if state.average is not None else None,
+            {"optimizer": state.optimizer.state_dict(), "scaler": state.precision.scaler.state_dict()},
+            {
+                "model": job.config.model.model,
+                "global_step": state.global_step,
+                "metrics": metrics,
+                "totals": totals,
+                "num_averaged": int(state.average.n_averaged) if state.average is not None else 0,
+                "config": job.config.to_dict(),
+                "precision": state.precision.name,
+                "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "cpu",
+                "imagenet_weights": False,
+                "data_uri": job.data_uri,
+                "manifest_sha256": self.manifest.sha256,
+                "class_names": self.manifest.class_names,
+                "num_train": len(self.train_ids),
+                "world_size": self.world,
+                "num_threads_per_worker": job.num_threads,
+                "attempt": self.attempt,
+                "git_commit": job.git_commit,
+            },
+        )
+        self.checkpoints.keep(job.config.checkpoint.keep_checkpoints)
+
+    def _check_chance(self, train: float, validation: float | None, num_seen: int) -> None:
+        """Warns once, after `chance_warning_steps`, of an accuracy within 3 standard errors of chance."""
+        after = self.job.config.loop.chance_warning_steps
+        if not after or self.state.global_step < after or not self.log:
+            return
+        chance = 1 / self.manifest.num_classes
+        limit = chance + 3 * math.sqrt(chance * (1 - chance) / num_seen)
+        numbers = f"after {self.state.global_step} steps (chance is {chance:.1%})"
+        if train <= limit:
+            self._warn(
+                "train_at_chance",
+                f"training accuracy is {train:.1%} {numbers}: the network is not learning. Likely causes: a learning "
+                "rate that is too high or too low, an --input-range that the weights were not made for, or labels "
+                "that do not belong to their images",
+            )
+        elif validation is not None and validation <= limit:
+            self._warn(
+                "validation_at_chance",
+                f"validation accuracy is {validation:.1%} {numbers} while training accuracy is {train:.1%}. Likely "
+                f"causes: BatchNorm's moving statistics lag behind the weights (momentum "
+                f"{self.job.config.model.batchnorm_momentum:g} needs hundreds of steps; train on, or lower "
+                "--batchnorm-momentum), or overfitting",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if self.log and not self.log.warned(kind):
+            self.log.add("warning", self.state.cursor.epoch, self.state.global_step, warning=kind, message=message)
+            self._say(f"WARNING: {message}")
+
+    def _say(self, message: str) -> None:
+        if self.rank == 0:
+            self.job.progress.say.remote(message)
+
+    def _send(self, values: dict[str, Any]) -> None:
+        position = {"global_step": self.state.global_step, "epoch": self.state.cursor.epoch}
+        self.job.progress.update.remote({**position, "steps_per_epoch": self.state.steps_per_epoch, **values})

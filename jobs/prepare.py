@@ -1,0 +1,65 @@
+"""Prepares a data set: a source -> Parquet and a manifest, checked image by image."""
+
+import sys
+from collections.abc import Iterable
+
+from tqdm import tqdm
+
+from cifar_dist.config import Parser
+from cifar_dist.data import sources, store
+from cifar_dist.errors import UserError, exit_code_of
+from cifar_dist.storage import absolute_uri
+
+EXAMPLES = """examples:
+  python jobs/prepare.py --source shapes --out /tmp/shapes
+  python jobs/prepare.py --source cifar10 --out s3://bucket/cifar10
+  python jobs/prepare.py --source folder --path ~/pictures --out /data/pictures --skip-bad
+"""
+
+
+def parser() -> Parser:
+    p = Parser(prog="prepare.py", description=__doc__, epilog=EXAMPLES)
+    p.add_argument("--source", required=True, choices=("cifar10", "folder", "parquet", "shapes"), help="what to read")
+    p.add_argument("--path", help="where the source is (cifar10: where its download is kept)")
+    p.add_argument("--out", required=True, help="folder or URI of the data set to write")
+    p.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and count them")
+    p.add_argument("--overwrite", action="store_true", help="replace another data set at --out")
+    p.add_argument("--test-fraction", type=float, default=0.2, help="test share drawn where there is no test split")
+    p.add_argument("--seed", type=int, default=0, help="seed of that draw and of the shapes")
+    p.add_argument("--num-train", type=int, default=1000, help="shapes: images to draw for train")
+    p.add_argument("--num-test", type=int, default=500, help="shapes: images to draw for test")
+    return p
+
+
+def open_source(source: str, path: str | None, args) -> sources.Source:  # noqa: ANN001 - argparse
+    if not 0 < args.test_fraction < 1:
+        raise UserError(f"--test-fraction must lie between 0 and 1, not {args.test_fraction}")
+    if source == "shapes":
+        return sources.shapes(args.num_train, args.num_test, args.seed)
+    if source == "cifar10":
+        return sources.cifar10(path)
+    reader = sources.image_folder if source == "folder" else sources.parquet
+    return reader(path, args.test_fraction, args.seed)
+
+
+def prepare(args, out: str) -> store.Manifest:  # noqa: ANN001
+    if args.path and absolute_uri(args.path) == absolute_uri(out):
+        raise UserError(f"--out is the source's own folder {args.path}; name another one")
+    source = open_source(args.source, args.path, args)
+
+    def progress(rows: Iterable[sources.Row], split: str, total: int) -> Iterable[sources.Row]:
+        return tqdm(rows, f"prepare {split}", total, unit=" images", disable=not sys.stderr.isatty())
+
+    manifest, written = store.prepare(source, out, args.skip_bad, args.overwrite, progress)
+    for message in source.skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    counts = ", ".join(f"{manifest.num_rows(s)} {s}" for s in manifest.splits)
+    skipped = f", {manifest.num_skipped} bad images left out" if manifest.num_skipped else ""
+    state = "prepared" if written else "already there and unchanged"
+    print(f"{out}: {counts} images of {manifest.num_classes} classes{skipped}; {state}, sha256 {manifest.sha256[:16]}")
+    return manifest
+
+
+if __name__ == "__main__":
+    options = parser().parse_args()
+    sys.exit(exit_code_of(lambda: prepare(options, options.out), options.debug))
