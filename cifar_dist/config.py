@@ -1,4 +1,4 @@
-"""Every option of a training run: typed, with its default, its unit and its check; and the command line made of them."""
+"""Every option of a training run, typed, with its default, unit and check; and the command line made of them."""
 
 import argparse
 import dataclasses
@@ -14,9 +14,7 @@ def option(
     default: Any, help: str, choices: tuple = (), minimum: float | None = None, maximum: float | None = None
 ) -> Any:
     """A dataclass field that carries its help text and its check."""
-    return field(
-        default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
-    )
+    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum})
 
 
 def nearest(word: str, valid: Any) -> str:
@@ -31,14 +29,15 @@ class Section:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value, name = getattr(self, f.name), f.name.replace("_", "-")
+            kind = getattr(f.type, "__name__", f.type)
             choices, low, high = (f.metadata[k] for k in ("choices", "minimum", "maximum"))
             if f.type is float and type(value) is int:
                 object.__setattr__(self, f.name, value := float(value))
             if type(value) is not f.type:
-                raise UserError(f"--{name} takes a value of type {f.type.__name__}, not {value!r}")
+                raise UserError(f"--{name} takes a value of type {kind}, not {value!r}")
             if choices and value not in choices:
                 raise UserError(f"--{name} is one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}")
-            if low is not None and not value >= low or high is not None and not value <= high:
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
                 bounds = f"from {low:g} to {high:g}" if high is not None else f"of {low:g} or more"
                 raise UserError(f"--{name} takes a value {bounds}, not {value}")
 

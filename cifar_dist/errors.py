@@ -9,7 +9,7 @@ class UserError(Exception):
     """What was wrong, with which file or value, and what to do: shown without a traceback."""
 
 
-def exit_code_of(main: Callable[[], None], debug: bool) -> int:
+def exit_code_of(main: Callable[[], object], debug: bool) -> int:
     """Runs a job's main; returns 0, 1 for a UserError (one sentence on stderr) or 130 for Ctrl-C.
 
     Any other exception is a fault of ours and keeps its traceback; `debug` adds one to a UserError.

@@ -20,9 +20,7 @@ def deck_resnet50v2() -> Config:
 
     The deck does not state the input range; chosen: -1..1, on which the ImageNet weights were trained.
     """
-    return Config().replace(
-        model="resnet50v2", epochs=3, global_batch_size=128, image_size=224, input_range="-1..1"
-    )
+    return Config().replace(model="resnet50v2", epochs=3, global_batch_size=128, image_size=224, input_range="-1..1")
 
 
 def quickstart_fan() -> Config:

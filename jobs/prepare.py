@@ -1,5 +1,6 @@
 """Prepares a data set: a source -> Parquet and a manifest, checked image by image."""
 
+import argparse
 import sys
 from collections.abc import Iterable
 
@@ -17,32 +18,38 @@ EXAMPLES = """examples:
 """
 
 
-def parser() -> Parser:
-    p = Parser(prog="prepare.py", description=__doc__, epilog=EXAMPLES)
-    p.add_argument("--source", required=True, choices=("cifar10", "folder", "parquet", "shapes"), help="what to read")
+def add_source_options(p: Parser, default: str | None = None) -> None:
+    choices = ("cifar10", "folder", "parquet", "shapes")
+    what = "what to read" + (f" (default {default})" if default else "")
+    p.add_argument("--source", required=not default, default=default, choices=choices, help=what)
     p.add_argument("--path", help="where the source is (cifar10: where its download is kept)")
-    p.add_argument("--out", required=True, help="folder or URI of the data set to write")
     p.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and count them")
-    p.add_argument("--overwrite", action="store_true", help="replace another data set at --out")
+    p.add_argument("--overwrite", action="store_true", help="replace another data set that is already there")
     p.add_argument("--test-fraction", type=float, default=0.2, help="test share drawn where there is no test split")
-    p.add_argument("--seed", type=int, default=0, help="seed of that draw and of the shapes")
+    p.add_argument("--data-seed", type=int, default=0, help="seed of that draw and of the shapes")
     p.add_argument("--num-train", type=int, default=1000, help="shapes: images to draw for train")
     p.add_argument("--num-test", type=int, default=500, help="shapes: images to draw for test")
+
+
+def parser() -> Parser:
+    p = Parser(prog="prepare.py", description=__doc__, epilog=EXAMPLES)
+    add_source_options(p)
+    p.add_argument("--out", required=True, metavar="URI", help="folder or URI of the data set to write")
     return p
 
 
-def open_source(source: str, path: str | None, args) -> sources.Source:  # noqa: ANN001 - argparse
+def open_source(source: str, path: str | None, args: argparse.Namespace) -> sources.Source:
     if not 0 < args.test_fraction < 1:
         raise UserError(f"--test-fraction must lie between 0 and 1, not {args.test_fraction}")
     if source == "shapes":
-        return sources.shapes(args.num_train, args.num_test, args.seed)
+        return sources.shapes(args.num_train, args.num_test, args.data_seed)
     if source == "cifar10":
         return sources.cifar10(path)
     reader = sources.image_folder if source == "folder" else sources.parquet
-    return reader(path, args.test_fraction, args.seed)
+    return reader(path, args.test_fraction, args.data_seed)
 
 
-def prepare(args, out: str) -> store.Manifest:  # noqa: ANN001
+def prepare(args: argparse.Namespace, out: str) -> store.Manifest:
     if args.path and absolute_uri(args.path) == absolute_uri(out):
         raise UserError(f"--out is the source's own folder {args.path}; name another one")
     source = open_source(args.source, args.path, args)

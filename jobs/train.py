@@ -1,5 +1,6 @@
 """Trains one model: a data set and a recipe -> a run with checkpoints. The same --name again continues the run."""
 
+import argparse
 import sys
 
 from cifar_dist.config import Parser, add_config_options, config_overrides, prepare_environment
@@ -14,7 +15,7 @@ EPILOG = f"""recipes:
 {describe_recipes()}
 
 example:
-  python jobs/train.py --recipe quickstart_fan --data /tmp/shapes --storage /tmp/runs --name first --workers 2 --epochs 2
+  python jobs/train.py --recipe quickstart_fan --data /tmp/shapes --storage /tmp/runs --name first --workers 2
 """
 
 
@@ -24,7 +25,9 @@ def add_launch_options(p: Parser) -> None:
     p.add_argument("--max-failures", type=int, default=3, help="worker failures survived before giving up (default 3)")
     p.add_argument("--collective-timeout-seconds", type=int, default=300, help="a worker that hangs longer has failed")
     p.add_argument("--staging-folder", help="local folder for staged data (default: in the temporary folder)")
-    p.add_argument("--address", default=RAY_ADDRESS, help="Ray cluster (default: RAY_ADDRESS, else one is started here)")
+    p.add_argument(
+        "--address", default=RAY_ADDRESS, help="Ray cluster (default: RAY_ADDRESS, else one is started here)"
+    )
 
 
 def parser() -> Parser:
@@ -38,7 +41,7 @@ def parser() -> Parser:
     return p
 
 
-def train(args, recipe: str, data: str, storage: str, name: str) -> launch.RunResult:  # noqa: ANN001 - argparse
+def train(args: argparse.Namespace, recipe: str, data: str, storage: str, name: str) -> launch.RunResult:
     config = recipe_config(recipe, **config_overrides(args))
     where = launch.Launch(
         data,

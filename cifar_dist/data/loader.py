@@ -117,7 +117,9 @@ class Loader:
                 next(decode([[self.staged.encoded(i)]], 1, 1))
             except RuntimeError as reason:
                 text = str(reason).split("Error in")[-1].splitlines()[0][:200]
-                return UserError(f"image {self.staged.path(i)} (row {i}) cannot be decoded: {text}; prepare the data again")
+                return UserError(
+                    f"image {self.staged.path(i)} (row {i}) cannot be decoded: {text}; prepare the data again"
+                )
         return error
 
 
@@ -126,7 +128,7 @@ def use_decoded(shape: tuple[int, int] | None, num_images: int, cache: str, budg
     if cache == "decoded" and shape is None:
         raise UserError("--cache decoded needs images of one size, these differ; use --cache auto or encoded")
     fits = shape is not None and num_images * shape[0] * shape[1] * 3 <= budget_mib << 20
-    return cache == "decoded" or cache == "auto" and fits
+    return cache == "decoded" or (cache == "auto" and fits)
 
 
 def train_plans(

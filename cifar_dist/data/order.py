@@ -4,6 +4,8 @@ All draws come from one counter-based generator, the SplitMix64 finalizer (Steel
 pseudorandom number generators", 2014) over the key, so they depend on no state, no thread and no NumPy version.
 """
 
+from typing import Any
+
 import numpy as np
 
 ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP = range(6)  # what a draw is for: one stream each
@@ -12,7 +14,7 @@ ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP = range(6)  # what a draw is for: o
 def draws(counter: np.ndarray | int, *key: int) -> np.ndarray:
     """Uniform uint64 draws, one per element of `counter` (any shape of integers), for the stream `key`."""
     with np.errstate(over="ignore"):
-        state = np.uint64(0)
+        state: Any = np.uint64(0)
         for word in (*key, np.asarray(counter)):
             state = (state ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

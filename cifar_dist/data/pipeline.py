@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class ImageSpec:
 
 
 @pipeline_def
-def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool):  # noqa: ANN201 - DALI wraps it
+def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> Any:
     mean, std = NORMALIZATION[spec.input_range]
     flip_x = fn.external_source(name="flip_x", dtype=types.INT32, ndim=0)
     flip_y = fn.external_source(name="flip_y", dtype=types.INT32, ndim=0)
@@ -35,12 +36,10 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool):  # 
     # Flipping commutes with this symmetric resize and costs less on the small image.
     images = fn.flip(images, horizontal=flip_x, vertical=flip_y)
     if resize:  # bilinear, half-pixel centres, no antialias: Keras's Resizing
-        size = {"resize_x": spec.image_size, "resize_y": spec.image_size}
+        size: Any = {"resize_x": spec.image_size, "resize_y": spec.image_size}
         images = fn.resize(images, **size, interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT)
     layout = "HWC" if spec.channels_last else "CHW"
-    return fn.crop_mirror_normalize(
-        images, dtype=types.FLOAT, output_layout=layout, mean=[mean] * 3, std=[std] * 3
-    )
+    return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=layout, mean=[mean] * 3, std=[std] * 3)
 
 
 class ImagePipeline:
@@ -85,7 +84,7 @@ class ImagePipeline:
 
 
 @pipeline_def
-def decode_pipeline():  # noqa: ANN201
+def decode_pipeline() -> Any:
     encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
     return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
 
@@ -95,9 +94,7 @@ def decode(batches: Iterable[list[np.ndarray]], max_batch_size: int, num_threads
 
     Raises RuntimeError if an image cannot be decoded.
     """
-    pipe = decode_pipeline(
-        batch_size=max_batch_size, num_threads=num_threads, device_id=None, prefetch_queue_depth=1
-    )
+    pipe = decode_pipeline(batch_size=max_batch_size, num_threads=num_threads, device_id=None, prefetch_queue_depth=1)
     pipe.build()
     for batch in batches:
         pipe.feed_input("images", batch)

@@ -2,9 +2,11 @@
 
 import io
 import json
+import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -133,7 +135,7 @@ def cifar10(path: str | None) -> Source:
 
     def items(split: str) -> list[Item]:
         data, targets = parts[split].data, parts[split].targets
-        return [Item(f"{split}-{i:05d}.png", targets[i], lambda i=i: data[i]) for i in range(len(data))]
+        return [Item(f"{split}-{i:05d}.png", targets[i], partial(operator.getitem, data, i)) for i in range(len(data))]
 
     return Source("cifar10", list(parts["train"].classes), {split: items(split) for split in parts})
 
@@ -159,7 +161,7 @@ def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) ->
             files = visible(root / split / name) if name in found else []
             if not files:
                 raise UserError(f"class {name!r} has no images in {root / split}; add some or remove the class")
-            rows += [Item(f"{split}/{name}/{p.name}", label, lambda p=p: read_file(p), str(p)) for p in files]
+            rows += [Item(f"{split}/{name}/{p.name}", label, partial(read_file, p), str(p)) for p in files]
         return rows
 
     train = items("train")
@@ -244,8 +246,12 @@ def parquet_items(where: str, table: pa.Table, num_classes: int) -> list[Item]:
         if label is None or not 0 <= label < num_classes:
             raise UserError(f"{where} row {row} has the label {label}; 0 to {num_classes - 1} are valid")
         name = paths[row].as_py() or f"row-{row}"
-        items.append(Item(name, label, lambda row=row: content[row].as_py() or b"", f"{where} row {row}"))
+        items.append(Item(name, label, partial(arrow_bytes, content, row), f"{where} row {row}"))
     return items
+
+
+def arrow_bytes(column: pa.ChunkedArray, row: int) -> bytes:
+    return column[row].as_py() or b""
 
 
 SHAPES = ["circle", "cross", "diamond", "frame", "grid", "ring", "square", "star", "stripes", "triangle"]
@@ -258,7 +264,7 @@ def shapes(num_train: int = 1000, num_test: int = 500, seed: int = 0) -> Source:
 
     def items(split: str, count: int, key: int) -> list[Item]:
         return [
-            Item(f"{split}-{i:05d}.png", i % len(SHAPES), lambda i=i: draw_shape(i % len(SHAPES), (seed, key, i)))
+            Item(f"{split}-{i:05d}.png", i % len(SHAPES), partial(draw_shape, i % len(SHAPES), (seed, key, i)))
             for i in range(count)
         ]
 

@@ -80,7 +80,7 @@ def prepare(
     uri: str,
     skip_bad: bool = False,
     overwrite: bool = False,
-    progress: Callable[[Iterable[Row], str, int], Iterable[Row]] = lambda rows, split, total: rows,
+    progress: Callable[[Iterable[Row], str, int], Iterable[Row]] = lambda rows, _split, _total: rows,
 ) -> tuple[Manifest, bool]:
     """Writes the source as a data set; returns its manifest and whether anything was written.
 
@@ -121,7 +121,8 @@ def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: li
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
-    files, per_class, encodings = [], np.zeros(len(class_names), int), set()
+    files: list[dict[str, Any]] = []
+    per_class, encodings = np.zeros(len(class_names), int), set()
     sizes = []
     for chunk in file_chunks(rows):
         images = [{"bytes": row.encoded, "path": row.path} for row in chunk]
@@ -249,7 +250,9 @@ def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
                 try:
                     sha256 = data.download(file["name"], local)
                 except FileNotFoundError:
-                    raise UserError(f"{where} is named in the manifest but missing; prepare the data set again") from None
+                    raise UserError(
+                        f"{where} is named in the manifest but missing; prepare the data set again"
+                    ) from None
                 if sha256 != file["sha256"]:
                     raise UserError(f"{where} does not match the manifest's checksum; prepare the data set again")
                 for batch in pq.ParquetFile(local).iter_batches(ROWS_PER_GROUP):

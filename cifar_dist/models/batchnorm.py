@@ -36,9 +36,7 @@ class KerasBatchNorm(nn.Module):
                 1, -1, *[1] * (x.ndim - 2)
             )
         moving = self.running_var.clone()  # autograd keeps the tensor it is given
-        y = F.batch_norm(
-            x, self.running_mean, moving, self.weight, self.bias, True, 1 - self.momentum, self.epsilon
-        )
+        y = F.batch_norm(x, self.running_mean, moving, self.weight, self.bias, True, 1 - self.momentum, self.epsilon)
         # torch added (1 - momentum) * unbiased; (n - 1) / n of that is the biased part.
         with torch.no_grad():
             self.running_var.mul_(self.momentum / num_values).add_(moving, alpha=1 - 1 / num_values)

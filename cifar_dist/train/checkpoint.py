@@ -1,7 +1,8 @@
 """What a checkpoint holds; write, verify, load, keep.
 
-A checkpoint is the folder RUN/checkpoints/epoch-EEEE-step-SSSSSS: model.safetensors (and average.safetensors), optimizer.pt and,
-written last, meta.json, which names the SHA-256 of the others. A folder without meta.json is no checkpoint.
+A checkpoint is the folder RUN/checkpoints/epoch-EEEE-step-SSSSSS: model.safetensors (and average.safetensors),
+optimizer.pt and, written last, meta.json, which names the SHA-256 of the others. A folder without meta.json is no
+checkpoint.
 """
 
 import json
@@ -73,7 +74,9 @@ class Checkpoints:
             try:
                 meta = json.loads(self.folder.read(f"{name}/meta.json"))
                 if meta["format_version"] != FORMAT_VERSION:
-                    raise UserError(f"{self.where(name)} has format version {meta['format_version']}, not {FORMAT_VERSION}")
+                    raise UserError(
+                        f"{self.where(name)} has format version {meta['format_version']}, not {FORMAT_VERSION}"
+                    )
                 found.append(Checkpoint(name, meta))
             except (FileNotFoundError, NotADirectoryError):
                 continue  # cut off while it was written
@@ -163,7 +166,9 @@ class Checkpoints:
                 try:
                     found = self.folder.download(f"{checkpoint.name}/{file}", path)
                 except FileNotFoundError:
-                    raise UserError(f"the checkpoint {where} lacks {file}; remove that folder to go on without it") from None
+                    raise UserError(
+                        f"the checkpoint {where} lacks {file}; remove that folder to go on without it"
+                    ) from None
                 if found != sha256:
                     raise UserError(
                         f"the checkpoint {where} is damaged: {file} does not match its checksum; remove that folder "

@@ -98,13 +98,24 @@ def connect(address: str | None, num_workers: int) -> None:
         raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
 
 
+def count_resource(name: str) -> int:
+    """CPUs or GPUs of the connected cluster."""
+    return int(ray.cluster_resources().get(name, 0))
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether `auto`, `cpu` or `gpu` means a GPU on the connected cluster."""
+    return device == "gpu" or (device == "auto" and count_resource("GPU") > 0)
+
+
 def resources_per_worker(num_workers: int, device: str) -> dict[str, float]:
     """CPUs (as many as fit evenly) and GPUs for each worker. Raises UserError if the cluster cannot hold them."""
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    num_gpus = sum(int(n.get("GPU", 0)) for n in nodes)
-    gpu = device == "gpu" or device == "auto" and num_gpus > 0
+    num_gpus, gpu = count_resource("GPU"), uses_gpu(device)
     if gpu and num_gpus < num_workers:
-        raise UserError(f"{num_workers} workers need a GPU each, the cluster has {num_gpus}; lower --workers or use --device cpu")
+        raise UserError(
+            f"{num_workers} workers need a GPU each, the cluster has {num_gpus}; lower --workers or use --device cpu"
+        )
 
     def places(cpus: int) -> int:
         return sum(min(int(n.get("CPU", 0)) // cpus, int(n.get("GPU", 0)) if gpu else num_workers) for n in nodes)
@@ -114,7 +125,9 @@ def resources_per_worker(num_workers: int, device: str) -> dict[str, float]:
         if places(cpus) >= num_workers:
             return {"CPU": cpus, **({"GPU": 1} if gpu else {})}
     total = sum(int(n.get("CPU", 0)) for n in nodes)
-    raise UserError(f"{num_workers} workers need a CPU each, the cluster has {total} on {len(nodes)} nodes; lower --workers")
+    raise UserError(
+        f"{num_workers} workers need a CPU each, the cluster has {total} on {len(nodes)} nodes; lower --workers"
+    )
 
 
 def check_run(config: Config, launch: Launch, manifest: Manifest) -> bool:
@@ -127,7 +140,7 @@ def check_run(config: Config, launch: Launch, manifest: Manifest) -> bool:
         raise UserError(f"--train-images is {config.data.train_images}, the data set has {num_train} train images")
     use_decoded(manifest.image_shape("train"), num_train, config.data.cache, config.data.cache_budget_mib)
     run = Folder(launch.run_uri)
-    mine = {"config": config.to_dict(), "manifest_sha256": manifest.sha256}
+    mine: dict[str, Any] = {"config": config.to_dict(), "manifest_sha256": manifest.sha256}
     try:
         stored = json.loads(run.read("config.json"))
     except FileNotFoundError:
@@ -156,11 +169,13 @@ def check_run(config: Config, launch: Launch, manifest: Manifest) -> bool:
 
 def git_commit() -> str:
     """The commit of the source tree, with '+' if it was changed; 'unknown' outside a checkout."""
-    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        run = {"cwd": here, "capture_output": True, "text": True, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "."], **run).stdout.strip()
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", ".")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+" if changed else "")
@@ -179,7 +194,7 @@ def train(config: Config, launch: Launch) -> RunResult:
     resources = resources_per_worker(launch.num_workers, launch.device)
     use_gpu = "GPU" in resources
     threads = max(1, min(int(resources["CPU"]), (os.cpu_count() or 1) // launch.num_workers))
-    progress = Progress.remote()
+    progress = Progress.remote()  # type: ignore[attr-defined]
     job = Job(
         config,
         data_uri,
@@ -204,17 +219,15 @@ def train(config: Config, launch: Launch) -> RunResult:
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=launch.max_failures),
         ),
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=launch.collective_timeout_seconds
-        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=launch.collective_timeout_seconds),
     )
     try:
         with Display(lambda: ray.get(progress.drain.remote()), config.loop.epochs):
             trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise UserError(
-            f"the workers of run {launch.name} failed more than {launch.max_failures} times: {first_cause(error)}; what "
-            "was stored is kept, run the same command to go on"
+            f"the workers of run {launch.name} failed more than {launch.max_failures} times: {first_cause(error)}; "
+            "what was stored is kept, run the same command to go on"
         ) from error
     return finished(launch, was_finished=False)
 
@@ -236,5 +249,3 @@ def finished(launch: Launch, was_finished: bool) -> RunResult:
     best = Checkpoints(launch.run_uri).best()
     assert best is not None  # a finished run has one
     return RunResult(launch.run_uri, best, was_finished)
-
-

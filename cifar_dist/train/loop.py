@@ -47,6 +47,9 @@ class Clock:
         }
 
 
+START = Cursor(0, 0)
+
+
 @dataclass
 class TrainState:
     """All that one rank trains with. `totals` (float64 [3]: loss sum, correct, seen) are this rank's, this epoch's."""
@@ -61,7 +64,7 @@ class TrainState:
     rank: int
     world: int
     steps_per_epoch: int
-    cursor: Cursor = Cursor(0, 0)
+    cursor: Cursor = START
     learning_rate: float = 0.0
     totals: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
 
@@ -114,15 +117,17 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     totals = torch.zeros(3, dtype=torch.float64, device=state.device)
     for i, (images, labels) in enumerate(chunks):
         last = i == num_chunks - 1
-        no_sync = isinstance(state.wrapped, DistributedDataParallel) and not last
-        with state.wrapped.no_sync() if no_sync else nullcontext():
+        ddp = state.wrapped if isinstance(state.wrapped, DistributedDataParallel) else None
+        with ddp.no_sync() if ddp and not last else nullcontext():
             with state.precision.autocast():
                 logits = state.wrapped(images)
             smoothing = state.config.optim.label_smoothing
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum") * counted
             state.precision.scaler.scale(loss * (state.world / batch.global_size)).backward()
         correct = (logits.argmax(1) == labels).sum() * counted
-        totals += torch.stack([loss.detach().double(), correct.double(), torch.full_like(totals[0], len(labels) * counted)])
+        totals += torch.stack(
+            [loss.detach().double(), correct.double(), torch.full_like(totals[0], len(labels) * counted)]
+        )
     return totals
 
 

@@ -1,0 +1,122 @@
+"""Evaluates runs in retriable Ray tasks, merges the shards and checks that every image came exactly once."""
+
+import functools
+import operator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from cifar_dist.config import Config
+from cifar_dist.data.store import Manifest, read_manifest, stage
+from cifar_dist.errors import UserError
+from cifar_dist.evaluate.scores import Counts
+from cifar_dist.evaluate.shard import SPLITS, Shard, check_checkpoint, evaluate_shard, ids_of
+from cifar_dist.storage import Folder, absolute_uri
+from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One run's best checkpoint over the splits: predictions in id order, and counts."""
+
+    name: str
+    run_uri: str
+    checkpoint: Checkpoint
+    predictions: dict[str, pa.Table]
+    counts: dict[str, Counts]
+
+
+def run_name(run_uri: str) -> str:
+    return run_uri.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+
+
+def evaluate(
+    run_uris: list[str],
+    data_uri: str,
+    out_uri: str,
+    num_shards: int,
+    splits: tuple[str, ...] = SPLITS,
+    gpu: bool = False,
+    staging_folder: str | None = None,
+) -> list[Evaluation]:
+    """Evaluates each run on the connected cluster and writes OUT/predictions/RUN-SPLIT.parquet.
+
+    Raises UserError for a run without a checkpoint, one of another data set, or predictions that are not exactly one
+    per image.
+    """
+    if num_shards < 1:
+        raise UserError(f"--shards must be 1 or more, not {num_shards}")
+    names = [run_name(uri) for uri in run_uris]
+    if len(set(names)) < len(names):
+        raise UserError(f"the runs must differ in name, these do not: {', '.join(names)}")
+    data_uri, run_uris = absolute_uri(data_uri), [absolute_uri(uri) for uri in run_uris]
+    manifest = read_manifest(data_uri)
+    chosen = []
+    for uri in run_uris:
+        best = Checkpoints(uri).best()
+        if best is None:
+            raise UserError(f"{uri} has no checkpoint to evaluate; train it first, or check the path")
+        check_checkpoint(best, manifest, uri)
+        chosen.append(best)
+    task = ray.remote(evaluate_shard).options(num_cpus=1, num_gpus=int(gpu), max_retries=3)
+    shards = {
+        name: [
+            task.remote(Shard(uri, best, data_uri, splits, i, num_shards, gpu, staging_folder=staging_folder))
+            for i in range(num_shards)
+        ]
+        for name, uri, best in zip(names, run_uris, chosen, strict=True)
+    }
+    local = Path(staging_folder) if staging_folder else None
+    labels = {
+        s: stage(data_uri, s, local, manifest).labels for s in {"test" if s == "test" else "train" for s in splits}
+    }
+    folder = Folder(out_uri)
+    folder.create("predictions")
+    evaluations = []
+    for name, uri, best in zip(names, run_uris, chosen, strict=True):
+        merged = merge(results_of(shards[name]), best, splits, labels, manifest)
+        for split, (table, _) in merged.items():
+            buffer = pa.BufferOutputStream()
+            pq.write_table(table, buffer)
+            folder.write(f"predictions/{name}-{split}.parquet", buffer.getvalue().to_pybytes())
+        tables, counts = {s: t for s, (t, _) in merged.items()}, {s: c for s, (_, c) in merged.items()}
+        evaluations.append(Evaluation(name, uri, best, tables, counts))
+    return evaluations
+
+
+def results_of(tasks: list[Any]) -> list[dict[str, tuple[pa.Table, Counts]]]:
+    try:
+        return ray.get(tasks)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from error
+        raise
+    except ray.exceptions.RayError as error:
+        raise UserError(f"an evaluation shard was lost more than 3 times: {str(error).splitlines()[0]}") from error
+
+
+def merge(
+    parts: list[dict[str, tuple[pa.Table, Counts]]],
+    checkpoint: Checkpoint,
+    splits: tuple[str, ...],
+    labels: dict[str, np.ndarray],
+    manifest: Manifest,
+) -> dict[str, tuple[pa.Table, Counts]]:
+    """The shards' tables in id order and the sum of their counts; every id of the split must be there exactly once."""
+    config, merged = Config.from_dict(checkpoint.meta["config"]), {}
+    for split in splits:
+        table = pa.concat_tables([part[split][0] for part in parts]).sort_by("id")
+        counts = functools.reduce(operator.add, [part[split][1] for part in parts])
+        expected = ids_of(split, config, labels["test" if split == "test" else "train"])
+        if not np.array_equal(table["id"].to_numpy(), expected) or counts.num_images != len(expected):
+            raise UserError(
+                f"{split}: {len(table)} predictions came back for {len(expected)} images of data set "
+                f"{manifest.sha256[:16]}, not exactly one each; evaluate again"
+            )
+        merged[split] = table, counts
+    return merged

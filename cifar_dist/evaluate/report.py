@@ -1,0 +1,121 @@
+"""The report: report.json and one self-contained report.html."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from cifar_dist.data.sources import encode_png
+from cifar_dist.data.store import StagedSplit, read_manifest, stage
+from cifar_dist.evaluate import plots
+from cifar_dist.evaluate.driver import Evaluation
+from cifar_dist.evaluate.scores import scores
+from cifar_dist.storage import Folder, absolute_uri, join_uri, to_json
+from cifar_dist.train.metrics import read_lines
+
+# The student deck's results on CIFAR-10, in the splits' order.
+DECK = {
+    "fan": {"train": 0.9779, "validation": 0.7804, "test": 0.7600},
+    "resnet50v2": {"train": 0.9559, "validation": 0.8922, "test": 0.8451},
+}
+CIFAR10_CLASSES = {*("airplane", "automobile", "bird", "cat", "deer"), *("dog", "frog", "horse", "ship", "truck")}
+NUM_MISTAKES = 24
+MIME = {b"\xff\xd8": "image/jpeg", b"\x89P": "image/png", b"RI": "image/webp", b"BM": "image/bmp"}
+
+
+def write_report(evaluations: list[Evaluation], data_uri: str, out_uri: str, staging_folder: str | None = None) -> str:
+    """Writes OUT/report.json and OUT/report.html; returns the page's URI."""
+    data_uri = absolute_uri(data_uri)
+    manifest = read_manifest(data_uri)
+    test = stage(data_uri, "test", Path(staging_folder) if staging_folder else None, manifest)
+    runs = [run_report(e, manifest.class_names) for e in evaluations]
+    data = {
+        "uri": data_uri,
+        "source": manifest.source,
+        "sha256": manifest.sha256,
+        "class_names": manifest.class_names,
+        "num_rows": {split: manifest.num_rows(split) for split in manifest.splits},
+        "num_skipped": manifest.num_skipped,
+        "is_cifar10": set(manifest.class_names) == CIFAR10_CLASSES,
+    }
+    report = {"format_version": 1, "data": data, "deck": DECK, "runs": runs}
+    folder = Folder(out_uri)
+    folder.write("report.json", to_json(report))
+    figures = [run_figures(e, test) for e in evaluations]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(report=report, figures=figures, zip=zip)
+    folder.write("report.html", page.encode())
+    return join_uri(folder.uri, "report.html")
+
+
+def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]:
+    """One run's part of report.json: scores and raw counts per split, epochs, throughput, warnings, run card."""
+    lines, meta = read_lines(Folder(evaluation.run_uri)), evaluation.checkpoint.meta
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    seconds = sum(e["seconds"] for e in epochs)
+    return {
+        "name": evaluation.name,
+        "model": meta["model"],
+        "checkpoint": evaluation.checkpoint.name,
+        "imagenet_weights": meta["imagenet_weights"],
+        "splits": {
+            split: {**scores(counts, class_names), "counts": counts.to_dict()}
+            for split, counts in evaluation.counts.items()
+        },
+        "epochs": epochs,
+        "warnings": [line["message"] for line in lines if line["kind"] == "warning"],
+        "throughput": {
+            "images_per_second": sum(e["images_per_second"] * e["seconds"] for e in epochs) / seconds
+            if seconds
+            else 0.0,
+            "data_wait_share": sum(e["data_wait_share"] * e["seconds"] for e in epochs) / seconds if seconds else 0.0,
+            "seconds_per_epoch": seconds / len(epochs) if epochs else 0.0,
+        },
+        "run_card": {k: v for k, v in meta.items() if k not in ("class_names", "totals", "metrics")},
+    }
+
+
+def run_figures(evaluation: Evaluation, test: StagedSplit) -> dict[str, Any]:
+    """The page's plots and pictures of one run, for its test split (or the last one that was evaluated)."""
+    split = "test" if "test" in evaluation.counts else list(evaluation.counts)[-1]
+    counts, names = evaluation.counts[split], evaluation.checkpoint.meta["class_names"]
+    return {
+        "split": split,
+        "curves": plots.curves(read_lines(Folder(evaluation.run_uri))),
+        "confusion": plots.confusion(counts.confusion, names),
+        "calibration": plots.calibration(counts.bins),
+        "mistakes": worst_mistakes(evaluation, test, names) if split == "test" else [],
+    }
+
+
+def worst_mistakes(evaluation: Evaluation, test: StagedSplit, class_names: list[str]) -> list[dict[str, Any]]:
+    """The test images that the model got wrong with the most confidence, with their pictures as data URIs."""
+    table = evaluation.predictions["test"].to_pydict()
+    wrong = np.flatnonzero(np.array(table["prediction_1"]) != np.array(table["label"]))
+    order = wrong[np.argsort(-np.array(table["probability_1"])[wrong], kind="stable")][:NUM_MISTAKES]
+    return [
+        {
+            "id": table["id"][i],
+            "path": test.path(table["id"][i]),
+            "label": class_names[table["label"][i]],
+            "prediction": class_names[table["prediction_1"][i]],
+            "confidence": table["probability_1"][i],
+            "picture": data_uri_of(test.encoded(table["id"][i])),
+        }
+        for i in order
+    ]
+
+
+def data_uri_of(encoded: np.ndarray) -> str:
+    """The image as a data URI; formats that browsers do not show (TIFF) become PNG."""
+    content = encoded.tobytes()
+    mime = MIME.get(content[:2])
+    if mime is None:
+        content, mime = encode_png(Image.open(io.BytesIO(content)).convert("RGB")), "image/png"
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"

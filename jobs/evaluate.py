@@ -1,0 +1,58 @@
+"""Evaluates runs: every image of each split exactly once through each run's best checkpoint, then the report."""
+
+import argparse
+import sys
+
+from cifar_dist.config import Parser, prepare_environment
+from cifar_dist.errors import UserError, exit_code_of
+
+RAY_ADDRESS = prepare_environment()
+
+from cifar_dist.evaluate import driver, report  # noqa: E402 - Ray reads the environment when it is imported
+from cifar_dist.evaluate.shard import SPLITS  # noqa: E402
+from cifar_dist.train import launch  # noqa: E402
+
+EXAMPLE = """example:
+  python jobs/evaluate.py --runs /tmp/runs/first --data /tmp/shapes --out /tmp/report --shards 2
+"""
+
+
+def parser() -> Parser:
+    p = Parser(prog="evaluate.py", description=__doc__, epilog=EXAMPLE)
+    p.add_argument("--runs", required=True, nargs="+", metavar="URI", help="run folders (STORAGE/NAME)")
+    p.add_argument("--data", required=True, metavar="URI", help="the data set that the runs were trained on")
+    p.add_argument("--out", required=True, metavar="URI", help="folder for predictions, report.json and report.html")
+    p.add_argument(
+        "--shards", type=int, default=0, metavar="N", help="parallel tasks (default: the cluster's CPUs or GPUs)"
+    )
+    p.add_argument(
+        "--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="splits to evaluate (default: all)"
+    )
+    p.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: GPUs if the cluster has any")
+    p.add_argument("--staging-folder", help="local folder for staged data (default: in the temporary folder)")
+    p.add_argument(
+        "--address", default=RAY_ADDRESS, help="Ray cluster (default: RAY_ADDRESS, else one is started here)"
+    )
+    return p
+
+
+def evaluate(args: argparse.Namespace, runs: list[str], data: str, out: str, splits: list[str]) -> str:
+    if args.shards < 0:
+        raise UserError(f"--shards must be 1 or more, not {args.shards}")
+    launch.connect(args.address, 1)
+    gpu = launch.uses_gpu(args.device)
+    num_shards = args.shards or launch.count_resource("GPU" if gpu else "CPU")
+    evaluations = driver.evaluate(runs, data, out, num_shards, tuple(splits), gpu, args.staging_folder)
+    page = report.write_report(evaluations, data, out, args.staging_folder)
+    for evaluation in evaluations:
+        for split, counts in evaluation.counts.items():
+            correct, n = int(counts.confusion.trace()), counts.num_images
+            print(f"{evaluation.name} {split}: {correct}/{n} correct, accuracy {correct / n:.2%}")
+    print(f"report: {page}")
+    return page
+
+
+if __name__ == "__main__":
+    options = parser().parse_args()
+    run = lambda: evaluate(options, options.runs, options.data, options.out, options.splits)  # noqa: E731
+    sys.exit(exit_code_of(run, options.debug))

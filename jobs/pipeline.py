@@ -1,0 +1,49 @@
+"""The main job: prepare a data set, train both models, evaluate, report. Run again, it goes on where it stopped."""
+
+import argparse
+import sys
+
+from evaluate import evaluate
+from prepare import add_source_options, prepare
+from train import add_launch_options, train
+
+from cifar_dist.config import Parser, add_config_options
+from cifar_dist.errors import UserError, exit_code_of
+from cifar_dist.recipes import describe_recipes
+from cifar_dist.storage import join_uri
+
+EPILOG = f"""recipes:
+{describe_recipes()}
+
+Writes OUT/data, OUT/runs/RECIPE and OUT/report. Settings given here override those of every recipe.
+
+examples:
+  python jobs/pipeline.py --out demo
+  python jobs/pipeline.py --source cifar10 --recipes deck_fan deck_resnet50v2 --workers 8 --out s3://bucket/deck
+"""
+
+
+def parser() -> Parser:
+    p = Parser(prog="pipeline.py", description=__doc__, epilog=EPILOG)
+    p.add_argument("--out", required=True, metavar="URI", help="shared folder for data, runs and report")
+    recipes = ["quickstart_fan", "quickstart_resnet50v2"]
+    p.add_argument("--recipes", nargs="+", metavar="NAME", default=recipes, help=f"default: {' '.join(recipes)}")
+    p.add_argument("--shards", type=int, default=0, metavar="N", help="evaluation tasks (default: CPUs or GPUs)")
+    add_source_options(p, default="shapes")
+    add_launch_options(p)
+    add_config_options(p)
+    return p
+
+
+def pipeline(args: argparse.Namespace) -> None:
+    if len(set(args.recipes)) < len(args.recipes):
+        raise UserError(f"--recipes names one twice: {' '.join(args.recipes)}")
+    data, storage, report = (join_uri(args.out, name) for name in ("data", "runs", "report"))
+    prepare(args, data)
+    runs = [train(args, recipe, data, storage, name=recipe).run_uri for recipe in args.recipes]
+    evaluate(args, runs, data, report, ["train", "validation", "test"])
+
+
+if __name__ == "__main__":
+    options = parser().parse_args()
+    sys.exit(exit_code_of(lambda: pipeline(options), options.debug))
