@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -37,6 +39,8 @@ class Section:
                 raise UserError(f"--{name} takes a value of type {kind}, not {value!r}")
             if choices and value not in choices:
                 raise UserError(f"--{name} is one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}")
+            if f.type is float and not math.isfinite(value):
+                raise UserError(f"--{name} takes a value that is finite, not {value}")
             if (low is not None and not value >= low) or (high is not None and not value <= high):
                 bounds = f"from {low:g} to {high:g}" if high is not None else f"of {low:g} or more"
                 raise UserError(f"--{name} takes a value {bounds}, not {value}")
@@ -173,6 +177,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self._negative_number_matcher = re.compile(r"-\d")  # -1..1 and -1e-3 are values, not options
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

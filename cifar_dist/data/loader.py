@@ -79,12 +79,17 @@ class Loader:
     def batches(self, plans: Iterable[Plan]) -> Iterator[Batch]:
         """The planned batches in order; the next one is decoded while the caller works on this one."""
         waiting: Plan | None = None
-        for plan in plans:
-            ready = waiting and self._collect(waiting)
-            self._submit(plan)
-            waiting = plan
-            if ready:
-                yield ready
+        try:
+            for plan in plans:
+                ready = waiting and self._collect(waiting)
+                self._submit(plan)
+                waiting = plan
+                if ready:
+                    yield ready
+        except GeneratorExit:  # the caller left early: the batch in flight must not become the next iteration's first
+            if waiting:
+                self._collect(waiting)
+            raise
         if waiting:
             yield self._collect(waiting)
 

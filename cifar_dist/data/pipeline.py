@@ -50,6 +50,7 @@ class ImagePipeline:
     ) -> None:
         self.spec, self.device = spec, device
         gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if gpu else None
         self._pipe = image_pipeline(
             spec,
             encoded,
@@ -74,11 +75,13 @@ class ImagePipeline:
         """The oldest submitted batch. Raises RuntimeError if an image cannot be decoded."""
         (output,) = self._pipe.share_outputs()
         output = output.as_tensor()
-        batch = torch.empty(output.shape(), dtype=torch.float32, device=self.device)
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(output, batch, cuda_stream=stream)  # a copy: DALI reuses its buffer
-        if stream is not None:
-            stream.synchronize()
+        # A copy, since DALI reuses its buffer; on a GPU in a stream of its own, so that it waits for no training step.
+        with torch.cuda.stream(self._stream):
+            batch = torch.empty(output.shape(), dtype=torch.float32, device=self.device)
+            feed_ndarray(output, batch, cuda_stream=self._stream)
+        if self._stream is not None:
+            self._stream.synchronize()
+            batch.record_stream(torch.cuda.current_stream(self.device))
         self._pipe.release_outputs()
         return batch.permute(0, 3, 1, 2) if self.spec.channels_last else batch
 

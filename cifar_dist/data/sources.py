@@ -2,7 +2,6 @@
 
 import io
 import json
-import operator
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from cifar_dist.data.order import TEST, stratified_split
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder
+from cifar_dist.storage import Folder, join_uri
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 
@@ -92,10 +91,13 @@ def checked_row(item: Item) -> Row:
         raise UserError(f"{where} is empty (zero bytes)")
     try:
         with Image.open(io.BytesIO(content)) as image:
+            image.verify()  # a PNG's checksums and its end, which load() does not look at
+        with Image.open(io.BytesIO(content)) as image:
             image.load()
             encoding, (width, height) = image.format or "unknown", image.size
             if encoding in FORMATS and (image.mode != "RGB" or getattr(image, "n_frames", 1) > 1):
-                content, encoding = encode_png(to_rgb(image)), "PNG"
+                upright = to_rgb(ImageOps.exif_transpose(image))  # the new file has no EXIF to turn it by
+                content, encoding, (width, height) = encode_png(upright), "PNG", upright.size
             elif image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 are turned by 90 degrees when decoded
                 width, height = height, width
     except Exception as error:  # Pillow raises many types for damaged files; each means the same here
@@ -134,8 +136,9 @@ def cifar10(path: str | None) -> Source:
         ) from error
 
     def items(split: str) -> list[Item]:
-        data, targets = parts[split].data, parts[split].targets
-        return [Item(f"{split}-{i:05d}.png", targets[i], partial(operator.getitem, data, i)) for i in range(len(data))]
+        data: np.ndarray = parts[split].data
+        targets = parts[split].targets
+        return [Item(f"{split}-{i:05d}.png", targets[i], partial(data.__getitem__, i)) for i in range(len(data))]
 
     return Source("cifar10", list(parts["train"].classes), {split: items(split) for split in parts})
 
@@ -191,13 +194,13 @@ def parquet(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Sour
     folder = Folder(path)
     names = [n for n in folder.names() if n.endswith(".parquet")]
     if not names and "data" in folder.names():
-        folder = Folder(f"{path}/data")
+        folder = Folder(join_uri(path, "data"))
         names = [n for n in folder.names() if n.endswith(".parquet")]
     tables = {split: [n for n in names if re.match(rf"{split}\b", n)] for split in ("train", "test")}
     if not tables["train"]:
         raise UserError(f"{path} holds no train*.parquet; --source parquet reads the Hugging Face layout")
     loaded = {split: [read_parquet(folder, n) for n in files] for split, files in tables.items() if files}
-    class_names = parquet_classes([table for parts in loaded.values() for _, table in parts])
+    class_names = parquet_classes(path, [table for parts in loaded.values() for _, table in parts])
     splits = {
         split: [item for name, table in parts for item in parquet_items(name, table, len(class_names))]
         for split, parts in loaded.items()
@@ -209,7 +212,7 @@ def parquet(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Sour
 
 def read_parquet(folder: Folder, name: str) -> tuple[str, pa.Table]:
     """(path, table with the columns image and label)."""
-    where = f"{folder.uri}/{name}"
+    where = join_uri(folder.uri, name)
     try:
         table = pq.read_table(folder.at(name), filesystem=folder.fs)
     except (pa.ArrowException, OSError) as error:
@@ -227,14 +230,17 @@ def read_parquet(folder: Folder, name: str) -> tuple[str, pa.Table]:
     return where, pa.table(columns).replace_schema_metadata(table.schema.metadata)
 
 
-def parquet_classes(tables: list[pa.Table]) -> list[str]:
+def parquet_classes(path: str, tables: list[pa.Table]) -> list[str]:
     """Class names from the Hugging Face metadata, or '0', '1', ... up to the largest label."""
     info = json.loads((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
     names = info.get("info", {}).get("features", {}).get("label", {}).get("names")
     if names:
         return list(names)
     labels = [value for table in tables for value in table["label"].to_pylist() if value is not None]
-    return [str(i) for i in range(max(labels, default=-1) + 1)]
+    largest = max(labels, default=-1)
+    if not 0 <= largest < len(labels):
+        raise UserError(f"{path} has {len(labels)} labels up to {largest}; each class from 0 on needs images")
+    return [str(i) for i in range(largest + 1)]
 
 
 def parquet_items(where: str, table: pa.Table, num_classes: int) -> list[Item]:

@@ -46,8 +46,8 @@ def confusion(matrix: np.ndarray, class_names: list[str]) -> str:
     axes = figure.add_subplot(xlabel="predicted", ylabel="label")
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if n <= 20:
-        axes.set_xticks(range(n), class_names, rotation=45, ha="right")
-        axes.set_yticks(range(n), class_names)
+        axes.set_xticks(range(n), class_names, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(n), class_names, parse_math=False)
         for row, column in np.ndindex(n, n):
             color = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7, color=color)

@@ -221,8 +221,15 @@ def train(config: Config, launch: Launch) -> RunResult:
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=launch.collective_timeout_seconds),
     )
+
+    def drain() -> list[dict[str, Any]]:
+        try:
+            return ray.get(progress.drain.remote())
+        except ray.exceptions.RayError:  # only the display is lost; fit() reports what failed
+            return []
+
     try:
-        with Display(lambda: ray.get(progress.drain.remote()), config.loop.epochs):
+        with Display(drain, config.loop.epochs):
             trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise UserError(

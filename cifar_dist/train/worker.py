@@ -59,8 +59,11 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Ray Train's train function. A fault that the user can mend ends the run on every rank, with a status."""
     job: Job = settings["job"]
     fault = None
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL's object collectives use the current device
     try:
-        worker = Worker(job)
+        worker = Worker(job, device)
     except UserError as error:
         fault = str(error)
     faults: list[str | None] = [None] * dist.get_world_size()
@@ -79,11 +82,10 @@ def train_worker(settings: dict[str, Any]) -> None:
 class Worker:
     """One rank of a run, set up and resumed from the newest checkpoint."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, device: torch.device) -> None:
         self.job, config = job, job.config
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        device = ray.train.torch.get_device()
         torch.set_num_threads(job.num_threads)
         torch.use_deterministic_algorithms(config.loop.deterministic)
         self.manifest = self._manifest()

@@ -1,0 +1,50 @@
+# Needs python3 and the package registries alone. uv is taken from PATH, or else installed into .uv here.
+SHELL := /bin/bash
+UV := $(shell command -v uv)
+ifeq ($(UV),)
+  UV := .uv/bin/uv
+  # A bootstrapped uv leaves nothing outside this folder.
+  export UV_CACHE_DIR ?= $(CURDIR)/.uv/cache
+  export UV_PYTHON_INSTALL_DIR ?= $(CURDIR)/.uv/python
+endif
+# Compiled once here, packages start several times faster in every Ray worker.
+export UV_COMPILE_BYTECODE ?= 1
+PYTHON := .venv/bin/python
+SYNCED := .venv/.synced
+
+.PHONY: help demo test lint format types bench clean
+help:
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(SYNCED) ## the main job on built-in data: prepare, train both models, evaluate, report (in demo/)
+	$(PYTHON) jobs/pipeline.py --source shapes --out demo --workers 2 --shards 2
+
+test: lint types ## lint, types and all tests
+	$(PYTHON) -m pytest
+
+lint: $(SYNCED) ## ruff: lint and format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: $(SYNCED) ## rewrite the code in ruff's format
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+types: $(SYNCED) ## mypy
+	.venv/bin/mypy
+
+bench: $(SYNCED) ## the benchmarks (minutes; prints tables, writes benchmarks/results)
+	$(PYTHON) benchmarks/input.py
+
+clean: ## remove what make made, but for uv
+	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+
+$(SYNCED): pyproject.toml uv.lock | $(UV)
+	$(UV) sync --locked
+	@touch $@
+
+.uv/bin/uv:
+	@echo "uv is not on PATH: installing it into .uv"
+	@{ python3 -m venv .uv && .uv/bin/python -m pip install --quiet --no-cache-dir uv; } \
+	  || { rm -rf .uv && python3 -m pip install --quiet --no-cache-dir --target .uv uv; } \
+	  || { rm -rf .uv; echo "error: python3 has neither venv nor pip; install uv or python3-venv" >&2; exit 1; }

@@ -1,0 +1,94 @@
+"""Runs the jobs as a user does: real processes, on real Ray clusters, that can be killed."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# resnet50v2 with a frozen base is the lighter of the two networks to train and to store.
+SMALL = (
+    *("--recipe", "quickstart_resnet50v2", "--train-images", "40", "--global-batch-size", "10"),
+    *("--validation-fraction", "0.3", "--log-every-steps", "1", "--epochs", "2"),
+)
+
+
+class Job:
+    """jobs/SCRIPT as a process, from another folder than the project's; finds the processes that it brought forth."""
+
+    def __init__(self, script: str, *args: str, env: dict[str, str] | None = None) -> None:
+        self.tag = f"CIFAR_DIST_TEST={uuid.uuid4()}"
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the job has ended
+        name, _, value = self.tag.partition("=")
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "jobs" / script), *args],
+            cwd=os.sep,
+            env={**os.environ, **(env or {}), name: value},
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+
+    def family(self, name: str = "") -> list[int]:
+        """Pids of this job's processes, Ray's among them, whose command line holds `name`."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment, command = (folder / "environ").read_bytes(), (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if self.tag.encode() in environment and name.encode() in command:
+                found.append(int(folder.name))
+        return sorted(found)
+
+    def kill(self, name: str = "") -> int:
+        """SIGKILL to the family members of that name; returns how many there were."""
+        pids = self.family(name)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return len(pids)
+
+    def wait(self, timeout: float = 500) -> tuple[int, str]:
+        """(exit code, stdout and stderr)."""
+        try:
+            code = self.process.wait(timeout)
+        finally:
+            self.kill()
+        self.log.seek(0)
+        return code, self.log.read()
+
+
+def run_job(script: str, *args: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """(exit code, stdout and stderr) of jobs/SCRIPT."""
+    return Job(script, *args, env=env).wait()
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 240) -> None:
+    """Polls; fails the test after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+def read_metrics(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def without_clock(lines: list[dict]) -> list[dict]:
+    """The lines without what depends on the clock."""
+    clock = {"images_per_second", "data_wait_share", "seconds", "validation_seconds"}
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def train_args(data: str, storage: Path | str, name: str, workers: int = 2, *more: str) -> list[str]:
+    where = ["train.py", "--data", data, "--storage", str(storage), "--name", name, "--workers", str(workers)]
+    return [*where, *SMALL, "--checkpoint-every-steps", "3", *more]

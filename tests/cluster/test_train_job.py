@@ -1,0 +1,143 @@
+"""jobs/train.py on a real Ray cluster: what a run leaves behind, continuing it, killing it, stopping it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from job_process import Job, read_metrics, run_job, train_args, wait_until, without_clock
+from safetensors.torch import load_file
+
+from cifar_dist.train.checkpoint import Checkpoints, Cursor
+
+# 40 images in batches of 10, two epochs; 18 of the 60 images validate.
+NUM_STEPS = 8
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    latest = Checkpoints(str(run)).latest()
+    assert latest is not None
+    return load_file(run / "checkpoints" / latest.name / "model.safetensors")
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Bit for bit the same weights, and the same metrics without gaps or repeats."""
+    assert without_clock(read_metrics(run)) == without_clock(read_metrics(other))
+    mine, theirs = weights(run), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def steps_logged(run: Path) -> list[int]:
+    return [line["global_step"] for line in read_metrics(run) if line["kind"] == "step"]
+
+
+def test_a_run_leaves_what_the_design_says(whole_run: tuple[Path, str]) -> None:
+    run, output = whole_run
+    assert "RANDOM weights" in output
+    assert "epoch 2/2 done" in output
+    assert steps_logged(run) == list(range(1, NUM_STEPS + 1))
+    epochs = [line for line in read_metrics(run) if line["kind"] == "epoch"]
+    assert [e["num_validation"] for e in epochs] == [20, 20]
+    for epoch in epochs:
+        assert epoch["validation_accuracy"] == epoch["num_validation_correct"] / 20
+        assert epoch["images_per_second"] > 0
+        assert 0 <= epoch["data_wait_share"] < 1
+    checkpoints = Checkpoints(str(run))
+    assert [c.cursor for c in checkpoints.all()][-1] == Cursor(2, 0)
+    best = checkpoints.best()
+    assert best is not None
+    assert best.meta["metrics"]["validation_accuracy"] == max(e["validation_accuracy"] for e in epochs)
+    assert json.loads((run / "config.json").read_text())["config"] == best.meta["config"]
+    assert best.meta["world_size"] == 2
+    assert any((run / "tensorboard").iterdir())
+
+
+def test_a_finished_run_says_so_and_does_nothing(whole_run: tuple[Path, str], tiny_uri: str) -> None:
+    run, _ = whole_run
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    code, output = run_job(*train_args(tiny_uri, run.parent, "whole"))
+    assert code == 0
+    assert "run whole is finished already" in output
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_are_refused_for_a_stored_run(whole_run: tuple[Path, str], tiny_uri: str) -> None:
+    run, _ = whole_run
+    code, output = run_job(*train_args(tiny_uri, run.parent, "whole", 2, "--learning-rate", "0.5"))
+    assert code == 1
+    assert "the run whole was started with learning_rate=0.001, not 0.5" in output
+    assert "Traceback" not in output
+
+
+def test_a_killed_worker_changes_nothing(whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path) -> None:
+    job = Job(*train_args(tiny_uri, tmp_path, "run"))
+    wait_until(lambda: Checkpoints(str(tmp_path / "run")).latest())
+    assert job.kill("RayTrainWorker") == 2
+    code, output = job.wait()
+    assert code == 0, output
+    assert "continuing from epoch-" in output
+    assert_same_run(tmp_path / "run", whole_run[0])
+
+
+def test_a_killed_driver_changes_nothing(whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path) -> None:
+    first = Job(*train_args(tiny_uri, tmp_path, "run"))
+    wait_until(lambda: Checkpoints(str(tmp_path / "run")).latest())
+    first.process.kill()
+    first.wait()
+    assert len(steps_logged(tmp_path / "run")) < NUM_STEPS
+    code, output = run_job(*train_args(tiny_uri, tmp_path, "run"))
+    assert code == 0, output
+    assert "continuing from epoch-" in output
+    assert_same_run(tmp_path / "run", whole_run[0])
+
+
+def test_another_number_of_workers_sees_the_same_batches(
+    whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path
+) -> None:
+    """BatchNorm sees other parts of a batch, so losses differ a little; the images and their number do not."""
+    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 3))
+    assert code == 0, output
+    mine, theirs = read_metrics(tmp_path / "run"), read_metrics(whole_run[0])
+    assert [line["global_step"] for line in mine] == [line["global_step"] for line in theirs]
+    assert mine[-1]["num_validation"] == theirs[-1]["num_validation"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_once(tiny_uri: str, tmp_path: Path) -> None:
+    more = ["--learning-rate", "1e30", "--optimizer", "sgd", "--checkpoint-every-steps", "1"]
+    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 1, *more))
+    assert code == 1
+    assert "not a number" in output
+    assert "Lower --learning-rate" in output
+    assert "Traceback" not in output
+    for checkpoint in Checkpoints(str(tmp_path / "run")).all():
+        state = load_file(tmp_path / "run" / "checkpoints" / checkpoint.name / "model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_accuracy_at_chance_is_named(tiny_uri: str, tmp_path: Path) -> None:
+    more = ["--learning-rate", "0", "--chance-warning-steps", "2", "--epochs", "1"]
+    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 1, *more))
+    assert code == 0, output
+    assert output.count("the network is not learning") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--workers", "0"], "--workers must be 1 or more"),
+        (["--name", "../up"], "is no run name"),
+        (["--global-batch-size", "1"], "less than one image for each of 2 workers"),
+        (["--device", "gpu"], "workers need a GPU each"),
+        (["--train-images", "1000"], "the data set has 60 train images"),
+        (["--data", "/nowhere"], "is no data set"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_starts(
+    more: list[str], message: str, tiny_uri: str, tmp_path: Path
+) -> None:
+    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 2, *more))
+    assert code == 1
+    assert message in output
+    assert "Traceback" not in output
+    assert not list(tmp_path.rglob("checkpoints"))

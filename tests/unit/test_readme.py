@@ -1,0 +1,49 @@
+"""The README's commands parse, and its list of files is the tree."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+JOBS = re.findall(r"python (jobs/\w+\.py .*)", BLOCKS)
+PARSE = "import sys; sys.path.insert(0, 'jobs'); import {job}; {job}.parser().parse_args(sys.argv[1:])"
+
+
+def test_it_shows_every_job() -> None:
+    assert {command.split()[0] for command in JOBS} == {f"jobs/{p.name}" for p in (ROOT / "jobs").glob("*.py")}
+
+
+@pytest.mark.parametrize("command", JOBS)
+def test_every_command_of_a_job_parses(command: str) -> None:
+    script, *args = shlex.split(command, comments=True)
+    parse = [sys.executable, "-c", PARSE.format(job=Path(script).stem), *args]
+    result = subprocess.run(parse, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_make_target_it_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_it_lists_every_file_of_the_product() -> None:
+    listed = set(re.findall(r"^\| `([^`]+)` \|", README, re.MULTILINE))
+    there = {
+        str(path.relative_to(ROOT))
+        for folder in ("jobs", "cifar_dist", "benchmarks", "k8s")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix in (".py", ".j2", ".yaml") and path.read_text().strip()
+    }
+    assert there <= listed, there - listed
+    assert all((ROOT / name).exists() for name in listed), listed
+
+
+def test_the_pictures_it_shows_exist() -> None:
+    assert all((ROOT / name).exists() for name in re.findall(r"!\[.*?\]\((.*?)\)", README))

@@ -1,0 +1,452 @@
+"""Sources: every kind of image becomes RGB or is refused by its path; folders, Parquet, CIFAR-10 and shapes give rows."""
+
+import hashlib
+import io
+import json
+import pickle
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageOps
+from torchvision.datasets import CIFAR10
+
+from cifar_dist.data import sources
+from cifar_dist.data.pipeline import decode
+from cifar_dist.errors import UserError
+
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
+    """A smooth picture without symmetry, in any of Pillow's modes."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    pixels = np.stack([200 * x + 20, 180 * y + 30, 120 * x * y + 60], -1).astype(np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write_tree(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def row_of(content: bytes) -> sources.Row:
+    return sources.checked_row(sources.Item("picture", 0, lambda: content))
+
+
+def decoded(content: bytes) -> np.ndarray:
+    """uint8 [H, W, 3] as the training job sees it."""
+    return next(decode([[np.frombuffer(content, np.uint8)]], 1, 1))[0]
+
+
+PNG, JPEG = encoded(picture(), "PNG"), encoded(picture(), "JPEG")
+
+
+# Images that are kept or converted
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+def test_rgb_files_are_kept_byte_for_byte(format: str):
+    content = encoded(picture(), format)
+    row = row_of(content)
+    assert (row.encoded, row.encoding, row.height, row.width) == (content, format, 16, 24)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    assert np.abs(decoded(content).astype(int) - expected).max() <= 2  # JPEG and WebP decoders may round differently
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGBA", "PNG")]
+    + [("I;16", "PNG"), ("RGBA", "WEBP"), ("P", "BMP"), ("L", "BMP"), ("CMYK", "TIFF"), ("I;16", "TIFF")],
+)
+def test_other_modes_become_rgb(mode: str, format: str):
+    row = row_of(encoded(picture(mode), format))
+    assert row.encoding == "PNG"
+    with Image.open(io.BytesIO(row.encoded)) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (24, 16))
+        got = np.asarray(image).astype(int)
+    gray = mode in ("1", "L", "LA", "I;16")
+    expected = np.asarray(picture().convert("L").convert("RGB") if gray else picture()).astype(int)
+    if mode == "I;16":  # made of the red channel
+        expected = np.asarray(picture())[..., :1].repeat(3, -1).astype(int)
+    error = np.abs(got - expected)
+    # Dithering keeps local means only, a palette and a lossy encoding are near, all else is exact.
+    if mode == "1":
+        assert set(np.unique(got)) == {0, 255}
+        assert abs(error.mean() - error.mean()) < 1 and abs(got.mean() - expected.mean()) < 8
+    else:
+        assert error.max() <= (60 if mode == "P" else 12 if format in ("JPEG", "WEBP") else 0)
+
+
+def test_16_bit_rgb_png_reaches_training_as_8_bit():
+    pixels = np.random.default_rng(0).integers(0, 65536, (5, 4, 3))
+    body = zlib.compress(b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 5, 16, 2, 0, 0, 0)), (b"IDAT", body), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    assert np.abs(decoded(row_of(content).encoded) - pixels / 257).max() <= 1
+
+
+def test_a_palette_with_transparency_keeps_its_colours():
+    image = Image.new("P", (2, 1))
+    image.putpalette([250, 10, 20, 30, 240, 50])
+    image.putpixel((1, 0), 1)
+    row = row_of(encoded(image, "PNG", transparency=0))
+    assert decoded(row.encoded).tolist() == [[[250, 10, 20], [30, 240, 50]]]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_exif_orientation_is_applied_once(mode: str, format: str, orientation: int):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = encoded(picture(mode), format, exif=exif.tobytes())
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")).astype(int)
+    row = row_of(content)
+    got = decoded(row.encoded)
+    assert got.shape == upright.shape
+    assert (row.height, row.width) == upright.shape[:2]
+    assert np.abs(got - upright).max() <= 2
+
+
+def test_of_several_pages_the_first_is_kept():
+    row = row_of(encoded(picture(), "TIFF", save_all=True, append_images=[Image.new("RGB", (24, 16))]))
+    assert row.encoding == "PNG"
+    assert (decoded(row.encoded) == np.asarray(picture())).all()
+
+
+def test_raw_pixels_become_lossless_png():
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
+    row = sources.checked_row(sources.Item("x.png", 4, lambda: pixels))
+    assert (row.path, row.label, row.encoding, row.height, row.width) == ("x.png", 4, "PNG", 7, 9)
+    assert (np.asarray(Image.open(io.BytesIO(row.encoded))) == pixels).all()
+
+
+# Images that are refused
+
+
+def damaged_png() -> bytes:
+    """One byte in the middle of the pixels is changed: decoders may not notice, the checksum does."""
+    return PNG[: len(PNG) // 2] + bytes([PNG[len(PNG) // 2] ^ 0xFF]) + PNG[len(PNG) // 2 + 1 :]
+
+
+BAD_FILES = {
+    "empty.png": (b"", "zero bytes"),
+    "text.jpg": (b"this is no picture\n" * 20, "no image"),
+    "damaged.png": (damaged_png(), "not a readable image"),
+    "damaged.jpg": (JPEG[:2] + bytes(len(JPEG) - 2), "not a readable image"),
+    "truncated.jpg": (JPEG[: len(JPEG) * 2 // 3], "truncated"),
+    "truncated.png": (PNG[: len(PNG) // 2], "not a readable image"),
+    "no_end.png": (PNG[:-14], "not a readable image"),  # all pixels are there, their checksum and the end are not
+    "truncated.bmp": (encoded(picture(), "BMP")[:-50], "truncated"),
+    "truncated.tiff": (encoded(picture(), "TIFF")[:-50], "not a readable image"),
+    "truncated.webp": (encoded(picture(), "WEBP")[:-20], "not a readable image"),
+    "picture.gif": (encoded(picture("P"), "GIF"), "GIF"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_named_by_its_path(tmp_path: Path, name: str):
+    content, reason = BAD_FILES[name]
+    root = write_tree(
+        tmp_path,
+        {
+            "train/a/1.png": PNG,
+            f"train/a/{name}": content,
+            "train/b/1.png": PNG,
+            "test/a/1.png": PNG,
+            "test/b/1.png": PNG,
+        },
+    )
+    with pytest.raises(UserError) as caught:
+        list(sources.image_folder(str(root)).rows("train"))
+    message = str(caught.value)
+    assert str(root / "train" / "a" / name) in message
+    assert reason in message
+    assert "--skip-bad" in message
+    assert "\n" not in message
+
+
+def test_skip_bad_leaves_out_and_lists_the_bad_files_only(tmp_path: Path):
+    good = {f"{split}/{c}/good.png": PNG for split in ("train", "test") for c in "ab"}
+    root = write_tree(tmp_path, good | {f"train/b/{name}": content for name, (content, _) in BAD_FILES.items()})
+    source = sources.image_folder(str(root))
+    assert [row.path for row in source.rows("train", skip_bad=True)] == ["train/a/good.png", "train/b/good.png"]
+    assert len(source.skipped) == len(BAD_FILES)
+    assert all(str(root / "train/b" / name) in " ".join(source.skipped) for name in BAD_FILES)
+
+
+def test_a_folder_in_place_of_an_image_is_named(tmp_path: Path):
+    root = write_tree(tmp_path, {"train/a/1.png": PNG, "train/b/nested/1.png": PNG})
+    source = sources.Source(
+        "folder", ["b"], {"train": [sources.Item("x", 0, lambda: sources.read_file(root / "train/b/nested"))]}
+    )
+    with pytest.raises(UserError, match="nested cannot be read"):
+        list(source.rows("train"))
+
+
+# Image folders
+
+
+def test_labels_follow_the_sorted_class_folders(tmp_path: Path):
+    names = ["zebra", "Ant", "bee"]
+    root = write_tree(
+        tmp_path, {f"{split}/{name}/{i}.png": PNG for split in ("train", "test") for name in names for i in "21"}
+    )
+    write_tree(
+        root, {"train/.cache/x.png": PNG, "train/bee/.DS_Store": b"hidden", "train/README": b"a file beside classes"}
+    )
+    source = sources.image_folder(str(root))
+    assert source.class_names == ["Ant", "bee", "zebra"]
+    assert [(row.path, row.label) for row in source.rows("test")] == [
+        (f"test/{name}/{i}.png", label) for label, name in enumerate(source.class_names) for i in "12"
+    ]
+    assert len(list(source.rows("train"))) == 6
+
+
+@pytest.mark.parametrize("num_classes", [2, 13])
+def test_any_number_of_classes(tmp_path: Path, num_classes: int):
+    root = write_tree(tmp_path, {f"train/c{c:02d}/{i}.png": PNG for c in range(num_classes) for i in range(2)})
+    assert len(sources.image_folder(str(root)).class_names) == num_classes
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"x.png": PNG}, "no folder named train"),
+        ({"train/a/1.png": PNG}, "1 class folders"),
+        ({"train/a/1.png": PNG, "train/b/.keep": b""}, "class 'b' has no images in"),
+        ({"train/a/1.png": PNG, "train/b/1.png": PNG, "test/a/1.png": PNG}, "class 'b' has no images in"),
+        (
+            {f"{s}/1.png": PNG for s in ("train/a", "train/b", "test/a", "test/b", "test/c")},
+            "'c' is in .*test but not in",
+        ),
+        ({"train/a/1.png": PNG, "train/b/1.png": PNG, "train/b/2.png": PNG}, "'a' has fewer than 2 images"),
+    ],
+)
+def test_a_folder_that_cannot_be_a_source_is_refused(tmp_path: Path, files: dict[str, bytes], message: str):
+    with pytest.raises(UserError, match=message):
+        sources.image_folder(str(write_tree(tmp_path, files)))
+
+
+@pytest.mark.parametrize("path", [None, "", "does/not/exist"])
+def test_no_such_folder(path: str | None):
+    with pytest.raises(UserError, match="no folder named train"):
+        sources.image_folder(path)
+
+
+def test_a_missing_test_split_is_drawn_by_class_with_the_seed(tmp_path: Path):
+    root = write_tree(tmp_path, {f"train/{c}/{i:02d}.png": PNG for c, n in (("a", 20), ("b", 10)) for i in range(n)})
+
+    def paths(seed: int, fraction: float = 0.2) -> dict[str, list[str]]:
+        source = sources.image_folder(str(root), fraction, seed)
+        return {split: [item.path for item in items] for split, items in source.splits.items()}
+
+    drawn = paths(seed=0)
+    assert [sum(f"/{c}/" in path for path in drawn["test"]) for c in "ab"] == [4, 2]
+    assert len(drawn["train"]) + len(drawn["test"]) == len({*drawn["train"], *drawn["test"]}) == 30
+    assert paths(seed=0) == drawn
+    assert paths(seed=1)["test"] != drawn["test"]
+    assert len(paths(seed=0, fraction=0.5)["test"]) == 15
+
+
+# Parquet
+
+
+def image_table(
+    labels: list[Any], column: str = "image", names: list[str] | None = None, **kinds: pa.DataType
+) -> pa.Table:
+    """The Hugging Face layout; the image of row i is i pixels wider than the first."""
+    images = [{"bytes": encoded(picture(size=(24 + i, 16)), "PNG"), "path": f"{i}.png"} for i in range(len(labels))]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({column: pa.array(images, kind), "label": pa.array(labels, kinds.get("label", pa.int64()))})
+    features = {"label": {"names": names, "_type": "ClassLabel"}} if names else {}
+    return table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})} if names else None
+    )
+
+
+@pytest.mark.parametrize("column", ["image", "img"])
+@pytest.mark.parametrize("folder", ["", "data"])
+def test_parquet_rows_keep_bytes_paths_and_labels(tmp_path: Path, column: str, folder: str):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    table = image_table([0, 1, 1, 0], column)
+    pq.write_table(table.slice(0, 3), tmp_path / folder / "train-00000-of-00002.parquet")
+    pq.write_table(table.slice(3), tmp_path / folder / "train-00001-of-00002.parquet")
+    pq.write_table(table, tmp_path / folder / "test.parquet")
+    source = sources.parquet(str(tmp_path))
+    assert source.class_names == ["0", "1"]
+    for split in ("train", "test"):
+        rows = list(source.rows(split))
+        assert [(r.path, r.label, r.width) for r in rows] == [(f"{i}.png", [0, 1, 1, 0][i], 24 + i) for i in range(4)]
+        assert [r.encoded for r in rows] == [v["bytes"] for v in table[column].to_pylist()]
+
+
+def test_class_names_come_from_the_hugging_face_metadata(tmp_path: Path):
+    pq.write_table(image_table([1, 0, 1, 0], names=["cat", "dog"]), tmp_path / "train.parquet")
+    source = sources.parquet(str(tmp_path), test_fraction=0.5)
+    assert source.class_names == ["cat", "dog"]
+    assert sorted(len(items) for items in source.splits.values()) == [2, 2]  # no test file: drawn from train
+
+
+def test_parquet_without_paths_names_rows(tmp_path: Path):
+    table = image_table([0, 0, 1, 1])
+    only_bytes = pa.StructArray.from_arrays([table["image"].combine_chunks().field("bytes")], ["bytes"])
+    pq.write_table(pa.table({"image": only_bytes, "label": table["label"]}), tmp_path / "train.parquet")
+    source = sources.parquet(str(tmp_path), 0.5)
+    assert {item.path for items in source.splits.values() for item in items} == {f"row-{i}" for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (lambda: image_table([0, 1, 2], names=["a", "b"]), "row 2 has the label 2; 0 to 1 are valid"),
+        (lambda: image_table([0, -1, 1], names=["a", "b"]), "row 1 has the label -1"),
+        (lambda: image_table([0, None, 1]), "row 1 has the label None"),
+        (lambda: image_table([0, 1, 2**50]), f"3 labels up to {2**50}"),
+        (lambda: image_table([]), "0 labels"),
+        (lambda: image_table([0.0, 1.0], label=pa.float32()), "column label is float; integers are needed"),
+        (lambda: image_table(["a", "b"], label=pa.string()), "column label is string"),
+        (lambda: image_table([0, 1], column="picture"), "columns picture, label; an image"),
+        (lambda: image_table([0, 1]).drop_columns("label"), "columns image; an image .* and a label column"),
+        (lambda: pa.table({"image": [b"x", b"y"], "label": [0, 1]}), "column image is binary; struct"),
+    ],
+)
+def test_a_parquet_file_that_cannot_be_a_source_is_refused(tmp_path: Path, table: Callable[[], pa.Table], message: str):
+    pq.write_table(table(), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=message) as caught:
+        sources.parquet(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("null", ["struct", "bytes"])
+def test_a_bad_image_in_parquet_is_named_by_file_and_row(tmp_path: Path, null: str):
+    images = [{"bytes": PNG, "path": "a"}, None if null == "struct" else {"bytes": None, "path": "b"}]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for split in ("train", "test"):
+        pq.write_table(pa.table({"image": pa.array(images, kind), "label": [0, 1]}), tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match=r"test.parquet row 1 is empty \(zero bytes\)"):
+        list(sources.parquet(str(tmp_path)).rows("test"))
+
+
+def test_damaged_parquet_is_named(tmp_path: Path):
+    path = tmp_path / "train.parquet"
+    pq.write_table(image_table([0, 1]), path)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"train\.parquet is not a readable Parquet file"):
+        sources.parquet(str(tmp_path))
+
+
+@pytest.mark.parametrize("path", [None, "", "does/not/exist"])
+def test_no_such_parquet_folder(path: str | None):
+    with pytest.raises(UserError, match=r"needs --path|no train\*\.parquet"):
+        sources.parquet(path)
+
+
+# CIFAR-10
+
+
+def test_cifar10_keeps_every_pixel_and_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """torchvision reads files in CIFAR-10's own format, only smaller: their checksums take the place of the real ones."""
+    random = np.random.default_rng(0)
+    root = tmp_path / CIFAR10.base_folder
+    root.mkdir()
+
+    def write(name: str, content: dict[str, Any]) -> list[str]:
+        (root / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((root / name).read_bytes()).hexdigest()]
+
+    def batch(name: str) -> list[str]:
+        return write(
+            name, {"data": random.integers(0, 256, (4, 3072), np.uint8), "labels": random.integers(0, 10, 4).tolist()}
+        )
+
+    monkeypatch.setattr(CIFAR10, "train_list", [batch("data_batch_1"), batch("data_batch_2")])
+    monkeypatch.setattr(CIFAR10, "test_list", [batch("test_batch")])
+    names = ["airplane", *"bcdefghij"]
+    name, md5 = write("batches.meta", {"label_names": names})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+
+    source = sources.cifar10(str(tmp_path))
+    assert source.class_names == names
+    for split, files in (("train", ["data_batch_1", "data_batch_2"]), ("test", ["test_batch"])):
+        batches = [pickle.loads((root / file).read_bytes()) for file in files]  # noqa: S301 - written above
+        planes = np.concatenate([b["data"] for b in batches]).reshape(-1, 3, 32, 32)
+        rows = list(source.rows(split))
+        assert [row.label for row in rows] == [label for b in batches for label in b["labels"]]
+        assert {row.encoding for row in rows} == {"PNG"}
+        got = np.stack([np.asarray(Image.open(io.BytesIO(row.encoded))) for row in rows])
+        assert (got == planes.transpose(0, 2, 3, 1)).all()
+
+
+def test_cifar10_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):  # nothing listens on port 9
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="could not be downloaded") as caught:
+        sources.cifar10(str(tmp_path))
+    for advice in (str(tmp_path), CIFAR10.filename, "--path", "--source folder", "--source shapes"):
+        assert advice in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_cifar10_does_not_make_a_mistyped_folder(tmp_path: Path):
+    with pytest.raises(UserError, match="typo does not exist"):
+        sources.cifar10(str(tmp_path / "typo"))
+
+
+# Shapes
+
+
+def test_shapes_follow_the_seed():
+    def rows(seed: int) -> dict[str, list[sources.Row]]:
+        source = sources.shapes(40, 20, seed)
+        return {split: list(source.rows(split)) for split in ("train", "test")}
+
+    first = rows(seed=0)
+    assert rows(seed=0) == first
+    contents = [row.encoded for rows in (first["train"], first["test"], rows(seed=1)["train"]) for row in rows]
+    assert len(set(contents)) == 100  # no picture twice: not within a split, between splits or between seeds
+
+
+def test_shapes_are_balanced_32_px_rgb():
+    source = sources.shapes(50, 20)
+    rows = list(source.rows("train"))
+    assert np.bincount([row.label for row in rows]).tolist() == [5] * 10
+    assert len(set(source.class_names)) == 10
+    assert {(row.height, row.width, row.encoding) for row in rows} == {(32, 32, "PNG")}
+    assert all(Image.open(io.BytesIO(row.encoded)).mode == "RGB" for row in rows)
+
+
+@pytest.mark.parametrize("label", range(10))
+def test_each_shape_stands_out_from_its_ground(label: int):
+    pixels = sources.draw_shape(label, (0, 0, label)).astype(int)
+    corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
+    share = (np.abs(pixels - np.median(corners, 0)).min(-1) > 40).mean()
+    assert 0.02 < share < 0.8
+
+
+@pytest.mark.parametrize(("num_train", "num_test"), [(19, 20), (20, 19), (0, 0), (-5, 100)])
+def test_too_few_shapes_are_refused(num_train: int, num_test: int):
+    with pytest.raises(UserError, match="must be 20 or more"):
+        sources.shapes(num_train, num_test)
