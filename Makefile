@@ -17,7 +17,7 @@ help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(SYNCED) ## the main job on built-in data: prepare, train both models, evaluate, report (in demo/)
-	$(PYTHON) jobs/pipeline.py --source shapes --out demo --workers 2 --shards 2
+	$(PYTHON) jobs/pipeline.py --source shapes --num-train 700 --num-test 300 --out demo --workers 2 --shards 2
 
 test: lint types ## lint, types and all tests
 	$(PYTHON) -m pytest

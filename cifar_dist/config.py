@@ -99,9 +99,7 @@ class LoopConfig(Section):
         "auto", "auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPU", choices=("auto", "fp32", "bf16", "fp16")
     )
     memory_format: str = option(
-        "auto",
-        "auto: channels_last on GPU, and for resnet50v2 on CPU",
-        choices=("auto", "contiguous", "channels_last"),
+        "auto", "auto: channels_last on GPU, and for resnet50v2 on CPU", choices=("auto", "contiguous", "channels_last")
     )
     compile: str = option("auto", "torch.compile (auto: on GPU only)", choices=("auto", "on", "off"))
     deterministic: bool = option(False, "deterministic algorithms only (CPU runs are deterministic anyway)")

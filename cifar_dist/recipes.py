@@ -29,14 +29,14 @@ def quickstart_fan() -> Config:
     BatchNorm momentum 0.8: 0.99 needs hundreds of steps before validation means anything.
     """
     return deck_fan().replace(
-        epochs=3, global_batch_size=32, batchnorm_momentum=0.8, validation_fraction=0.15, log_every_steps=5
+        epochs=2, global_batch_size=32, batchnorm_momentum=0.8, validation_fraction=0.15, log_every_steps=5
     )
 
 
 def quickstart_resnet50v2() -> Config:
     """ResNet50V2 with a frozen base at 96 px within minutes on two cores; not the deck's settings."""
     return deck_resnet50v2().replace(
-        epochs=6,
+        epochs=5,
         global_batch_size=32,
         image_size=96,
         batchnorm_momentum=0.8,

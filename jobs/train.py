@@ -53,8 +53,8 @@ def train(args: argparse.Namespace, recipe: str, data: str, storage: str, name: 
         args.max_failures,
         args.collective_timeout_seconds,
         args.staging_folder,
+        args.address,
     )
-    launch.connect(args.address, args.workers)
     result = launch.train(config, where)
     metrics, state = result.best.meta["metrics"], "is finished already" if result.was_finished else "finished"
     print(f"run {name} {state}: best {result.best.name}, validation accuracy {metrics['validation_accuracy']:.2%}")

@@ -225,11 +225,13 @@ def once_per_node(path: Path, make: Callable[[Path], None]) -> Path:
         with FileLock(path.with_name(path.name + ".lock")):
             if path.exists() and checksum.exists() and checksum.read_text() == file_sha256(path):
                 return path
-            make(part)
-            checksum.write_text(file_sha256(part))
-            part.replace(path)
+            try:
+                make(part)
+                checksum.write_text(file_sha256(part))
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)  # while the lock is held: later it may be another process's
     except OSError as error:
-        part.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free >> 20 if path.parent.exists() else 0
         raise UserError(
             f"cannot stage {path} on this node: {error} ({free} MiB free); make room or set --staging-folder"

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+from tqdm import tqdm
 
 from cifar_dist.config import Config
 from cifar_dist.data.store import Manifest, read_manifest, stage
@@ -79,7 +81,7 @@ def evaluate(
     folder.create("predictions")
     evaluations = []
     for name, uri, best in zip(names, run_uris, chosen, strict=True):
-        merged = merge(results_of(shards[name]), best, splits, labels, manifest)
+        merged = merge(results_of(shards[name], name), best, splits, labels, manifest)
         for split, (table, _) in merged.items():
             buffer = pa.BufferOutputStream()
             pq.write_table(table, buffer)
@@ -89,9 +91,10 @@ def evaluate(
     return evaluations
 
 
-def results_of(tasks: list[Any]) -> list[dict[str, tuple[pa.Table, Counts]]]:
+def results_of(tasks: list[Any], name: str) -> list[dict[str, tuple[pa.Table, Counts]]]:
     try:
-        return ray.get(tasks)
+        shards = tqdm(tasks, f"evaluate {name}", unit=" shards", disable=not sys.stderr.isatty())
+        return [ray.get(task) for task in shards]
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error

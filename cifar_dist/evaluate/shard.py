@@ -1,7 +1,6 @@
 """One shard of a run's evaluation: its part of each split through one checkpoint."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Loader, eval_plans
+from cifar_dist.data.loader import eval_plans
 from cifar_dist.data.store import Manifest, read_manifest
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.scores import Counts, count
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
-from cifar_dist.train.setup import build_model, image_spec, split_ids
+from cifar_dist.train.setup import build_model, image_spec, make_loader, split_ids
 
 BATCH = 100
 TOP_K = 5
@@ -70,22 +69,11 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     model = build_model(config, manifest.num_classes, spec, device)
     model.load_state_dict(loaded["average"] or loaded["model"])
     model.eval()
-    staging = Path(shard.staging_folder) if shard.staging_folder else None
     results = {}
     for split in shard.splits:
         stored = "test" if split == "test" else "train"
-        data = config.data
-        loader = Loader(
-            shard.data_uri,
-            manifest,
-            stored,
-            spec,
-            device,
-            shard.num_threads,
-            BATCH,
-            data.cache,
-            data.cache_budget_mib,
-            staging,
+        loader = make_loader(
+            config, shard.data_uri, manifest, stored, spec, device, shard.num_threads, BATCH, shard.staging_folder
         )
         ids = ids_of(split, config, loader.staged.labels)
         plans = eval_plans(ids, BATCH, shard.index, shard.num_shards)

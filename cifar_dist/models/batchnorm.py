@@ -29,12 +29,11 @@ class KerasBatchNorm(nn.Module):
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.epsilon
             )
         num_values = x.numel() // x.shape[1]
-        if num_values == 1:  # variance 0: what is left is the bias
+        if num_values == 1:  # variance 0: what is left, also of the gradient, is the bias
             self.running_mean.lerp_(x.detach().reshape(-1).float(), 1 - self.momentum)
             self.running_var.mul_(self.momentum)
-            return (x - x.detach()) * self.weight.view(1, -1, *[1] * (x.ndim - 2)) + self.bias.view(
-                1, -1, *[1] * (x.ndim - 2)
-            )
+            shape = (1, -1, *[1] * (x.ndim - 2))
+            return (x - x) * self.weight.view(shape) + self.bias.view(shape)
         moving = self.running_var.clone()  # autograd keeps the tensor it is given
         y = F.batch_norm(x, self.running_mean, moving, self.weight, self.bias, True, 1 - self.momentum, self.epsilon)
         # torch added (1 - momentum) * unbiased; (n - 1) / n of that is the biased part.

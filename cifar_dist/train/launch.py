@@ -38,6 +38,7 @@ class Launch:
     max_failures: int = 3
     collective_timeout_seconds: int = 300
     staging_folder: str | None = None
+    address: str | None = None  # of a Ray cluster; None starts one on this machine
 
     def __post_init__(self) -> None:
         if self.num_workers < 1:
@@ -182,7 +183,7 @@ def git_commit() -> str:
 
 
 def train(config: Config, launch: Launch) -> RunResult:
-    """Runs or continues a run to its last epoch on the connected Ray cluster.
+    """Runs or continues a run to its last epoch; connects to the Ray cluster once all else is checked.
 
     Raises UserError for settings, data or storage that do not fit, a loss that is not finite, and workers that died
     more than `max_failures` times.
@@ -191,9 +192,9 @@ def train(config: Config, launch: Launch) -> RunResult:
     manifest = read_manifest(data_uri)
     if check_run(config, launch, manifest):
         return finished(launch, was_finished=True)
+    connect(launch.address, launch.num_workers)
     resources = resources_per_worker(launch.num_workers, launch.device)
     use_gpu = "GPU" in resources
-    threads = max(1, min(int(resources["CPU"]), (os.cpu_count() or 1) // launch.num_workers))
     progress = Progress.remote()  # type: ignore[attr-defined]
     job = Job(
         config,
@@ -201,7 +202,7 @@ def train(config: Config, launch: Launch) -> RunResult:
         manifest.sha256,
         launch.run_uri,
         launch.staging_folder,
-        int(resources["CPU"]) if use_gpu else threads,
+        int(resources["CPU"]),
         git_commit(),
         progress,
     )

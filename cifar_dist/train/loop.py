@@ -43,6 +43,8 @@ class Clock:
         return {
             "images_per_second": round(self.num_images / seconds, 2),
             "data_wait_share": round(self.data_wait_seconds / seconds, 4),
+            "data_wait_seconds": round(self.data_wait_seconds, 3),
+            "compute_seconds": round(seconds - self.data_wait_seconds, 3),
             "seconds": round(seconds, 3),
         }
 
@@ -74,10 +76,7 @@ class TrainState:
 
 
 def train_epoch(
-    state: TrainState,
-    batches: Iterable[Batch],
-    on_log: Callable[[Clock], None],
-    on_checkpoint: Callable[[], None],
+    state: TrainState, batches: Iterable[Batch], on_log: Callable[[Clock], None], on_checkpoint: Callable[[], None]
 ) -> Clock:
     """Trains from the cursor to the end of its epoch. Nothing here waits for the device but the two callbacks."""
     config, seed = state.config, state.config.loop.seed

@@ -1,6 +1,7 @@
 """A run's record: metrics.jsonl and TensorBoard events, rewritten whole so that both match the checkpoints."""
 
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -34,9 +35,6 @@ class RunLog:
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
-    def warned(self, kind: str) -> bool:
-        return any(line["kind"] == "warning" and line["warning"] == kind for line in self.lines)
-
     def flush(self) -> None:
         """Stores what was added so far; called before each checkpoint."""
         self.run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
@@ -53,3 +51,27 @@ def read_lines(run: Folder) -> list[dict[str, Any]]:
         return [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
     except FileNotFoundError:
         return []
+
+
+def chance_warning(
+    train: float, validation: float | None, num_seen: int, num_classes: int, momentum: float
+) -> tuple[str, str] | None:
+    """(kind, message) if an accuracy over `num_seen` images is within 3 standard errors of chance, else None.
+
+    `train` and `validation` are shares in 0..1, `validation` None where there is none yet; `momentum` is BatchNorm's.
+    """
+    chance = 1 / num_classes
+    limit = chance + 3 * math.sqrt(chance * (1 - chance) / num_seen)
+    if train <= limit:
+        return "train_at_chance", (
+            f"training accuracy is {train:.1%}, chance is {chance:.1%}: the network is not learning. Likely causes: a "
+            "learning rate that is too high or too low, an --input-range that the weights were not made for, or labels "
+            "that do not belong to their images"
+        )
+    if validation is not None and validation <= limit:
+        return "validation_at_chance", (
+            f"validation accuracy is {validation:.1%}, chance is {chance:.1%}, while training accuracy is {train:.1%}. "
+            f"Likely causes: BatchNorm's moving statistics lag behind the weights (momentum {momentum:g}; train on, or "
+            "lower --batchnorm-momentum), or overfitting"
+        )
+    return None

@@ -1,9 +1,9 @@
 """What runs inside each Ray Train worker: set up, resume, train epoch by epoch, validate, checkpoint."""
 
 import math
+import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -15,24 +15,16 @@ from torch.nn.utils import get_total_norm
 
 from cifar_dist.config import Config
 from cifar_dist.data import order
-from cifar_dist.data.loader import Loader, eval_plans, train_plans
-from cifar_dist.data.pipeline import ImageSpec
-from cifar_dist.data.store import Manifest, read_manifest
+from cifar_dist.data.loader import eval_plans, train_plans
+from cifar_dist.data.store import read_manifest
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, to_json
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor
-from cifar_dist.train.loop import (
-    Clock,
-    TrainState,
-    average_batchnorm_over_ranks,
-    sum_over_ranks,
-    train_epoch,
-    validate,
-)
-from cifar_dist.train.metrics import RunLog
+from cifar_dist.train.loop import Clock, TrainState, average_batchnorm_over_ranks, sum_over_ranks, train_epoch, validate
+from cifar_dist.train.metrics import RunLog, chance_warning
 from cifar_dist.train.optim import average_of, make_optimizer
 from cifar_dist.train.precision import Precision
-from cifar_dist.train.setup import build_model, image_spec, split_ids
+from cifar_dist.train.setup import build_model, image_spec, make_loader, split_ids
 
 EVAL_BATCH = 100
 
@@ -46,7 +38,7 @@ class Job:
     manifest_sha256: str
     run_uri: str
     staging_folder: str | None
-    num_threads: int
+    num_cpus_per_worker: int
     git_commit: str
     progress: Any
 
@@ -86,13 +78,22 @@ class Worker:
         self.job, config = job, job.config
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        torch.set_num_threads(job.num_threads)
+        # On a laptop there may be more workers than cores.
+        cores = (os.cpu_count() or 1) // context.get_local_world_size()
+        self.num_threads = max(1, min(job.num_cpus_per_worker, cores))
+        torch.set_num_threads(self.num_threads)
         torch.use_deterministic_algorithms(config.loop.deterministic)
-        self.manifest = self._manifest()
+        self.manifest = read_manifest(job.data_uri)
+        if self.manifest.sha256 != job.manifest_sha256:
+            raise UserError(f"{job.data_uri} is not the same data set on every worker; is the storage shared?")
         spec = image_spec(config, device)
-        model = build_model(config, self.manifest.num_classes, spec, device)
-        self.loader = self._loader(spec, device)
+        batch_size = max(-(-config.loop.global_batch_size // self.world), EVAL_BATCH)
+        threads = config.data.dali_threads or self.num_threads
+        self.loader = make_loader(
+            config, job.data_uri, self.manifest, "train", spec, device, threads, batch_size, job.staging_folder
+        )
         self.train_ids, self.validation_ids = split_ids(config, self.loader.staged.labels)
+        model = build_model(config, self.manifest.num_classes, spec, device)
         self.state = TrainState(
             config,
             model,
@@ -106,49 +107,22 @@ class Worker:
             order.num_steps(len(self.train_ids), config.loop.global_batch_size),
             totals=torch.zeros(3, dtype=torch.float64, device=device),
         )
-        self.checkpoints = Checkpoints(job.run_uri)
-        self.attempt = 1
+        self.checkpoints, self.attempt, self.warned = Checkpoints(job.run_uri), 1, set[str]()
         resumed = self.checkpoints.latest()
         if resumed:
             self._resume(resumed)
-        self.log = RunLog(job.run_uri, self.state.global_step) if self.rank == 0 else None
-        if resumed:
             self._say(f"continuing from {resumed.name} (attempt {self.attempt})")
-
-    def _manifest(self) -> Manifest:
-        manifest = read_manifest(self.job.data_uri)
-        if manifest.sha256 != self.job.manifest_sha256:
-            raise UserError(f"{self.job.data_uri} is not the same data set on every worker; is the storage shared?")
-        return manifest
-
-    def _loader(self, spec: ImageSpec, device: torch.device) -> Loader:
-        data, loop = self.job.config.data, self.job.config.loop
-        return Loader(
-            self.job.data_uri,
-            self.manifest,
-            "train",
-            spec,
-            device,
-            data.dali_threads or self.job.num_threads,
-            max(-(-loop.global_batch_size // self.world), EVAL_BATCH),
-            data.cache,
-            data.cache_budget_mib,
-            Path(self.job.staging_folder) if self.job.staging_folder else None,
-        )
+        self.log = RunLog(job.run_uri, self.state.global_step) if self.rank == 0 else None
 
     def _wrap(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         compile = self.job.config.loop.compile
         gpu = device.type == "cuda"
         wrapped: Any = torch.compile(model) if compile == "on" or (compile == "auto" and gpu) else model
-        if self.world > 1:
-            # Moving statistics are averaged where they are read, so DDP need not broadcast them at every step.
-            wrapped = DistributedDataParallel(
-                wrapped,
-                device_ids=[device] if gpu else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        return wrapped
+        if self.world == 1:
+            return wrapped
+        # Moving statistics are averaged where they are read, so DDP need not broadcast them at every step.
+        devices = [device] if gpu else None
+        return DistributedDataParallel(wrapped, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         state, meta = self.state, checkpoint.meta
@@ -166,13 +140,14 @@ class Worker:
         self.attempt = meta["attempt"] + 1
 
     def run(self) -> None:
+        """Trains from the cursor to the last epoch. Raises Diverged on all ranks."""
         config, state = self.job.config, self.state
         if config.model.model == "resnet50v2":
+            base = "" if config.model.finetune else "its frozen base is random too, "
             self._warn(
                 "random_weights",
-                "resnet50v2 starts from RANDOM weights, not ImageNet's: "
-                + ("" if config.model.finetune else "its frozen base is random too, ")
-                + "its accuracy says nothing about the deck's result",
+                f"resnet50v2 starts from RANDOM weights, not ImageNet's: {base}its accuracy says nothing about the "
+                "deck's result",
             )
         while state.cursor.epoch < config.loop.epochs:
             plans = train_plans(
@@ -189,38 +164,41 @@ class Worker:
 
     def _end_epoch(self, clock: Clock) -> None:
         """Validates, logs the epoch, moves the cursor to the next one and writes a checkpoint."""
-        state = self.state
-        rates = clock.rates()
-        train = self._finite_totals()
-        average_batchnorm_over_ranks(state.model)
-        evaluated = state.model
-        if state.average is not None:
-            average_batchnorm_over_ranks(state.average.module)
-            evaluated = state.average.module
-        plans = eval_plans(self.validation_ids, EVAL_BATCH, self.rank, self.world)
+        state, rates = self.state, clock.rates()
+        loss, correct, seen = self._finite_totals()
+        evaluated = self._average_over_ranks()
         start = time.perf_counter()
-        validation = sum_over_ranks(validate(evaluated, self.loader.batches(plans), state.precision)).tolist()
-        epoch = state.cursor.epoch
+        plans = eval_plans(self.validation_ids, EVAL_BATCH, self.rank, self.world)
+        totals = sum_over_ranks(validate(evaluated, self.loader.batches(plans), state.precision))
+        validation_loss, num_correct, num_validation = totals.tolist()
         metrics = {
-            "train_loss": train[0] / train[2],
-            "train_accuracy": train[1] / train[2],
-            "validation_loss": validation[0] / validation[2],
-            "validation_accuracy": validation[1] / validation[2],
-            "num_validation_correct": int(validation[1]),
-            "num_validation": int(validation[2]),
+            "train_loss": loss / seen,
+            "train_accuracy": correct / seen,
+            "validation_loss": validation_loss / num_validation,
+            "validation_accuracy": num_correct / num_validation,
+            "num_validation_correct": int(num_correct),
+            "num_validation": int(num_validation),
             "learning_rate": state.learning_rate,
             "validation_seconds": round(time.perf_counter() - start, 3),
             **rates,
         }
-        self._check_chance(metrics["train_accuracy"], metrics["validation_accuracy"], int(validation[2]))
-        global_step = state.global_step
+        self._check_chance(correct / seen, num_correct / num_validation, int(num_validation))
+        epoch, global_step = state.cursor.epoch, state.global_step
         state.cursor = Cursor(epoch + 1, 0)
         state.totals.zero_()
         if self.log:
             self.log.add("epoch", epoch, global_step, **metrics)
             self._send({"epoch_done": epoch, **metrics})
-        self._write_checkpoint(metrics, [0.0, 0.0, 0.0])
+        self._write_checkpoint(metrics)
         ray.train.report({"epoch": epoch, **metrics})
+
+    def _average_over_ranks(self) -> torch.nn.Module:
+        """Makes the moving statistics equal on all ranks; returns the model that is evaluated."""
+        average_batchnorm_over_ranks(self.state.model)
+        if self.state.average is None:
+            return self.state.model
+        average_batchnorm_over_ranks(self.state.average.module)
+        return self.state.average.module
 
     def _finite_totals(self) -> list[float]:
         """The epoch's totals over all ranks. Raises Diverged on every rank if the loss is not finite."""
@@ -231,95 +209,78 @@ class Worker:
 
     def _diverged(self, what: str) -> None:
         kept = self.checkpoints.latest()
+        good = f"its last good checkpoint {kept.name} is kept" if kept else "it had no checkpoint yet"
         raise Diverged(
-            f"{what} became infinite or not a number by step {self.state.global_step}; the run stopped and "
-            + (f"its last good checkpoint {kept.name} is kept" if kept else "no checkpoint was written before that")
-            + ". Lower --learning-rate, set --clip-norm, or use another --precision, under another --name"
+            f"{what} became infinite or not a number by step {self.state.global_step}; the run stopped, {good}. Lower "
+            "--learning-rate, set --clip-norm, or use another --precision, under another --name"
         )
 
     def _on_log(self, clock: Clock) -> None:
         state = self.state
-        totals = self._finite_totals()
+        loss, correct, seen = self._finite_totals()
         line = {
             "step": state.cursor.step,
-            "train_loss": totals[0] / totals[2],
-            "train_accuracy": totals[1] / totals[2],
+            "train_loss": loss / seen,
+            "train_accuracy": correct / seen,
             "learning_rate": state.learning_rate,
             **clock.rates(),
         }
         if self.log:
             self.log.add("step", state.cursor.epoch, state.global_step, **line)
             self._send(line)
-        self._check_chance(totals[1] / totals[2], None, int(totals[2]))
+        self._check_chance(correct / seen, None, int(seen))
 
-    def _write_checkpoint(self, metrics: dict[str, Any] | None = None, totals: list[float] | None = None) -> None:
-        """All ranks call it; rank 0 writes. Weights that are not finite are never written."""
+    def _write_checkpoint(self, metrics: dict[str, Any] | None = None) -> None:
+        """All ranks call it, rank 0 writes; `metrics` at an epoch's end. Weights that are not finite never are."""
         state, job = self.state, self.job
-        totals = totals or self._finite_totals()
+        totals = self._finite_totals()
         if metrics is None:
-            average_batchnorm_over_ranks(state.model)
-            if state.average is not None:
-                average_batchnorm_over_ranks(state.average.module)
+            self._average_over_ranks()
         if not math.isfinite(get_total_norm([p.detach() for p in state.model.parameters()])):
             self._diverged("a weight")
         if self.log is None:
             return
         self.log.flush()
-        self.checkpoints.write(
-            state.cursor,
-            state.model.state_dict(),
-            state.average.module.state_dict() if state.average is not None else None,
-            {"optimizer": state.optimizer.state_dict(), "scaler": state.precision.scaler.state_dict()},
-            {
-                "model": job.config.model.model,
-                "global_step": state.global_step,
-                "metrics": metrics,
-                "totals": totals,
-                "num_averaged": int(state.average.n_averaged) if state.average is not None else 0,
-                "config": job.config.to_dict(),
-                "precision": state.precision.name,
-                "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "cpu",
-                "imagenet_weights": False,
-                "data_uri": job.data_uri,
-                "manifest_sha256": self.manifest.sha256,
-                "class_names": self.manifest.class_names,
-                "num_train": len(self.train_ids),
-                "world_size": self.world,
-                "num_threads_per_worker": job.num_threads,
-                "attempt": self.attempt,
-                "git_commit": job.git_commit,
-            },
-        )
+        average = state.average.module.state_dict() if state.average is not None else None
+        optimizer = {"optimizer": state.optimizer.state_dict(), "scaler": state.precision.scaler.state_dict()}
+        meta = {
+            "model": job.config.model.model,
+            "global_step": state.global_step,
+            "metrics": metrics,
+            "totals": totals,
+            "num_averaged": int(state.average.n_averaged) if state.average is not None else 0,
+            "config": job.config.to_dict(),
+            "precision": state.precision.name,
+            "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "cpu",
+            "imagenet_weights": False,
+            "data_uri": job.data_uri,
+            "manifest_sha256": self.manifest.sha256,
+            "class_names": self.manifest.class_names,
+            "num_train": len(self.train_ids),
+            "world_size": self.world,
+            "num_threads_per_worker": self.num_threads,
+            "attempt": self.attempt,
+            "git_commit": job.git_commit,
+        }
+        self.checkpoints.write(state.cursor, state.model.state_dict(), average, optimizer, meta)
         self.checkpoints.keep(job.config.checkpoint.keep_checkpoints)
 
     def _check_chance(self, train: float, validation: float | None, num_seen: int) -> None:
-        """Warns once, after `chance_warning_steps`, of an accuracy within 3 standard errors of chance."""
+        """Warns of an accuracy that is still at chance after `chance_warning_steps`."""
         after = self.job.config.loop.chance_warning_steps
-        if not after or self.state.global_step < after or not self.log:
-            return
-        chance = 1 / self.manifest.num_classes
-        limit = chance + 3 * math.sqrt(chance * (1 - chance) / num_seen)
-        numbers = f"after {self.state.global_step} steps (chance is {chance:.1%})"
-        if train <= limit:
-            self._warn(
-                "train_at_chance",
-                f"training accuracy is {train:.1%} {numbers}: the network is not learning. Likely causes: a learning "
-                "rate that is too high or too low, an --input-range that the weights were not made for, or labels "
-                "that do not belong to their images",
-            )
-        elif validation is not None and validation <= limit:
-            self._warn(
-                "validation_at_chance",
-                f"validation accuracy is {validation:.1%} {numbers} while training accuracy is {train:.1%}. Likely "
-                f"causes: BatchNorm's moving statistics lag behind the weights (momentum "
-                f"{self.job.config.model.batchnorm_momentum:g} needs hundreds of steps; train on, or lower "
-                "--batchnorm-momentum), or overfitting",
-            )
+        if after and self.state.global_step >= after:
+            momentum = self.job.config.model.batchnorm_momentum
+            found = chance_warning(train, validation, num_seen, self.manifest.num_classes, momentum)
+            if found:
+                self._warn(*found)
 
     def _warn(self, kind: str, message: str) -> None:
-        if self.log and not self.log.warned(kind):
-            self.log.add("warning", self.state.cursor.epoch, self.state.global_step, warning=kind, message=message)
+        """Said once per attempt, recorded once per run."""
+        if self.log and kind not in self.warned:
+            self.warned.add(kind)
             self._say(f"WARNING: {message}")
+            if not any(line.get("warning") == kind for line in self.log.lines):
+                self.log.add("warning", self.state.cursor.epoch, self.state.global_step, warning=kind, message=message)
 
     def _say(self, message: str) -> None:
         if self.rank == 0:

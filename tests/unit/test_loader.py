@@ -1,0 +1,291 @@
+"""The loader: right images, labels and flips in the planned order; plans that cover every image for any world size."""
+
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cifar_dist.data import order, sources, store
+from cifar_dist.data.loader import Batch, Loader, Plan, eval_plans, train_plans, use_decoded
+from cifar_dist.data.pipeline import ImageSpec
+from cifar_dist.errors import UserError
+
+WORLDS = [1, 2, 3, 5]
+
+
+def open_loader(
+    uri: str, staging_folder: Path, split: str = "train", cache: str = "auto", size: int = 32, **options: Any
+) -> Loader:
+    spec, cpu = ImageSpec(size, "0..255", True), torch.device("cpu")
+    manifest = store.read_manifest(uri)
+    return Loader(uri, manifest, split, spec, cpu, 1, 32, cache, staging_folder=staging_folder, **options)
+
+
+@pytest.fixture(scope="module")
+def train_pixels() -> np.ndarray:
+    """uint8 [200, 32, 32, 3]: the train split of `shapes_uri`, drawn anew."""
+    return np.stack([item.read() for item in sources.shapes(200, 100).splits["train"]])
+
+
+def equal(one: Batch, other: Batch) -> bool:
+    counts = (one.num_counted, one.global_size) == (other.num_counted, other.global_size)
+    return counts and (one.ids == other.ids).all() and torch.equal(one.images, other.images)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("cache", ["encoded", "decoded"])
+def test_batches_hold_the_planned_images_flips_and_labels(
+    shapes_uri: str, staging_folder: Path, train_pixels: np.ndarray, cache: str
+):
+    loader = open_loader(shapes_uri, staging_folder, cache=cache)
+    plans = list(train_plans(np.arange(200), 7, 1, 0, 32, True, rank=0, world=1))
+    batches = list(loader.batches(plans))
+    assert [len(batch.images) for batch in batches] == [32] * 6 + [8]  # the last one is smaller
+    for plan, batch in zip(plans, batches, strict=True):
+        assert (batch.ids == plan.ids).all()
+        assert batch.labels.dtype == torch.int64
+        assert batch.labels.tolist() == [i % 10 for i in plan.ids]
+        assert (batch.num_counted, batch.global_size) == (len(plan.ids), len(plan.ids))
+        for image, i, (horizontal, vertical) in zip(batch.images, plan.ids, plan.flips, strict=True):
+            expected = train_pixels[i][:: -1 if vertical else 1, :: -1 if horizontal else 1]
+            assert (image.permute(1, 2, 0).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_the_cache_does_not_change_a_bit(shapes_uri: str, staging_folder: Path, size: int):
+    plans = list(train_plans(np.arange(40), 0, 0, 0, 16, True, rank=0, world=1))
+    encoded, decoded = (
+        list(open_loader(shapes_uri, staging_folder, cache=cache, size=size).batches(plans))
+        for cache in ("encoded", "decoded")
+    )
+    assert all(map(equal, encoded, decoded))
+
+
+def test_images_of_several_sizes_and_formats(tmp_path: Path, staging_folder: Path):
+    def jpeg(height: int, width: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (width, height), (200, 100, 50)).save(buffer, "JPEG", quality=95)
+        return buffer.getvalue()
+
+    items = [sources.Item("a", 0, partial(jpeg, 20, 31)), sources.Item("b", 1, lambda: np.zeros((9, 9, 3), np.uint8))]
+    store.prepare(sources.Source("mixed", ["a", "b"], {"train": items, "test": items}), str(tmp_path / "out"))
+    loader = open_loader(str(tmp_path / "out"), staging_folder)
+    assert loader.decoded is None
+    (batch,) = loader.batches(eval_plans(np.arange(2), 2, 0, 1))
+    assert batch.images.shape == (2, 3, 32, 32)
+    assert np.abs(batch.images[0].mean((1, 2)).numpy() - [200, 100, 50]).max() < 3
+    assert batch.images[1].abs().max() == 0
+
+
+def test_no_plans_give_no_batches(shapes_uri: str, staging_folder: Path):
+    assert list(open_loader(shapes_uri, staging_folder).batches([])) == []
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])
+def test_leaving_early_does_not_disturb_the_next_iteration(shapes_uri: str, staging_folder: Path, taken: int):
+    loader = open_loader(shapes_uri, staging_folder)
+    plans = list(eval_plans(np.arange(24), 8, 0, 1))
+    whole = list(loader.batches(plans))
+    iterator = loader.batches(plans)
+    for _ in range(taken):
+        next(iterator)
+    iterator.close()
+    assert all(map(equal, loader.batches(plans), whole))
+
+
+# Caches
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_images", "cache", "budget_mib", "expected"),
+    [
+        ((32, 32), 50_000, "auto", 147, True),  # 146.5 MiB
+        ((32, 32), 50_000, "auto", 146, False),
+        ((32, 32), 50_000, "decoded", 0, True),
+        ((32, 32), 50_000, "encoded", 9999, False),
+        (None, 10, "auto", 9999, False),
+        (None, 10, "encoded", 9999, False),
+    ],
+)
+def test_which_cache_is_used(
+    shape: tuple[int, int] | None, num_images: int, cache: str, budget_mib: int, expected: bool
+):
+    assert use_decoded(shape, num_images, cache, budget_mib) is expected
+
+
+def test_a_decoded_cache_of_unequal_images_is_refused():
+    with pytest.raises(UserError, match="--cache decoded needs images of one size"):
+        use_decoded(None, 10, "decoded", 9999)
+
+
+def test_auto_obeys_the_budget(shapes_uri: str, staging_folder: Path):
+    assert open_loader(shapes_uri, staging_folder).decoded is not None
+    assert open_loader(shapes_uri, staging_folder, cache_budget_mib=0).decoded is None
+
+
+def test_the_decoded_cache_is_one_mapped_file_per_node(shapes_uri: str, staging_folder: Path, train_pixels: np.ndarray):
+    first = open_loader(shapes_uri, staging_folder)
+    (file,) = staging_folder.rglob("train.decoded")
+    made = file.stat()
+    second = open_loader(shapes_uri, staging_folder, size=48)
+    assert file.stat() == made
+    for loader in (first, second):
+        assert isinstance(loader.decoded, np.memmap)
+        assert not loader.decoded.flags.writeable
+        assert (loader.decoded == train_pixels).all()
+
+
+def test_a_damaged_decoded_cache_is_made_again(shapes_uri: str, staging_folder: Path, train_pixels: np.ndarray):
+    open_loader(shapes_uri, staging_folder)
+    (file,) = staging_folder.rglob("train.decoded")
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-10])
+    assert (open_loader(shapes_uri, staging_folder).decoded == train_pixels).all()
+
+
+# Faults
+
+
+class UncheckedShapes(sources.Source):
+    """Rows as a program without checks would store them: row 13 of train holds text."""
+
+    def rows(self, split: str, skip_bad: bool = False):
+        for i, row in enumerate(super().rows(split, skip_bad)):
+            if (split, i) == ("train", 13):
+                row = sources.Row(b"this is no picture", row.path, row.label, row.encoding, row.height, row.width)
+            yield row
+
+
+@pytest.mark.parametrize("cache", ["encoded", "decoded"])
+def test_a_bad_image_in_the_store_is_named_by_path_and_row(tmp_path: Path, staging_folder: Path, cache: str):
+    source = sources.shapes(20, 20)
+    store.prepare(UncheckedShapes(source.name, source.class_names, source.splits), str(tmp_path / "out"))
+    with pytest.raises(UserError, match=r"image train-00013\.png \(row 13\) cannot be decoded") as caught:
+        loader = open_loader(str(tmp_path / "out"), staging_folder, cache=cache)
+        list(loader.batches(eval_plans(np.arange(20), 8, 0, 1)))
+    assert "\n" not in str(caught.value)
+    assert not list(staging_folder.rglob("train.decoded*"))[1:]  # no cache of it, at most its lock
+    assert len(list(open_loader(str(tmp_path / "out"), staging_folder, "test").batches([]))) == 0
+
+
+def test_images_before_a_bad_one_are_still_had(tmp_path: Path, staging_folder: Path):
+    source = sources.shapes(20, 20)
+    store.prepare(UncheckedShapes(source.name, source.class_names, source.splits), str(tmp_path / "out"))
+    loader = open_loader(str(tmp_path / "out"), staging_folder, cache="encoded")
+    assert len(list(loader.batches(eval_plans(np.arange(13), 8, 0, 1)))) == 2
+
+
+def test_a_damaged_data_set_is_refused(shapes_uri: str, tmp_path: Path, staging_folder: Path):
+    manifest = store.read_manifest(shapes_uri)
+    with pytest.raises(UserError, match="missing; prepare the data set again"):
+        Loader(
+            str(tmp_path),
+            manifest,
+            "train",
+            ImageSpec(32, "0..1", True),
+            torch.device("cpu"),
+            1,
+            8,
+            "auto",
+            64,
+            staging_folder,
+        )
+
+
+# Plans
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8, 13, 40])
+@pytest.mark.parametrize(("count", "batch_size"), [(100, 8), (101, 10), (7, 8), (1, 1)])
+def test_evaluation_sees_every_id_exactly_once(count: int, batch_size: int, world: int):
+    ids = np.random.default_rng(0).permutation(1000)[:count]
+    plans = [plan for rank in range(world) for plan in eval_plans(ids, batch_size, rank, world)]
+    assert np.concatenate([plan.ids for plan in plans]).tolist() == ids.tolist()
+    assert all(plan.num_counted == plan.global_size == len(plan.ids) <= batch_size for plan in plans)
+    assert not any(plan.flips.any() for plan in plans)
+
+
+def test_evaluation_batches_do_not_depend_on_the_world_size():
+    grids = [
+        [plan.ids.tolist() for rank in range(world) for plan in eval_plans(np.arange(103), 10, rank, world)]
+        for world in [*WORLDS, 40]
+    ]
+    assert all(grid == grids[0] for grid in grids)
+
+
+def test_evaluation_is_shared_evenly():
+    for world in WORLDS:
+        counts = [len(list(eval_plans(np.arange(103), 10, rank, world))) for rank in range(world)]
+        assert max(counts) - min(counts) <= 1
+
+
+def global_steps(world: int, **changes: Any) -> list[tuple[list[int], list[list[bool]]]]:
+    """Per step, the ids and flips that count, over all ranks in their order."""
+    settings = {
+        "ids": np.arange(500, 603),
+        "seed": 3,
+        "epoch": 2,
+        "first_step": 0,
+        "global_batch_size": 10,
+        "flips": True,
+    }
+    ranks = [list(train_plans(**settings | changes, rank=rank, world=world)) for rank in range(world)]
+    steps = []
+    for parts in zip(*ranks, strict=True):
+        assert sum(part.num_counted for part in parts) == parts[0].global_size
+        assert len({part.global_size for part in parts}) == 1
+        ids = np.concatenate([part.ids[: part.num_counted] for part in parts])
+        flips = np.concatenate([part.flips[: part.num_counted] for part in parts])
+        steps.append((ids.tolist(), flips.tolist()))
+    return steps
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_global_batches_do_not_depend_on_the_world_size(world: int):
+    steps = global_steps(world)
+    assert [len(ids) for ids, _ in steps] == [10] * 10 + [3]
+    ids = np.concatenate([ids for ids, _ in steps])
+    assert (ids == 500 + order.epoch_order(3, 2, 103)).all()
+    assert np.concatenate([flips for _, flips in steps]).tolist() == order.flips(3, 2, ids).tolist()
+    assert steps == global_steps(1)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("first_step", [1, 7, 10, 11])
+def test_plans_from_a_cursor_are_the_rest_of_the_epoch(world: int, first_step: int):
+    assert global_steps(world, first_step=first_step) == global_steps(1)[first_step:]
+
+
+def test_epochs_and_seeds_change_order_and_flips():
+    base = global_steps(1)
+    for change in ({"epoch": 3}, {"seed": 4}):
+        assert global_steps(1, **change)[0][0] != base[0][0]
+    flips = {i: flip for ids, drawn in global_steps(1, epoch=3) for i, flip in zip(ids, drawn, strict=True)}
+    same = sum(flips[i] == flip for ids, drawn in base for i, flip in zip(ids, drawn, strict=True))
+    assert same < 50  # of 103, a quarter is expected
+
+
+def test_without_flips_nothing_is_flipped():
+    steps = global_steps(2, flips=False)
+    assert [ids for ids, _ in steps] == [ids for ids, _ in global_steps(2)]
+    assert not any(any(flip) for _, drawn in steps for flip in drawn)
+
+
+def test_a_rank_without_a_part_gets_one_image_that_does_not_count(shapes_uri: str, staging_folder: Path):
+    """Each rank takes part in each step, or the others would wait for it for ever."""
+    loader = open_loader(shapes_uri, staging_folder)
+    counted = []
+    for rank in range(5):
+        plans: list[Plan] = list(train_plans(np.arange(12), 0, 0, 0, 10, True, rank, 5))
+        assert [len(batch.images) for batch in loader.batches(plans)] == [2, 1]
+        counted.append(plans[-1].num_counted)
+        assert plans[-1].global_size == 2
+    assert sorted(counted) == [0, 0, 0, 1, 1]

@@ -1,0 +1,367 @@
+"""One epoch of training: exact gradients for any number of ranks, precision, clipping, callbacks, validation."""
+
+import copy
+import multiprocessing
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cifar_dist.config import Config
+from cifar_dist.data.loader import Batch
+from cifar_dist.data.order import rank_part
+from cifar_dist.models import KerasBatchNorm
+from cifar_dist.train import loop
+from cifar_dist.train.checkpoint import Cursor
+from cifar_dist.train.loop import (
+    Clock,
+    TrainState,
+    average_batchnorm_over_ranks,
+    backward,
+    sum_over_ranks,
+    train_epoch,
+    validate,
+)
+from cifar_dist.train.optim import average_of, learning_rate, make_optimizer
+from cifar_dist.train.precision import Precision
+
+CPU = torch.device("cpu")
+NUM_CLASSES = 5
+
+
+def plain_model() -> nn.Module:
+    """No BatchNorm, whose statistics would depend on the split, and no dropout."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, NUM_CLASSES))
+
+
+def state_of(model: nn.Module, rank: int = 0, world: int = 1, steps_per_epoch: int = 5, **settings) -> TrainState:
+    config = Config().replace(**{"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, **settings})
+    return TrainState(
+        config,
+        model,
+        model,
+        make_optimizer(model, config.optim),
+        Precision(config.loop.precision, CPU),
+        average_of(model, config.optim),
+        CPU,
+        rank,
+        world,
+        steps_per_epoch,
+    )
+
+
+def images_and_labels(n: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 2, 2, generator=generator), torch.randint(NUM_CLASSES, (n,), generator=generator)
+
+
+def whole(n: int, seed: int = 1) -> Batch:
+    return Batch(*images_and_labels(n, seed), np.arange(n), n, n)
+
+
+def part(batch: Batch, rank: int, world: int) -> Batch:
+    """A rank's part of a global batch as the loader hands it out: an empty part comes as one image that does not
+    count."""
+    n = batch.global_size
+    start, stop, _ = rank_part(0, n, n, rank, world)
+    rows = slice(start, stop) if stop > start else slice(min(start, n - 1), min(start, n - 1) + 1)
+    return Batch(batch.images[rows], batch.labels[rows], batch.ids[rows], stop - start, n)
+
+
+def gradient(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def mean_gradient(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
+    """The definition: of the mean loss over the global batch."""
+    copied = copy.deepcopy(model)
+    F.cross_entropy(copied(batch.images), batch.labels, label_smoothing=smoothing).backward()
+    return gradient(copied)
+
+
+def totals_of(model: nn.Module, batch: Batch) -> list[float]:
+    logits = model(batch.images)
+    loss = F.cross_entropy(logits, batch.labels, reduction="sum").item()
+    return [loss, (logits.argmax(1) == batch.labels).sum().item(), len(batch.labels)]
+
+
+# The gradient.
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3, 100])
+@pytest.mark.parametrize(("n", "world"), [(12, 1), (12, 3), (11, 3), (7, 4), (2, 3), (1, 3)])
+def test_gradient_is_the_mean_over_the_global_batch(n, world, accumulation):
+    """Averaging over ranks is what DistributedDataParallel does."""
+    model, batch = plain_model(), whole(n)
+    gradients, totals = [], torch.zeros(3, dtype=torch.float64)
+    for rank in range(world):
+        state = state_of(copy.deepcopy(model), rank, world, accumulation_steps=accumulation)
+        totals += backward(state, part(batch, rank, world))
+        gradients.append(gradient(state.model))
+    assert torch.allclose(torch.stack(gradients).mean(0), mean_gradient(model, batch), atol=1e-6)
+    assert totals.tolist() == pytest.approx(totals_of(model, batch), rel=1e-6)
+
+
+def test_label_smoothing_is_in_the_gradient():
+    model, batch = plain_model(), whole(6)
+    state = state_of(copy.deepcopy(model), label_smoothing=0.2)
+    backward(state, batch)
+    assert torch.allclose(gradient(state.model), mean_gradient(model, batch, 0.2), atol=1e-6)
+    assert not torch.allclose(gradient(state.model), mean_gradient(model, batch), atol=1e-3)
+
+
+def test_rank_with_an_empty_part_contributes_nothing():
+    batch = whole(2)
+    empty = part(batch, 0, 3)
+    assert (empty.num_counted, len(empty.labels)) == (0, 1)
+    state = state_of(plain_model(), 0, 3, accumulation_steps=2)
+    assert backward(state, empty).tolist() == [0, 0, 0]
+    assert not gradient(state.model).any()
+
+
+def in_groups(rank: int, folder: Path) -> None:
+    """One process of a real gloo group, of three and then of two (starting them costs most of the time)."""
+    torch.set_num_threads(1)
+    for world in (3, 2):
+        if rank < world:
+            rendezvous = f"file://{folder}/rendezvous-{world}"
+            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+            torch.save(in_a_group(rank, world), folder / f"{rank}-of-{world}.pt")
+            dist.destroy_process_group()
+
+
+def in_a_group(rank: int, world: int) -> dict:
+    gradients, totals = [], []
+    for n in (7, 2):
+        state = state_of(plain_model(), rank, world, accumulation_steps=2)
+        state.wrapped = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        totals.append(sum_over_ranks(backward(state, part(whole(n), rank, world))))
+        gradients.append(gradient(state.model))
+    layers = nn.Sequential(KerasBatchNorm(2), KerasBatchNorm(2).requires_grad_(False))
+    for layer in layers:
+        layer.running_mean += torch.tensor([rank, 10.0])
+        layer.running_var += rank
+    average_batchnorm_over_ranks(layers)
+    return {"gradients": gradients, "totals": totals, "layers": layers.state_dict()}
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("groups")
+    multiprocessing.set_forkserver_preload([loop.__name__])  # imported once, not three times
+    torch.multiprocessing.start_processes(in_groups, (folder,), 3, start_method="forkserver")
+    return folder
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_real_process_group_gives_the_same(world, groups):
+    model = plain_model()
+    for rank in range(world):
+        found = torch.load(groups / f"{rank}-of-{world}.pt", weights_only=True)
+        for i, n in enumerate((7, 2)):
+            assert torch.allclose(found["gradients"][i], mean_gradient(model, whole(n)), atol=1e-6), (rank, n)
+            assert found["totals"][i].tolist() == pytest.approx(totals_of(model, whole(n)), rel=1e-6), (rank, n)
+        mean = (world - 1) / 2
+        assert found["layers"]["0.running_mean"].tolist() == [mean, 10]
+        assert found["layers"]["0.running_var"].tolist() == [1 + mean] * 2
+        assert found["layers"]["1.running_mean"].tolist() == [rank, 10]  # frozen: nobody moved it
+
+
+def test_sums_and_averages_without_a_group_change_nothing():
+    totals, layer = torch.tensor([1.0, 2.0, 3.0]), KerasBatchNorm(2)
+    layer.running_mean += 4
+    average_batchnorm_over_ranks(layer)
+    assert torch.equal(sum_over_ranks(totals), totals)
+    assert layer.running_mean.tolist() == [4, 4]
+
+
+# An epoch.
+
+
+def run(state: TrainState, batches: Iterable[Batch]) -> Clock:
+    return train_epoch(state, batches, lambda _clock: None, lambda: None)
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_each_batch_is_one_step_with_its_own_gradient():
+    state, expected = state_of(plain_model(), learning_rate=0.1), plain_model()
+    batches = [whole(6, seed=1), whole(6, seed=2), whole(3, seed=3)]
+    for batch in batches:
+        step = mean_gradient(expected, batch)
+        torch.nn.utils.vector_to_parameters(weights(expected) - 0.1 * step, expected.parameters())
+    clock = run(state, batches)
+    assert torch.allclose(weights(state.model), weights(expected), atol=1e-6)
+    assert state.cursor == Cursor(0, 3)
+    assert (state.totals[2], clock.num_images) == (15, 15)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_clipping_limits_the_norm_of_the_global_gradient(precision):
+    """fp16's scaled gradient must be unscaled first."""
+    model = plain_model()
+    free, clipped, loose = (
+        state_of(copy.deepcopy(model), precision=precision, clip_norm=limit) for limit in (0.0, 0.05, 100.0)
+    )
+    for state in (free, clipped, loose):
+        run(state, [whole(6)])
+    steps = [weights(state.model) - weights(model) for state in (free, clipped, loose)]
+    assert steps[0].norm() > 0.1
+    assert torch.allclose(steps[1], steps[0] * 0.05 / steps[0].norm(), atol=1e-4)
+    assert torch.allclose(steps[2], steps[0])
+
+
+def test_learning_rate_follows_the_schedule_of_the_whole_run():
+    state = state_of(plain_model(), schedule="cosine", epochs=3, log_every_steps=1)
+    state.cursor = Cursor(1, 2)
+    rates = []
+    train_epoch(state, [whole(2)] * 3, lambda _clock: rates.append(state.learning_rate), lambda: None)
+    assert rates == [learning_rate(state.config.optim, step, 15) for step in (7, 8, 9)]
+
+
+def test_average_of_weights_is_updated_each_step():
+    state, seen = state_of(plain_model(), ema_decay=0.5, learning_rate=0.1, log_every_steps=1), []
+    train_epoch(state, [whole(4, seed) for seed in range(3)], lambda _clock: seen.append(weights(state.model)), int)
+    expected = 0.5 * (0.5 * seen[0] + 0.5 * seen[1]) + 0.5 * seen[2]
+    assert torch.allclose(weights(state.average.module), expected, atol=1e-6)
+
+
+def test_callbacks_come_at_their_steps():
+    """Counted over the run: logs every 2 steps, checkpoints every 3, but not where the epoch ends anyway."""
+    state = state_of(plain_model(), steps_per_epoch=6, log_every_steps=2, checkpoint_every_steps=3, epochs=2)
+    logs, checkpoints = [], []
+    for epoch in range(2):
+        state.cursor = Cursor(epoch, 0)
+        train_epoch(
+            state,
+            [whole(2)] * 6,
+            lambda clock: logs.append((state.global_step, clock.num_images)),
+            lambda: checkpoints.append(state.cursor),
+        )
+    assert logs == [(2, 4), (4, 8), (6, 12), (8, 4), (10, 8), (12, 12)]
+    assert checkpoints == [Cursor(0, 3), Cursor(1, 3)]
+
+
+def test_no_checkpoint_inside_an_epoch_by_default():
+    def fail() -> None:
+        raise AssertionError("a checkpoint was asked for")
+
+    train_epoch(state_of(plain_model()), [whole(2)] * 5, lambda _clock: None, fail)
+
+
+def dropout_model() -> nn.Module:
+    torch.manual_seed(0)
+    parts = (nn.Flatten(), nn.Linear(12, 16), KerasBatchNorm(16), nn.Dropout(0.5), nn.Linear(16, NUM_CLASSES))
+    return nn.Sequential(*parts)
+
+
+def test_interrupted_epoch_ends_with_the_same_bits():
+    """Dropout belongs to the cursor: a new process at step 2 draws what the old one would have drawn."""
+    batches = [whole(6, seed) for seed in range(5)]
+    straight = state_of(dropout_model(), optimizer="adam", learning_rate=0.01)
+    run(straight, batches)
+    first = state_of(dropout_model(), optimizer="adam", learning_rate=0.01)
+    run(first, batches[:2])
+    second = state_of(dropout_model(), optimizer="adam", learning_rate=0.01)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.cursor = first.cursor
+    torch.manual_seed(99)
+    run(second, batches[2:])
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"rank": 1, "world": 2}])
+def test_dropout_differs_by_seed_and_rank(change):
+    batch = whole(6)
+    states = [state_of(dropout_model(), world=change.get("world", 1)), state_of(dropout_model(), **change)]
+    for state in states:
+        run(state, [batch])
+    assert not torch.equal(weights(states[0].model), weights(states[1].model))
+
+
+def test_clock_counts_waiting_apart_from_working():
+    def slow():
+        for _ in range(3):
+            time.sleep(0.05)
+            yield whole(2)
+
+    clock = Clock()
+    for _ in clock.waiting(slow()):
+        time.sleep(0.02)
+    rates = clock.rates()
+    assert 0.15 <= clock.data_wait_seconds <= rates["seconds"] - 0.06 + 0.001
+    assert rates["data_wait_share"] == pytest.approx(clock.data_wait_seconds / rates["seconds"], abs=0.01)
+    assert rates["images_per_second"] == pytest.approx(6 / rates["seconds"], rel=0.05)
+
+
+# Precision.
+
+
+def test_auto_precision_on_a_cpu_is_fp32():
+    precision = Precision("auto", CPU)
+    assert (precision.name, precision.dtype, precision.scaler.is_enabled()) == ("fp32", torch.float32, False)
+    with precision.autocast():
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "scaled"), [("bf16", False), ("fp16", True)])
+def test_half_precision_trains_close_to_fp32(name, scaled):
+    exact, half = state_of(plain_model()), state_of(plain_model(), precision=name)
+    seen = []
+    half.model[1].register_forward_hook(lambda _m, _x, y: seen.append(y.dtype))
+    for state in (exact, half):
+        run(state, [whole(6)])
+    assert seen == [{"bf16": torch.bfloat16, "fp16": torch.float16}[name]]
+    assert half.precision.scaler.is_enabled() is scaled
+    difference = (weights(half.model) - weights(exact.model)).abs().max()
+    assert 0 < difference < 0.01
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+
+
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale():
+    state = state_of(plain_model(), precision="fp16", optimizer="adam")
+    before, scale = weights(state.model), state.precision.scaler.get_scale()
+    bad = whole(4)
+    bad.images.mul_(1e3)
+    run(state, [bad])  # the scaled gradient is beyond fp16's largest value
+    assert torch.equal(weights(state.model), before)
+    assert state.precision.scaler.get_scale() == scale / 2
+    state.precision.scaler.update(16.0)
+    run(state, [whole(4)])
+    assert not torch.equal(weights(state.model), before)
+
+
+# Validation.
+
+
+def test_validation_counts_every_image_in_inference_mode():
+    model = dropout_model()
+    model[2].running_mean += 0.5
+    before = copy.deepcopy(model.state_dict())
+    batches = [whole(4, 1), whole(4, 2), whole(3, 3)]
+    model.train()
+    found = validate(model, iter(batches), Precision("fp32", CPU)).tolist()
+    assert model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    model.eval()
+    expected = np.sum([totals_of(model, batch) for batch in batches], 0).tolist()
+    assert found[1:] == expected[1:]
+    assert found[0] == pytest.approx(expected[0])
+    validate(model, batches, Precision("fp32", CPU))
+    assert not model.training
+
+
+def test_validation_of_an_empty_part_is_zero():
+    assert validate(plain_model(), [], Precision("fp32", CPU)).tolist() == [0, 0, 0]

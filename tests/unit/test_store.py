@@ -1,0 +1,491 @@
+"""The store: what is written, what is refused, and staging under concurrency, damage and crashes."""
+
+import ctypes
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cifar_dist.data import sources, store
+from cifar_dist.errors import UserError
+from cifar_dist.storage import to_json
+
+
+def files_of(folder: str | Path) -> dict[str, bytes]:
+    """Every file below the folder, hidden ones too."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def small_shapes(seed: int = 0) -> sources.Source:
+    return sources.shapes(20, 20, seed)
+
+
+def failing(source: sources.Source, split: str = "test") -> sources.Source:
+    """The source with an unreadable last image."""
+    source.splits[split][-1] = sources.Item("broken.png", 9, lambda: b"no image")
+    return source
+
+
+@pytest.fixture
+def data(shapes_uri: str, tmp_path: Path) -> str:
+    """A copy of the shared data set, to be changed."""
+    shutil.copytree(shapes_uri, tmp_path / "data")
+    return str(tmp_path / "data")
+
+
+# At rest
+
+
+def test_prepared_twice_gives_the_same_bytes(tmp_path: Path):
+    for name in ("one", "two"):
+        assert store.prepare(small_shapes(), str(tmp_path / name))[1]
+    files = files_of(tmp_path / "one")
+    assert sorted(files) == ["manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    assert files == files_of(tmp_path / "two")
+
+
+def test_the_same_data_again_writes_nothing(tmp_path: Path):
+    first, _ = store.prepare(small_shapes(), str(tmp_path / "out"))
+    before = {name: os.stat(tmp_path / "out" / name) for name in files_of(tmp_path / "out")}
+    second, written = store.prepare(small_shapes(), str(tmp_path / "out"))
+    assert not written
+    assert second == first
+    assert {name: os.stat(tmp_path / "out" / name) for name in files_of(tmp_path / "out")} == before
+
+
+def test_other_data_is_refused_and_the_stored_data_stay(tmp_path: Path):
+    out = str(tmp_path / "out")
+    store.prepare(small_shapes(), out)
+    before = files_of(out)
+    with pytest.raises(UserError, match=r"already holds another data set .*--overwrite"):
+        store.prepare(small_shapes(seed=1), out)
+    assert files_of(out) == before
+
+
+def test_overwrite_replaces_the_data_set_and_nothing_else(tmp_path: Path):
+    out = tmp_path / "out"
+    store.prepare(small_shapes(), str(out))
+    (out / "train-00007.parquet").write_bytes(b"of an older data set")
+    strangers = {"notes.txt": b"mine", "train-mine.parquet": b"mine too"}
+    for name, content in strangers.items():
+        (out / name).write_bytes(content)
+    manifest, written = store.prepare(small_shapes(seed=1), str(out), overwrite=True)
+    assert written
+    assert store.read_manifest(str(out)) == manifest
+    store.prepare(small_shapes(seed=1), str(tmp_path / "fresh"))
+    assert files_of(out) == files_of(tmp_path / "fresh") | strangers
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_failing_source_leaves_the_stored_data_set_intact(tmp_path: Path, overwrite: bool):
+    out = str(tmp_path / "out")
+    store.prepare(small_shapes(), out)
+    before = files_of(out)
+    with pytest.raises(UserError, match=r"broken\.png is not a readable image"):
+        store.prepare(failing(small_shapes(seed=1)), out, overwrite=overwrite)
+    assert files_of(out) == before
+
+
+def test_a_failing_source_leaves_no_data_set(tmp_path: Path):
+    with pytest.raises(UserError, match=r"broken\.png"):
+        store.prepare(failing(small_shapes()), str(tmp_path / "out"))
+    assert files_of(tmp_path / "out") == {}
+    with pytest.raises(UserError, match="is no data set"):
+        store.read_manifest(str(tmp_path / "out"))
+
+
+def test_skipped_images_are_counted_in_the_manifest(tmp_path: Path):
+    manifest, _ = store.prepare(failing(small_shapes()), str(tmp_path / "out"), skip_bad=True)
+    assert manifest.num_skipped == 1
+    assert manifest.num_rows("test") == 19
+    assert manifest.splits["test"]["num_rows_per_class"] == [2] * 9 + [1]
+    assert store.read_manifest(str(tmp_path / "out")) == manifest
+
+
+def test_a_class_whose_images_are_all_bad_is_an_error(tmp_path: Path):
+    source = small_shapes()
+    source.splits["test"] = [item for item in source.splits["test"] if item.label != 3]
+    with pytest.raises(UserError, match=r"class 'frame' has no usable images in the test split"):
+        store.prepare(source, str(tmp_path / "out"), skip_bad=True)
+
+
+def test_the_manifest_describes_the_files(shapes_uri: str):
+    manifest = store.read_manifest(shapes_uri)
+    assert (manifest.source, manifest.class_names, manifest.num_skipped) == ("shapes", sources.SHAPES, 0)
+    assert (manifest.num_rows("train"), manifest.num_rows("test")) == (200, 100)
+    for split in ("train", "test"):
+        entry = manifest.splits[split]
+        assert entry["encodings"] == ["PNG"]
+        assert manifest.image_shape(split) == (32, 32)
+        for file in entry["files"]:
+            path = Path(shapes_uri) / file["name"]
+            assert path.stat().st_size == file["num_bytes"]
+            sha256 = subprocess.run(["sha256sum", path], check=True, capture_output=True, text=True).stdout.split()[0]
+            assert sha256 == file["sha256"]
+            assert pq.read_metadata(path).num_rows == file["num_rows"]
+
+
+def test_images_of_several_sizes_have_no_one_shape(tmp_path: Path):
+    def square(side: int) -> np.ndarray:
+        return np.zeros((side, 8, 3), np.uint8)
+
+    items = [sources.Item(str(side), 0, partial(square, side)) for side in (8, 9)]
+    source = sources.Source("squares", ["a"], {"train": items, "test": items[:1]})
+    manifest, _ = store.prepare(source, str(tmp_path / "out"))
+    assert manifest.image_shape("train") is None
+    assert manifest.image_shape("test") == (8, 8)
+
+
+def test_duckdb_reads_the_store(shapes_uri: str):
+    rows = duckdb.sql(
+        f"select image.path, image.bytes, label from '{shapes_uri}/train-*.parquet' where label = 3 order by image.path"
+    ).fetchall()
+    expected = [row for row in sources.shapes(200, 100).rows("train") if row.label == 3]
+    assert rows == [(row.path, row.encoded, row.label) for row in expected]
+
+
+def test_the_store_is_in_the_hugging_face_layout(shapes_uri: str, tmp_path: Path):
+    """Its own Parquet source reads it back: bytes, labels, paths and class names."""
+    table = pq.read_table(f"{shapes_uri}/test-00000.parquet")
+    assert str(table.schema.field("image").type) == "struct<bytes: binary, path: string>"
+    assert str(table.schema.field("label").type) == "int64"
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["label"] == {"_type": "ClassLabel", "names": sources.SHAPES}
+    assert features["image"] == {"_type": "Image"}
+    store.prepare(sources.parquet(shapes_uri), str(tmp_path / "copy"))
+    assert files_of(tmp_path / "copy")["train-00000.parquet"] == files_of(shapes_uri)["train-00000.parquet"]
+
+
+def test_a_file_holds_so_many_rows_and_bytes():
+    def lengths(num_rows: int, encoded: bytes) -> list[int]:
+        row = sources.Row(encoded, "", 0, "PNG", 1, 1)
+        return [len(chunk) for chunk in store.file_chunks(iter([row] * num_rows))]
+
+    assert lengths(20_001, b"x") == [10_000, 10_000, 1]
+    assert lengths(20_000, b"x") == [10_000, 10_000]
+    assert lengths(5, bytes(128 << 20)) == [2, 2, 1]
+    assert lengths(0, b"") == []
+
+
+# The manifest
+
+
+def change_manifest(folder: str, change: Callable[[dict[str, Any]], object], seal: bool = False) -> None:
+    """Edits manifest.json; `seal` makes its own checksum right again."""
+    path = Path(folder) / "manifest.json"
+    values = json.loads(path.read_bytes())
+    change(values)
+    if seal:
+        values["sha256"] = store.Manifest(**values).digest()
+    path.write_bytes(to_json(values))
+
+
+def test_a_folder_without_a_manifest_is_no_data_set(data: str):
+    (Path(data) / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"is no data set: it has no manifest\.json; make one with jobs/prepare\.py"):
+        store.read_manifest(data)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"format_version": 1}', b"\xff\xfe\x00"])
+def test_a_damaged_manifest_is_refused(data: str, content: bytes):
+    (Path(data) / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged .*prepare the data set again") as caught:
+        store.read_manifest(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1"])
+def test_another_format_version_is_refused(data: str, version: Any):
+    change_manifest(data, lambda values: values.update(format_version=version))
+    with pytest.raises(UserError, match=f"has format version {version}, this program reads 1"):
+        store.read_manifest(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["class_names"].reverse(),
+        lambda values: values["splits"]["train"].update(num_rows=199),
+        lambda values: values["splits"]["test"]["files"][0].update(sha256="0" * 64),
+        lambda values: values.update(num_skipped=1),
+        lambda values: values.update(sha256=""),
+    ],
+)
+def test_a_tampered_manifest_is_refused(data: str, change: Callable[[dict[str, Any]], object]):
+    change_manifest(data, change)
+    with pytest.raises(UserError, match="does not match its own checksum"):
+        store.read_manifest(data)
+
+
+def test_a_damaged_manifest_can_be_overwritten(tmp_path: Path):
+    out = tmp_path / "out"
+    store.prepare(small_shapes(), str(out))
+    before = files_of(out)
+    (out / "manifest.json").write_bytes(b"{")
+    with pytest.raises(UserError, match="is damaged"):
+        store.prepare(small_shapes(), str(out))
+    store.prepare(small_shapes(), str(out), overwrite=True)
+    assert files_of(out) == before
+
+
+# Staging
+
+
+def same_images(staged: store.StagedSplit, rows: list[sources.Row]) -> bool:
+    return (
+        len(staged) == len(rows)
+        and [staged.encoded(i).tobytes() for i in range(len(rows))] == [row.encoded for row in rows]
+        and [staged.path(i) for i in range(len(rows))] == [row.path for row in rows]
+        and staged.labels.tolist() == [row.label for row in rows]
+    )
+
+
+@pytest.fixture(scope="module")
+def train_rows() -> list[sources.Row]:
+    return list(sources.shapes(200, 100).rows("train"))
+
+
+def test_the_staged_split_equals_the_source(shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row]):
+    assert same_images(store.stage(shapes_uri, "train", staging_folder), train_rows)
+    assert len(store.stage(shapes_uri, "test", staging_folder)) == 100
+    left = {path.suffix for path in staging_folder.rglob("*") if path.is_file()}
+    assert left == {".arrow", ".sha256", ".lock"}  # no temporary file stays
+
+
+def test_images_are_zero_copy_views_of_the_mapped_file(shapes_uri: str, staging_folder: Path):
+    staged = store.stage(shapes_uri, "train", staging_folder)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "train.arrow" in line]
+    ranges = [[int(end, 16) for end in fields[0].split("-")] for fields in maps]
+    for i in (0, 17, 199):
+        view = staged.encoded(i)
+        assert any(low <= view.ctypes.data and view.ctypes.data + view.nbytes <= high for low, high in ranges)
+        assert not view.flags.writeable
+        assert ctypes.string_at(view.ctypes.data, 8) == b"\x89PNG\r\n\x1a\n"
+
+
+def numbered(i: int) -> np.ndarray:
+    return np.array([[[i >> 8, i & 255, 7]]], np.uint8)
+
+
+def test_several_files_and_batches_are_one_split(tmp_path: Path, staging_folder: Path):
+    count = store.ROWS_PER_FILE + 1_050  # two files, twelve Arrow batches
+    items = [sources.Item(f"{i}.png", i % 2, partial(numbered, i)) for i in range(count)]
+    source = sources.Source("numbered", ["even", "odd"], {"train": items, "test": items[:2]})
+    manifest, _ = store.prepare(source, str(tmp_path / "out"))
+    assert [file["num_rows"] for file in manifest.splits["train"]["files"]] == [10_000, 1_050]
+    staged = store.stage(str(tmp_path / "out"), "train", staging_folder)
+    assert len(staged) == count
+    assert (staged.labels == np.arange(count) % 2).all()
+    for i in (0, 999, 1_000, 9_999, 10_000, 10_999, 11_000, count - 1):
+        assert (np.asarray(Image.open(io.BytesIO(staged.encoded(i).tobytes()))) == numbered(i)).all()
+        assert staged.path(i) == f"{i}.png"
+
+
+@pytest.mark.parametrize("change", ["truncate", "flip", "no checksum", "delete"])
+def test_a_damaged_staged_file_is_made_again(
+    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], change: str
+):
+    store.stage(shapes_uri, "train", staging_folder)
+    (path,) = staging_folder.rglob("train.arrow")
+    whole = path.read_bytes()
+    damaged = {
+        "truncate": whole[:-1],
+        "flip": whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
+        "no checksum": b"half a file from another program",
+        "delete": None,
+    }[change]
+    path.unlink()
+    if damaged is not None:
+        path.write_bytes(damaged)
+    if change == "no checksum":
+        path.with_name("train.arrow.sha256").unlink()
+    assert same_images(store.stage(shapes_uri, "train", staging_folder), train_rows)
+    assert path.read_bytes() == whole
+
+
+def test_a_good_staged_file_is_used_without_the_store(data: str, staging_folder: Path, train_rows: list[sources.Row]):
+    manifest = store.read_manifest(data)
+    store.stage(data, "train", staging_folder)
+    shutil.rmtree(data)
+    assert same_images(store.stage(data, "train", staging_folder, manifest), train_rows)
+
+
+def test_data_sets_do_not_share_staged_files(shapes_uri: str, tmp_path: Path, staging_folder: Path):
+    store.prepare(small_shapes(), str(tmp_path / "other"))
+    assert len(store.stage(shapes_uri, "train", staging_folder)) == 200
+    assert len(store.stage(str(tmp_path / "other"), "train", staging_folder)) == 20
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "named in the manifest but missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "does not match the manifest's checksum"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"IDAT", b"IDAt", 1)), "does not match the manifest"),
+    ],
+)
+def test_a_changed_parquet_file_is_never_staged(
+    data: str, staging_folder: Path, damage: Callable[[Path], object], message: str
+):
+    damage(Path(data) / "train-00000.parquet")
+    with pytest.raises(UserError, match=rf"train-00000\.parquet.*{message}"):
+        store.stage(data, "train", staging_folder)
+    assert not list(staging_folder.rglob("train.arrow"))
+    assert not list(staging_folder.rglob("*.part*"))
+
+
+def test_a_manifest_that_counts_wrongly_is_noticed(data: str, staging_folder: Path):
+    change_manifest(data, lambda values: values["splits"]["train"].update(num_rows=199), seal=True)
+    with pytest.raises(UserError, match="200 train rows were found, the manifest says 199"):
+        store.stage(data, "train", staging_folder)
+
+
+def test_labels_beyond_the_classes_are_noticed(data: str, staging_folder: Path):
+    change_manifest(data, lambda values: values["class_names"].pop(), seal=True)
+    with pytest.raises(UserError, match="labels outside 0 to 8"):
+        store.stage(data, "train", staging_folder)
+
+
+def test_no_place_to_stage_is_said_in_one_sentence(shapes_uri: str, tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot stage .*--staging-folder") as caught:
+        store.stage(shapes_uri, "train", tmp_path / "file" / "below")
+    assert "\n" not in str(caught.value)
+
+
+# Processes
+
+
+def stage_in_child(uri: str, folder: Path, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    staged = store.stage(uri, "train", folder)
+    (path,) = folder.rglob("train.arrow")
+    images = b"".join(staged.encoded(i).tobytes() for i in range(len(staged)))
+    results.put((path.stat().st_ino, path.stat().st_mtime_ns, hashlib.sha256(images).hexdigest()))
+
+
+def make_and_note(log: Path, path: Path) -> None:
+    with open(log, "a") as file:
+        file.write("made\n")
+    path.write_bytes(b"x" * (8 << 20))
+
+
+def make_in_child(path: Path, log: Path, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    results.put(store.once_per_node(path, partial(make_and_note, log)).stat().st_size)
+
+
+def run_together(target: Callable[..., None], *args: Any, count: int = 3) -> list[Any]:
+    """Starts `count` processes that begin at the same moment; returns what they put into the queue."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cifar_dist.data.store"])  # imported once for all of them
+    barrier, results = context.Barrier(count), context.Queue()
+    processes = [context.Process(target=target, args=(*args, barrier, results)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * count
+    return found
+
+
+def test_processes_that_stage_together_share_one_file(
+    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row]
+):
+    found = run_together(stage_in_child, shapes_uri, staging_folder)
+    assert len(set(found)) == 1
+    assert found[0][-1] == hashlib.sha256(b"".join(row.encoded for row in train_rows)).hexdigest()
+
+
+def test_only_one_process_makes_the_file(tmp_path: Path):
+    sizes = run_together(make_in_child, tmp_path / "folder" / "file", tmp_path / "log")
+    assert sizes == [8 << 20] * 3
+    assert (tmp_path / "log").read_text() == "made\n"
+
+
+KILLED_WHILE_STAGING = """
+import os, signal, sys
+from pathlib import Path
+from cifar_dist.data import store
+
+def half(path):
+    store.copy_split(sys.argv[1], "train", store.read_manifest(sys.argv[1]), path)
+    os.truncate(path, path.stat().st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+store.once_per_node(store.staging_area(store.read_manifest(sys.argv[1]), Path(sys.argv[2])) / "train.arrow", half)
+"""
+
+KILLED_WHILE_PREPARING = """
+import os, signal, sys
+from cifar_dist.data import sources, store
+
+source = sources.shapes(20, 20, seed=1)
+source.splits["test"][-1] = sources.Item("killer", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+store.prepare(source, sys.argv[1], overwrite=True)
+"""
+
+
+def run_until_killed(code: str, *args: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code, *args], check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_staging_goes_on_after_a_process_was_killed_half_way(
+    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row]
+):
+    run_until_killed(KILLED_WHILE_STAGING, shapes_uri, str(staging_folder))
+    (part,) = staging_folder.rglob("train.arrow.part")
+    assert part.stat().st_size > 0
+    assert not list(staging_folder.rglob("train.arrow"))
+    assert same_images(store.stage(shapes_uri, "train", staging_folder), train_rows)
+    assert not list(staging_folder.rglob("*.part"))
+
+
+def test_a_data_set_outlives_a_process_killed_while_replacing_it(tmp_path: Path):
+    out = tmp_path / "out"
+    store.prepare(small_shapes(), str(out))
+    before = files_of(out)
+    run_until_killed(KILLED_WHILE_PREPARING, str(out))
+    after = files_of(out)
+    assert any(name.startswith(".preparing/train-") for name in after)  # it was killed half-way
+    assert {name: content for name, content in after.items() if not name.startswith(".preparing/")} == before
+    assert not store.prepare(small_shapes(), str(out))[1]
+    assert files_of(out) == before
+
+
+def test_a_first_write_that_was_killed_is_no_data_set(tmp_path: Path):
+    run_until_killed(KILLED_WHILE_PREPARING, str(tmp_path / "out"))
+    with pytest.raises(UserError, match="is no data set"):
+        store.read_manifest(str(tmp_path / "out"))
+    store.prepare(small_shapes(), str(tmp_path / "out"))
+    store.prepare(small_shapes(), str(tmp_path / "fresh"))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def rows_then_stop(source: sources.Source) -> Iterator[sources.Row]:
+    yield from list(source.rows("train"))[:3]
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path):
+    source = small_shapes()
+    with pytest.raises(KeyboardInterrupt):
+        store.prepare(source, str(tmp_path / "out"), progress=lambda *_: rows_then_stop(source))
+    assert files_of(tmp_path / "out") == {}
