@@ -6,7 +6,9 @@ checkpoint.
 """
 
 import json
+import pickle
 import platform
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, file_sha256, join_uri, to_json
 
 FORMAT_VERSION = 1
+NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}")
 
 
 class Cursor(NamedTuple):
@@ -67,10 +70,14 @@ class Checkpoints:
     def __init__(self, run_uri: str) -> None:
         self.folder = Folder(join_uri(run_uri, "checkpoints"))
 
+    def _names(self) -> list[str]:
+        """The folders that write() made; other things beside them are nobody's business here."""
+        return [name for name in self.folder.names() if NAME.fullmatch(name)]
+
     def all(self) -> list[Checkpoint]:
         """Every whole checkpoint, oldest first. Raises UserError for one with a damaged meta.json."""
         found = []
-        for name in self.folder.names():
+        for name in self._names():
             try:
                 meta = json.loads(self.folder.read(f"{name}/meta.json"))
                 if meta["format_version"] != FORMAT_VERSION:
@@ -78,7 +85,7 @@ class Checkpoints:
                         f"{self.where(name)} has format version {meta['format_version']}, not {FORMAT_VERSION}"
                     )
                 found.append(Checkpoint(name, meta))
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 continue  # cut off while it was written
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.where(name)}/meta.json is damaged; remove that folder") from error
@@ -140,7 +147,7 @@ class Checkpoints:
         kept = sorted(self.all(), key=lambda c: c.cursor)[-num_newest:]
         best = self.best()
         names = {c.name for c in kept} | ({best.name} if best else set())
-        for name in self.folder.names():
+        for name in self._names():
             if name not in names:
                 self.folder.delete(f"{name}/meta.json")
                 self.folder.delete(name)
@@ -174,9 +181,13 @@ class Checkpoints:
                         f"the checkpoint {where} is damaged: {file} does not match its checksum; remove that folder "
                         "to go on from the one before"
                     )
-                is_weights = file.endswith(".safetensors")
-                loaded[file.split(".")[0]] = (
-                    load_file(path) if is_weights else torch.load(path, map_location="cpu", weights_only=True)
-                )
+                try:
+                    is_weights = file.endswith(".safetensors")
+                    state = load_file(path) if is_weights else torch.load(path, map_location="cpu", weights_only=True)
+                except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+                    raise UserError(
+                        f"{file} of the checkpoint {where} was not written by this program; remove that folder"
+                    ) from error
+                loaded[file.split(".")[0]] = state
                 path.unlink()
         return loaded

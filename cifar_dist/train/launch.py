@@ -91,7 +91,9 @@ def connect(address: str | None, num_workers: int) -> None:
     if address is None:
         # More workers than cores is slow but sound, and how a laptop rehearses a cluster.
         num_cpus = max(os.cpu_count() or 1, num_workers)
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        # Ray Train asks the dashboard whether its controller lives. Without one of its own it would ask that of another
+        # cluster on this machine, take the "no" for a death and stop the workers.
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)
         return
     try:
         ray.init(address=address, **quiet)

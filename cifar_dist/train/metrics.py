@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from cifar_dist.storage import Folder
 
@@ -24,14 +26,17 @@ class RunLog:
         self.run = Folder(run_uri)
         self.lines = [line for line in read_lines(self.run) if line["global_step"] <= global_step]
         self._events = Path(tempfile.mkdtemp(prefix="cifar_dist-events-"))
-        self._writer = SummaryWriter(str(self._events), purge_step=global_step + 1, flush_secs=3600)
+        # Not SummaryWriter: it writes from a thread, and its flush does not wait for that.
+        self._writer = EventsWriter(str(self._events / "events"), f".{global_step}")
+        self._writer.write_event(Event(step=global_step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._flushed = time.monotonic()
 
     def add(self, kind: str, epoch: int, global_step: int, **values: Any) -> None:
         self.lines.append({"kind": kind, "epoch": epoch, "global_step": global_step, **values})
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._writer.add_scalar(f"{kind}/{name}", value, global_step)
+                summary = scalar(f"{kind}/{name}", value)
+                self._writer.write_event(Event(wall_time=time.time(), step=global_step, summary=summary))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 

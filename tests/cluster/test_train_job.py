@@ -1,13 +1,18 @@
 """jobs/train.py on a real Ray cluster: what a run leaves behind, continuing it, killing it, stopping it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from job_process import Job, read_metrics, run_job, train_args, wait_until, without_clock
 from safetensors.torch import load_file
 
+from cifar_dist.errors import UserError
+from cifar_dist.recipes import recipe_config
+from cifar_dist.train import launch
 from cifar_dist.train.checkpoint import Checkpoints, Cursor
 
 # 40 images in batches of 10, two epochs; 18 of the 60 images validate.
@@ -122,22 +127,31 @@ def test_accuracy_at_chance_is_named(tiny_uri: str, tmp_path: Path) -> None:
     assert output.count("the network is not learning") == 1
 
 
+def test_more_gpus_than_there_are_is_an_error(tiny_uri: str, tmp_path: Path) -> None:
+    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 2, "--device", "gpu"))
+    assert code == 1
+    assert "2 workers need a GPU each, the cluster has 0" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("where", "settings", "message"),
     [
-        (["--workers", "0"], "--workers must be 1 or more"),
-        (["--name", "../up"], "is no run name"),
-        (["--global-batch-size", "1"], "less than one image for each of 2 workers"),
-        (["--device", "gpu"], "workers need a GPU each"),
-        (["--train-images", "1000"], "the data set has 60 train images"),
-        (["--data", "/nowhere"], "is no data set"),
+        ({"num_workers": 0}, {}, "--workers must be 1 or more"),
+        ({"name": "../up"}, {}, "is no run name"),
+        ({"name": "a/b"}, {}, "is no run name"),
+        ({"data_uri": "/nowhere"}, {}, "is no data set"),
+        ({"storage_uri": "s3://key:secret@bucket/x"}, {}, "holds credentials"),
+        ({}, {"global_batch_size": 1}, "less than one image for each of 2 workers"),
+        ({}, {"train_images": 1000}, "the data set has 60 train images"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_starts(
-    more: list[str], message: str, tiny_uri: str, tmp_path: Path
+def test_what_cannot_work_is_said_before_a_cluster_is_started(
+    where: dict, settings: dict, message: str, tiny_uri: str, tmp_path: Path
 ) -> None:
-    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 2, *more))
-    assert code == 1
-    assert message in output
-    assert "Traceback" not in output
-    assert not list(tmp_path.rglob("checkpoints"))
+    given = {"data_uri": tiny_uri, "storage_uri": str(tmp_path), "name": "run", "num_workers": 2, **where}
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        launch.train(recipe_config("quickstart_fan", **settings), launch.Launch(**given))
+    assert "secret" not in str(error.value)
+    assert not ray.is_initialized()
+    assert not list(tmp_path.iterdir())

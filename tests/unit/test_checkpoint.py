@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back, what is damaged or foreign is refused by its path, the right ones stay."""
 
 import hashlib
+import importlib.metadata
 import json
 import pickle
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ def test_meta_names_the_checksum_of_every_file_and_the_versions(run):
     meta = json.loads(path_of(run, written, "meta.json").read_text())
     for name in files - {"meta.json"}:
         assert meta["files"][name] == hashlib.sha256(path_of(run, written, name).read_bytes()).hexdigest()
-    assert meta["packages"]["torch"] == torch.__version__
+    assert meta["packages"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_evaluation_does_not_read_the_optimizer(run):
@@ -128,11 +129,11 @@ def test_folder_without_meta_is_no_checkpoint_and_goes(run):
     cut_off = path_of(run, written, "").with_name("epoch-0002-step-000000")
     cut_off.mkdir()
     (cut_off / "model.safetensors").write_bytes(b"half")
-    (cut_off.parent / "stray.txt").write_text("a file where folders are expected")
+    (cut_off.parent / ".nfs0001").write_text("left behind by a file server")
     assert run.all() == [written]
     assert run.latest() == written
     run.keep(1)
-    assert run.folder.names() == [written.name]
+    assert run.folder.names() == [".nfs0001", written.name]
 
 
 def test_write_that_fails_leaves_the_one_before(run):
@@ -176,7 +177,7 @@ def test_damaged_file_is_refused(run, file, damage):
 def test_damaged_meta_is_refused(run, content):
     written = write(run, 1)
     path_of(run, written, "meta.json").write_text(content)
-    with pytest.raises(UserError, match="meta.json is damaged") as error:
+    with pytest.raises(UserError, match=r"meta\.json is damaged") as error:
         run.all()
     assert run.where(written.name) in str(error.value)
 
@@ -248,7 +249,7 @@ def test_weights_that_are_no_safetensors_are_refused_even_with_the_right_checksu
 def test_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("where the run should be")
     run = Checkpoints(str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot .* .*file/checkpoints"):
+    with pytest.raises(UserError, match=r"cannot \w+ .*file/checkpoints"):
         write(run, 1)
 
 

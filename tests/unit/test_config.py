@@ -66,8 +66,9 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("name", "bound", "direction"), NUMBERS)
 def test_bounds_are_allowed_and_what_lies_beyond_is_not(name, bound, direction):
-    kind = option_fields()[name][1].type
-    assert getattr(Config().replace(**{name: kind(bound)}), option_fields()[name][0])
+    section, f = option_fields()[name]
+    kind = f.type
+    assert getattr(getattr(Config().replace(**{name: kind(bound)}), section), name) == bound
     beyond = kind(bound + direction * (1 if kind is int else 1e-6))
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} takes a value (from|of)"):
         Config().replace(**{name: beyond})
@@ -75,8 +76,10 @@ def test_bounds_are_allowed_and_what_lies_beyond_is_not(name, bound, direction):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", 0), ("global_batch_size", 0), ("accumulation_steps", 0), ("keep_checkpoints", 0), ("dali_threads", -1)]
-    + [("learning_rate", -0.1), ("validation_fraction", 0.0), ("beta2", 1.0), ("ema_decay", 1.0), ("epsilon", -1e-9)],
+    [
+        *(("epochs", 0), ("global_batch_size", 0), ("accumulation_steps", 0), ("keep_checkpoints", 0)),
+        *(("learning_rate", -0.1), ("validation_fraction", 0.0), ("beta2", 1.0), ("ema_decay", 1.0), ("seed", -1)),
+    ],
 )
 def test_values_that_make_no_sense_are_refused(name, value):
     """Written out, so that a bound lost from the definition is noticed."""
@@ -94,9 +97,7 @@ def test_numbers_that_are_not_finite_are_refused(name, value):
 def test_unknown_value_names_the_choices_and_the_nearest():
     with pytest.raises(UserError) as error:
         Config().replace(schedule="cosin")
-    assert str(error.value) == (
-        "--schedule is one of constant, cosine, one-cycle, not 'cosin' (did you mean cosine?)"
-    )
+    assert str(error.value) == ("--schedule is one of constant, cosine, one-cycle, not 'cosin' (did you mean cosine?)")
 
 
 def test_unknown_setting_names_the_nearest():

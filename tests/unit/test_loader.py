@@ -168,12 +168,15 @@ class UncheckedShapes(sources.Source):
 def test_a_bad_image_in_the_store_is_named_by_path_and_row(tmp_path: Path, staging_folder: Path, cache: str):
     source = sources.shapes(20, 20)
     store.prepare(UncheckedShapes(source.name, source.class_names, source.splits), str(tmp_path / "out"))
-    with pytest.raises(UserError, match=r"image train-00013\.png \(row 13\) cannot be decoded") as caught:
+
+    def read_all() -> None:
         loader = open_loader(str(tmp_path / "out"), staging_folder, cache=cache)
         list(loader.batches(eval_plans(np.arange(20), 8, 0, 1)))
+
+    with pytest.raises(UserError, match=r"image train-00013\.png \(row 13\) cannot be decoded") as caught:
+        read_all()
     assert "\n" not in str(caught.value)
-    assert not list(staging_folder.rglob("train.decoded*"))[1:]  # no cache of it, at most its lock
-    assert len(list(open_loader(str(tmp_path / "out"), staging_folder, "test").batches([]))) == 0
+    assert not list(staging_folder.rglob("train.decoded"))
 
 
 def test_images_before_a_bad_one_are_still_had(tmp_path: Path, staging_folder: Path):

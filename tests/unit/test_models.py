@@ -53,11 +53,10 @@ def test_finetuning_trains_all_but_the_moving_statistics(finetuned):
 def described(module: nn.Module) -> str:
     match module:
         case nn.Conv2d():
-            bias = "" if module.bias is not None else " no bias"
+            kernel = "x".join(map(str, module.kernel_size))
             stride = f" stride {module.stride[0]}" if module.stride[0] > 1 else ""
-            return f"conv {module.in_channels}-{module.out_channels} {module.kernel_size[0]}x{module.kernel_size[1]}" + (
-                f"{stride} pad {module.padding[0]}{bias}"
-            )
+            bias = "" if module.bias is not None else " no bias"
+            return f"conv {module.in_channels}-{module.out_channels} {kernel}{stride} pad {module.padding[0]}{bias}"
         case nn.Linear():
             return f"dense {module.in_features}-{module.out_features}"
         case KerasBatchNorm():

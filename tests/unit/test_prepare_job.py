@@ -1,0 +1,224 @@
+"""jobs/prepare.py as a command: exit codes, one-sentence messages, progress, Ctrl-C."""
+
+import contextlib
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_dist.data import store
+from cifar_dist.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, str(ROOT / "jobs" / "prepare.py")]
+SHAPES = ["--source", "shapes", "--num-train", "20", "--num-test", "20"]
+
+
+def prepare(*args: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, check=False, **options)
+
+
+def one_sentence(done: subprocess.CompletedProcess[str], exit_code: int = 1) -> str:
+    """The message of a run that failed as it should: a single line, no traceback, nothing on stdout."""
+    assert done.returncode == exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: " if exit_code == 1 else "prepare.py: ")
+    return line
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def png(color: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), color, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """train/ with ten images of each of two classes; no test split."""
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / "train" / name).mkdir(parents=True)
+        for i in range(10):
+            (tmp_path / "pictures" / "train" / name / f"{i}.png").write_bytes(png(i))
+    return tmp_path / "pictures"
+
+
+def test_prepare_twice_then_other_data_then_overwrite(tmp_path: Path):
+    out = tmp_path / "out"
+    first = prepare(*SHAPES, "--out", out)
+    assert (first.returncode, first.stderr) == (0, "")  # without a terminal there is no progress bar
+    assert first.stdout.startswith(f"{out}: 20 train, 20 test images of 10 classes; prepared, sha256 ")
+    before = files_of(out)
+
+    again = prepare(*SHAPES, "--out", out)
+    assert again.returncode == 0
+    assert "already there and unchanged" in again.stdout
+    assert files_of(out) == before
+
+    other = [*SHAPES, "--data-seed", "1", "--out", out]
+    message = one_sentence(prepare(*other))
+    assert str(out) in message
+    assert "--overwrite" in message
+    assert files_of(out) == before
+
+    replaced = prepare(*other, "--overwrite")
+    assert replaced.returncode == 0
+    assert files_of(out)["train-00000.parquet"] != before["train-00000.parquet"]
+
+    fresh = prepare(*other[:-1], tmp_path / "fresh")
+    assert fresh.returncode == 0
+    assert files_of(tmp_path / "fresh") == files_of(out)
+
+
+def test_a_folder_with_bad_files(tmp_path: Path, pictures: Path):
+    bad = pictures / "train" / "dog" / "bad.jpg"
+    bad.write_bytes(b"this is no picture")
+    (pictures / "train" / "cat" / "empty.png").write_bytes(b"")
+    out = tmp_path / "out"
+    message = one_sentence(prepare("--source", "folder", "--path", pictures, "--out", out))
+    assert str(bad) in message or "empty.png" in message  # whichever the drawn split reads first
+    assert "--skip-bad" in message
+    assert not (out / "manifest.json").exists()
+
+    skipped = prepare("--source", "folder", "--path", pictures, "--out", out, "--skip-bad")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "2 bad images left out" in skipped.stdout
+    assert [line.startswith("skipped: ") for line in skipped.stderr.splitlines()] == [True, True]
+    assert str(bad) in skipped.stderr
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    assert manifest["num_skipped"] == 2
+    assert manifest["class_names"] == ["cat", "dog"]
+    assert sum(split["num_rows"] for split in manifest["splits"].values()) == 20
+
+
+def test_the_drawn_test_split_follows_fraction_and_seed(tmp_path: Path, pictures: Path):
+    def test_paths(*options: str) -> list[str]:
+        out = tmp_path / "-".join(["out", *options])
+        done = prepare("--source", "folder", "--path", pictures, "--out", out, *options)
+        assert done.returncode == 0, done.stderr
+        staged = store.stage(str(out), "test", tmp_path / "staged")
+        return [staged.path(i) for i in range(len(staged))]
+
+    drawn = test_paths("--test-fraction", "0.3")
+    assert [path.split("/")[1] for path in drawn] == ["cat"] * 3 + ["dog"] * 3
+    assert test_paths("--test-fraction", "0.3", "--data-seed", "1") != drawn
+
+
+def test_a_prepared_data_set_is_a_parquet_source(tmp_path: Path, shapes_uri: str):
+    done = prepare("--source", "parquet", "--path", shapes_uri, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "200 train, 100 test images of 10 classes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--source", "folder", "--path", "does/not/exist"], ["does/not/exist", "PATH/train/CLASS/IMAGE"]),
+        (["--source", "parquet"], ["--path"]),
+        (["--source", "folder", "--path", "SAME"], ["--out", "SAME"]),
+        (["--source", "shapes", "--num-train", "19"], ["--num-train", "20"]),
+        (["--source", "shapes", "--test-fraction", "1"], ["--test-fraction", "between 0 and 1"]),
+        (["--source", "shapes", "--out", ""], ["empty path or URI"]),
+        (["--source", "shapes", "--out", "foo://x"], ["foo://x"]),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence(tmp_path: Path, args: list[str], words: list[str]):
+    message = one_sentence(prepare("--out", tmp_path / "SAME", *args, cwd=tmp_path))
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "SAME").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--source", "shape", "--out", "x"], ["'shape'", "shapes"]),
+        (["--source", "shapes", "--out", "x", "--skipbad"], ["--skipbad", "--skip-bad"]),
+        (["--source", "shapes", "--out", "x", "--num-train", "many"], ["--num-train", "many"]),
+        (["--source", "shapes"], ["--out"]),
+    ],
+)
+def test_a_wrong_option_is_named(tmp_path: Path, args: list[str], words: list[str]):
+    message = one_sentence(prepare(*args, cwd=tmp_path), exit_code=2)
+    assert all(word in message for word in words), message
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_examples(tmp_path: Path):
+    done = prepare("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("--source", "cifar10", "--skip-bad", "--overwrite", "examples:"):
+        assert word in done.stdout
+
+
+def test_debug_adds_the_traceback(tmp_path: Path):
+    done = prepare("--source", "folder", "--path", "nowhere", "--out", tmp_path / "out", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: nowhere holds no folder named train")
+
+
+@contextmanager
+def in_a_terminal(*args: str | Path) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[bytes]]]:
+    """The running job, and all that its terminal has shown so far, again and again until it ends."""
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 80))
+    # A shell's background job ignores SIGINT, and so would its children.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    job = subprocess.Popen([*COMMAND, *map(str, args)], stdout=writer, stderr=writer)
+    signal.signal(signal.SIGINT, previous)
+    os.close(writer)
+
+    def shown() -> Iterator[bytes]:
+        content = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while part := os.read(reader, 4096):
+                content += part
+                yield content
+
+    try:
+        yield job, shown()
+    finally:
+        job.kill()
+        job.wait()
+        os.close(reader)
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path: Path):
+    with in_a_terminal(*SHAPES, "--out", tmp_path / "out") as (job, shown):
+        *_, content = shown
+        assert job.wait() == 0
+    for words in (b"prepare train", b"prepare test", b"20/20", b"images/s"):
+        assert words in content
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path):
+    out = tmp_path / "out"
+    with in_a_terminal("--source", "shapes", "--num-train", "30000", "--out", out) as (job, shown):
+        # Not before images flow: Python may lose the signal while it imports.
+        assert any(re.search(rb" [1-9]\d*/30000", content) for content in shown)
+        assert (out / ".preparing").exists()
+        job.send_signal(signal.SIGINT)
+        *_, content = shown
+        assert job.wait() == 130
+    assert b"interrupted" in content
+    assert b"Traceback" not in content
+    assert files_of(out) == {}
+    with pytest.raises(UserError, match="is no data set"):
+        store.read_manifest(str(out))

@@ -1,0 +1,357 @@
+"""From checkpoint to report: any number of shards gives the same integers, and the page is whole, safe and offline."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import shutil
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from cifar_dist import models
+from cifar_dist.data import sources, store
+from cifar_dist.errors import UserError
+from cifar_dist.evaluate import report
+from cifar_dist.evaluate.driver import Evaluation, merge
+from cifar_dist.evaluate.shard import SPLITS, Shard, evaluate_shard, ids_of
+from cifar_dist.recipes import recipe_config
+from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor
+from cifar_dist.train.metrics import RunLog
+
+NUM_TRAIN, NUM_TEST, SIZE = 60, 250, 96  # three batches of test images, so that three shards have one each
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src="http://example.org/x.png">',
+    "</title></svg></style>",
+    "{{ 7 * 7 }}",
+    r"$\nosuchcommand{$",
+    "--> <b>",
+    "a & b",
+    "'onerror='x",
+    "naïve 名",
+    "plain",
+]
+
+
+def prepare(folder: Path, class_names: list[str]) -> str:
+    """Drawn shapes under other names; the files are named after their class."""
+
+    def items(split: str, n: int, key: int) -> list[sources.Item]:
+        draw = [partial(sources.draw_shape, i % 10, (key, i)) for i in range(n)]
+        return [sources.Item(f"{split}/{class_names[i % 10]}/{i}.png", i % 10, draw[i]) for i in range(n)]
+
+    splits = {"train": items("train", NUM_TRAIN, 0), "test": items("test", NUM_TEST, 1)}
+    store.prepare(sources.Source("drawn", class_names, splits), str(folder))
+    return str(folder)
+
+
+@dataclasses.dataclass
+class Run:
+    data_uri: str
+    run_uri: str
+    staging: str
+    checkpoint: Checkpoint
+
+    def shard(self, index: int, num_shards: int) -> dict:
+        uris = self.run_uri, self.checkpoint, self.data_uri
+        return evaluate_shard(Shard(*uris, SPLITS, index, num_shards, staging_folder=self.staging))
+
+    def merge(self, parts: list[dict]) -> dict:
+        manifest = store.read_manifest(self.data_uri)
+        staged = {s: store.stage(self.data_uri, s, Path(self.staging), manifest) for s in ("train", "test")}
+        return merge(parts, self.checkpoint, SPLITS, {s: staged[s].labels for s in staged}, manifest)
+
+
+def pixels(data_uri: str, staging: str, ids: range) -> torch.Tensor:
+    """Test images as the model wants them, without DALI: -1..1, resized by torch."""
+    staged = store.stage(data_uri, "test", Path(staging))
+    images = np.stack([np.asarray(Image.open(io.BytesIO(staged.encoded(i).tobytes()))) for i in ids])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    return F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    """A run with one checkpoint of a ResNet whose average of weights differs from its weights."""
+    folder = tmp_path_factory.mktemp("report")
+    data_uri, staging = prepare(folder / "data", HOSTILE), str(folder / "staged")
+    config = recipe_config("quickstart_resnet50v2", validation_fraction=0.2, ema_decay=0.5)
+    model = models.build("resnet50v2", finetune=True, batchnorm_momentum=0.0)
+    with torch.no_grad():
+        model(pixels(data_uri, staging, range(20)))  # moving statistics that fit, so that predictions vary
+        model.classifier[-1].weight *= 3
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor if "running" in name else tensor * 0 for name, tensor in average.items()}
+    run_uri = str(folder / "runs" / "first-run")
+    (folder / "runs" / "first-run").mkdir(parents=True)
+    log = RunLog(run_uri, 0)
+    rates = {"images_per_second": 20.0, "data_wait_share": 0.25, "seconds": 4.0}
+    scores = {"train_loss": 2.0, "train_accuracy": 0.3, "validation_loss": 2.1, "validation_accuracy": 0.25}
+    log.add("warning", 0, 0, warning="random_weights", message="starts from RANDOM weights <not> ImageNet's")
+    log.add("step", 0, 5, step=5, **scores, **rates)
+    log.add("epoch", 0, 10, **scores, **rates)
+    log.add("epoch", 1, 20, **scores, **{**rates, "images_per_second": 40.0, "data_wait_share": 0.0, "seconds": 12.0})
+    log.flush()
+    meta = {
+        "model": "resnet50v2",
+        "metrics": scores,
+        "config": config.to_dict(),
+        "manifest_sha256": store.read_manifest(data_uri).sha256,
+        "data_uri": data_uri,
+        "class_names": HOSTILE,
+        "imagenet_weights": False,
+        "totals": [0.0, 0.0, 0.0],
+        "precision": "fp32",
+        "device": "cpu",
+        "world_size": 2,
+        "num_threads_per_worker": 1,
+        "git_commit": "unknown",
+    }
+    checkpoint = Checkpoints(run_uri).write(Cursor(2, 0), weights, average, {}, meta)
+    return Run(data_uri, run_uri, staging, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def whole(run) -> dict:
+    return run.shard(0, 1)
+
+
+@pytest.fixture(scope="module")
+def thirds(run) -> list[dict]:
+    return [run.shard(i, 3) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def merged(run, whole) -> dict:
+    return run.merge([whole])
+
+
+# Evaluation.
+
+
+def test_one_and_three_shards_give_the_same(run, merged, thirds):
+    assert [len(part["test"][0]) for part in thirds] == [100, 100, 50]  # each did its part
+    for parts in (thirds, thirds[::-1]):
+        again = run.merge(parts)
+        for split in SPLITS:
+            assert again[split][1].to_dict() == merged[split][1].to_dict(), split
+            assert again[split][0].equals(merged[split][0]), split
+
+
+def test_every_image_of_each_split_comes_once(run, merged):
+    sizes = {split: (len(table), counts.num_images) for split, (table, counts) in merged.items()}
+    assert sizes == {"train": (50, 50), "validation": (10, 10), "test": (NUM_TEST, NUM_TEST)}
+    ids = {split: table["id"].to_pylist() for split, (table, _) in merged.items()}
+    assert ids["test"] == list(range(NUM_TEST))
+    assert sorted(ids["train"] + ids["validation"]) == list(range(NUM_TRAIN))
+    labels = store.stage(run.data_uri, "test", Path(run.staging)).labels
+    assert merged["test"][0]["label"].to_pylist() == labels.tolist()
+
+
+def test_predictions_are_those_of_the_averaged_weights(run, merged):
+    """Computed again without DALI, the loader and the shard: catches mixed-up ids as well as the wrong weights."""
+    model = models.build("resnet50v2")
+    model.load_state_dict(Checkpoints(run.run_uri).load(run.checkpoint)["average"])
+    model.eval()
+    with torch.inference_mode():
+        expected = model(pixels(run.data_uri, run.staging, range(95, 110))).softmax(1).numpy()
+    table = merged["test"][0].slice(95, 15).to_pydict()
+    top = np.array([table[f"prediction_{k}"] for k in range(1, 6)]).T
+    found = np.array([table[f"probability_{k}"] for k in range(1, 6)]).T
+    assert len(np.unique(top[:, 0])) > 1  # a model that always says the same would prove little
+    np.testing.assert_allclose(found, np.take_along_axis(expected, top, 1), atol=2e-3)
+    np.testing.assert_allclose(found, -np.sort(-expected, 1)[:, :5], atol=2e-3)
+    loss = -np.log(expected[np.arange(15), table["label"]])
+    np.testing.assert_allclose(table["loss"], loss, atol=2e-2)
+
+
+def with_test_table(parts: list[dict], table: pa.Table) -> list[dict]:
+    return [{**parts[0], "test": (table, parts[0]["test"][1])}, *parts[1:]]
+
+
+@pytest.mark.parametrize("fault", ["missing", "doubled", "replaced"])
+def test_merge_refuses_what_is_not_exactly_once(run, thirds, fault):
+    table = thirds[0]["test"][0]
+    faulty = {
+        "missing": table.slice(1),
+        "doubled": pa.concat_tables([table, table.slice(0, 1)]),
+        "replaced": pa.concat_tables([table.slice(1), table.slice(1, 1)]),
+    }[fault]
+    with pytest.raises(UserError, match=r"test: \d+ predictions came back for 250 images .* not exactly one each"):
+        run.merge(with_test_table(thirds, faulty))
+
+
+def test_merge_refuses_a_lost_and_a_repeated_shard(run, thirds):
+    for parts in (thirds[:2], [*thirds, thirds[0]]):
+        with pytest.raises(UserError, match="not exactly one each"):
+            run.merge(parts)
+
+
+def test_merge_refuses_counts_of_another_number_of_images(run, thirds):
+    table, counts = thirds[0]["test"]
+    faulty = [{**thirds[0], "test": (table, counts + counts)}, *thirds[1:]]
+    with pytest.raises(UserError, match="not exactly one each"):
+        run.merge(faulty)
+
+
+def test_checkpoint_of_another_data_set_is_refused(run):
+    meta = {**run.checkpoint.meta, "manifest_sha256": "0" * 64}
+    foreign = dataclasses.replace(run, checkpoint=Checkpoint(run.checkpoint.name, meta))
+    with pytest.raises(UserError, match=r"first-run was trained on another data set"):
+        foreign.shard(0, 1)
+
+
+def test_splits_are_the_run_s_own():
+    config = recipe_config("quickstart_resnet50v2", validation_fraction=0.2)
+    labels = np.arange(NUM_TRAIN) % 10
+    train, validation = (ids_of(split, config, labels) for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (50, 10)
+    other = config.replace(seed=1)
+    assert not np.array_equal(ids_of("validation", other, labels), validation)
+
+
+# The report.
+
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+FETCHING = {"src", "href", "xlink:href", "srcset", "data", "poster", "action", "background"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order; collects text, tags, and what would be fetched."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open, self.tags, self.references, self.pictures, self.texts, self.attributes = [], [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.pictures += [dict(attrs)["src"]] if tag == "img" else []
+        self.references += [value for name, value in attrs if name in FETCHING]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def evaluation(run: Run, merged: dict, name: str, model: str) -> Evaluation:
+    checkpoint = Checkpoint(run.checkpoint.name, {**run.checkpoint.meta, "model": model})
+    tables, counts = {s: t for s, (t, _) in merged.items()}, {s: c for s, (_, c) in merged.items()}
+    return Evaluation(name, run.run_uri, checkpoint, tables, counts)
+
+
+@pytest.fixture(scope="module")
+def written(run, merged, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    both = [evaluation(run, merged, "first-run", "resnet50v2"), evaluation(run, merged, "second-run", "fan")]
+    page = report.write_report(both, run.data_uri, str(out), run.staging)
+    assert page == f"{out}/report.html"
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(written) -> Page:
+    return Page((written / "report.html").read_text())
+
+
+def test_page_refers_to_nothing_outside_itself(written, page):
+    assert page.references
+    assert {r for r in page.references if not r.startswith(("data:image/", "#"))} == set()
+    assert {"script", "link", "iframe", "object", "base", "form"} & set(page.tags) == set()
+    style = re.findall(r"<style.*?</style>", (written / "report.html").read_text(), re.DOTALL)
+    assert not [s for s in style if "@import" in s or "http" in s]
+    urls = re.findall(r"url\((.*?)\)", (written / "report.html").read_text())
+    assert {u for u in urls if not u.startswith(("#", "'#", '"#'))} == set()
+
+
+def test_page_names_runs_and_shows_their_numbers_beside_the_deck_s(page, merged):
+    for words in ("first-run", "second-run", "resnet50v2", "fan"):
+        assert words in page.text
+    for number in ("97.79%", "78.04%", "76.00%", "95.59%", "89.22%", "84.51%"):
+        assert number in page.text
+    for split, (_, counts) in merged.items():
+        correct = int(counts.confusion.trace())
+        assert f"{split} {correct} / {counts.num_images} {100 * correct / counts.num_images:.2f}%" in page.text
+    assert "35.0 images/s in training, 6.25% of the time waiting for data" in page.text  # weighted by seconds
+    assert "8.0 s per epoch, on 2 worker(s)" in page.text
+
+
+def test_page_says_what_must_be_said(page):
+    assert page.text.count("starts from RANDOM weights <not> ImageNet's") == 2
+    assert "The deck's results are for CIFAR-10" in page.text
+    assert "not comparable" in page.text
+
+
+def test_hostile_class_names_are_text(page):
+    for name in HOSTILE:
+        assert " ".join(name.split()) in page.text, name
+    assert [name for name, _ in page.attributes if name.startswith("on")] == []
+
+
+def test_worst_mistakes_are_pictures_of_the_test_images(run, merged, page):
+    table = merged["test"][0].to_pydict()
+    wrong = [i for i in range(NUM_TEST) if table["prediction_1"][i] != table["label"][i]]
+    wrong.sort(key=lambda i: -table["probability_1"][i])
+    staged = store.stage(run.data_uri, "test", Path(run.staging))
+    mistakes = report.worst_mistakes(evaluation(run, merged, "first-run", "fan"), staged, HOSTILE)
+    assert len(mistakes) == report.NUM_MISTAKES
+    assert [m["id"] for m in mistakes] == wrong[: report.NUM_MISTAKES]
+    assert [m["label"] for m in mistakes] == [HOSTILE[i % 10] for i in wrong[: report.NUM_MISTAKES]]
+    assert page.pictures == [m["picture"] for m in mistakes] * 2
+    first = page.pictures[0].removeprefix("data:image/png;base64,")
+    assert base64.b64decode(first) == staged.encoded(wrong[0]).tobytes()
+
+
+def test_plots_are_drawn(page):
+    assert page.tags.count("svg") == 2 * 3
+
+
+def test_json_holds_the_integers_and_is_strict(written, merged):
+    def no_constants(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    stored = json.loads((written / "report.json").read_text(), parse_constant=no_constants)
+    assert [r["name"] for r in stored["runs"]] == ["first-run", "second-run"]
+    for run in stored["runs"]:
+        for split, (_, counts) in merged.items():
+            assert run["splits"][split]["counts"] == counts.to_dict()
+            assert run["splits"][split]["num_correct"] == counts.confusion.trace()
+        assert run["run_card"]["world_size"] == 2
+        assert run["run_card"]["config"]["loop"]["global_batch_size"] == 32
+    assert stored["data"]["class_names"] == HOSTILE
+
+
+def test_cifar10_is_compared_with_the_deck(run, merged, tmp_path):
+    data_uri = prepare(tmp_path / "data", CIFAR10)
+    report.write_report([evaluation(run, merged, "only", "resnet50v2")], data_uri, str(tmp_path), run.staging)
+    shutil.rmtree(tmp_path / "data")
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "not comparable" not in text
+    counts = merged["test"][1]
+    difference = 100 * (counts.confusion.trace() / counts.num_images - 0.8451)
+    assert f"84.51% {difference:+.2f}" in text
