@@ -442,6 +442,16 @@ store.prepare(source, sys.argv[1], overwrite=True)
 """
 
 
+# No signal from outside can be aimed at this moment: the move itself kills.
+KILLED_WHILE_MOVING = """
+import os, signal, sys
+from cifar_dist.data import sources, store
+
+store.Folder.move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+store.prepare(sources.shapes(20, 20, seed=1), sys.argv[1], overwrite=True)
+"""
+
+
 def run_until_killed(code: str, *args: str) -> None:
     done = subprocess.run([sys.executable, "-c", code, *args], check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -470,8 +480,11 @@ def test_a_data_set_outlives_a_process_killed_while_replacing_it(tmp_path: Path)
     assert files_of(out) == before
 
 
-def test_a_first_write_that_was_killed_is_no_data_set(tmp_path: Path):
-    run_until_killed(KILLED_WHILE_PREPARING, str(tmp_path / "out"))
+@pytest.mark.parametrize("code", [KILLED_WHILE_PREPARING, KILLED_WHILE_MOVING], ids=["preparing", "moving"])
+def test_a_write_that_was_killed_is_no_data_set(tmp_path: Path, code: str):
+    if code == KILLED_WHILE_MOVING:  # over another data set, whose manifest must not name the new files
+        store.prepare(small_shapes(seed=2), str(tmp_path / "out"))
+    run_until_killed(code, str(tmp_path / "out"))
     with pytest.raises(UserError, match="is no data set"):
         store.read_manifest(str(tmp_path / "out"))
     store.prepare(small_shapes(), str(tmp_path / "out"))
