@@ -94,7 +94,7 @@ class Folder:
 
     def delete(self, name: str) -> None:
         """Deletes a file or a folder with all that is in it; what is not there is fine."""
-        kind = self.fs.get_file_info(self.at(name)).type
+        kind = self._try("look at", name, lambda: self.fs.get_file_info(self.at(name))).type
         if kind == fs.FileType.Directory:
             self._try("delete", name, lambda: self.fs.delete_dir(self.at(name)))
         elif kind == fs.FileType.File:

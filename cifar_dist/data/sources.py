@@ -152,8 +152,7 @@ def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) ->
             "if it is there, PATH/test/CLASS/IMAGE"
         )
     class_names = [p.name for p in visible(root / "train") if p.is_dir()]
-    if len(class_names) < 2:
-        raise UserError(f"{root / 'train'} holds {len(class_names)} class folders; a classifier needs 2 or more")
+    need_two_classes(str(root / "train"), class_names)
 
     def items(split: str) -> list[Item]:
         found = {p.name for p in visible(root / split) if p.is_dir()}
@@ -173,6 +172,11 @@ def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) ->
     else:
         splits = draw_test_split(train, class_names, test_fraction, seed)
     return Source("folder", class_names, splits)
+
+
+def need_two_classes(where: str, class_names: list[str]) -> None:
+    if len(class_names) < 2:
+        raise UserError(f"{where} holds {len(class_names)} classes; a classifier needs 2 or more")
 
 
 def visible(folder: Path) -> list[Path]:
@@ -201,6 +205,7 @@ def parquet(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Sour
         raise UserError(f"{path} holds no train*.parquet; --source parquet reads the Hugging Face layout")
     loaded = {split: [read_parquet(folder, n) for n in files] for split, files in tables.items() if files}
     class_names = parquet_classes(path, [table for parts in loaded.values() for _, table in parts])
+    need_two_classes(path, class_names)
     splits = {
         split: [item for name, table in parts for item in parquet_items(name, table, len(class_names))]
         for split, parts in loaded.items()
@@ -232,8 +237,11 @@ def read_parquet(folder: Folder, name: str) -> tuple[str, pa.Table]:
 
 def parquet_classes(path: str, tables: list[pa.Table]) -> list[str]:
     """Class names from the Hugging Face metadata, or '0', '1', ... up to the largest label."""
-    info = json.loads((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = info.get("info", {}).get("features", {}).get("label", {}).get("names")
+    try:
+        info = json.loads((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = info.get("info", {}).get("features", {}).get("label", {}).get("names")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} has Hugging Face metadata that cannot be read ({error}); write it again") from error
     if names:
         return list(names)
     labels = [value for table in tables for value in table["label"].to_pylist() if value is not None]

@@ -91,6 +91,7 @@ def prepare(
     old = read_manifest(uri) if folder.exists("manifest.json") and not overwrite else None
     folder.delete(PREPARING)
     folder.create(PREPARING)
+    source.skipped.clear()
     try:
         splits = {}
         for split in source.splits:

@@ -236,7 +236,7 @@ def test_any_number_of_classes(tmp_path: Path, num_classes: int):
     ("files", "message"),
     [
         ({"x.png": PNG}, "no folder named train"),
-        ({"train/a/1.png": PNG}, "1 class folders"),
+        ({"train/a/1.png": PNG}, "holds 1 classes"),
         ({"train/a/1.png": PNG, "train/b/.keep": b""}, "class 'b' has no images in"),
         ({"train/a/1.png": PNG, "train/b/1.png": PNG, "test/a/1.png": PNG}, "class 'b' has no images in"),
         (
@@ -453,3 +453,18 @@ def test_each_shape_stands_out_from_its_ground(label: int):
 def test_too_few_shapes_are_refused(num_train: int, num_test: int):
     with pytest.raises(UserError, match="must be 20 or more"):
         sources.shapes(num_train, num_test)
+
+
+def test_a_parquet_source_of_one_class_is_an_error(tmp_path: Path) -> None:
+    image = pa.array([{"bytes": PNG, "path": "a.png"}] * 3)
+    pq.write_table(pa.table({"image": image, "label": [0, 0, 0]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="holds 1 classes"):
+        sources.parquet(str(tmp_path))
+
+
+def test_unreadable_class_names_in_a_parquet_file_are_an_error(tmp_path: Path) -> None:
+    image = pa.array([{"bytes": PNG, "path": "a.png"}] * 2)
+    table = pa.table({"image": image, "label": [0, 1]}).replace_schema_metadata({"huggingface": "{"})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="Hugging Face metadata that cannot be read"):
+        sources.parquet(str(tmp_path))
