@@ -163,7 +163,7 @@ def option_fields() -> dict[str, tuple[str, dataclasses.Field]]:
     return {f.name: (s, f) for s, cls in sections.items() for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
-# Settings that do not change what is learned: a run may be continued with others.
+# A run may be continued with other values of these: more epochs, and what does not change what is learned.
 FREE_ON_RESUME = {
     *("epochs", "cache", "cache_budget_mib", "dali_threads", "log_every_steps", "chance_warning_steps"),
     *("checkpoint_every_steps", "keep_checkpoints"),

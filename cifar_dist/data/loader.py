@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 class Batch:
     """images: float32 [n, 3, S, S]; labels: int64 [n]; ids: int64 [n] on the host.
 
-    Only the first `num_counted` images count; a rank whose part of a small last step is empty gets one that does not.
+    All images count, or none: a rank whose part of a small last step is empty gets one image and `num_counted` 0.
     """
 
     images: torch.Tensor

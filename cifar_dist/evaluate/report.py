@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from cifar_dist.config import Config
 from cifar_dist.data.sources import encode_png
 from cifar_dist.data.store import StagedSplit, read_manifest, stage
 from cifar_dist.evaluate import plots
@@ -16,6 +17,7 @@ from cifar_dist.evaluate.driver import Evaluation
 from cifar_dist.evaluate.scores import scores
 from cifar_dist.storage import Folder, absolute_uri, join_uri, to_json
 from cifar_dist.train.metrics import read_lines
+from cifar_dist.train.setup import random_weights_notice
 
 # The student deck's results on CIFAR-10, in the splits' order.
 DECK = {
@@ -58,6 +60,7 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
     """One run's part of report.json: scores and raw counts per split, epochs, throughput, warnings, run card."""
     lines, meta = read_lines(Folder(evaluation.run_uri)), evaluation.checkpoint.meta
     epochs = [line for line in lines if line["kind"] == "epoch"]
+    notice = None if meta["imagenet_weights"] else random_weights_notice(Config.from_dict(meta["config"]))
     seconds = sum(e["seconds"] for e in epochs)
     return {
         "name": evaluation.name,
@@ -69,7 +72,7 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
             for split, counts in evaluation.counts.items()
         },
         "epochs": epochs,
-        "warnings": [line["message"] for line in lines if line["kind"] == "warning"],
+        "warnings": [notice] * bool(notice) + [line["message"] for line in lines if line["kind"] == "warning"],
         "throughput": {
             "images_per_second": sum(e["images_per_second"] * e["seconds"] for e in epochs) / seconds
             if seconds

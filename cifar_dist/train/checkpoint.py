@@ -84,7 +84,9 @@ class Checkpoints:
                     raise UserError(
                         f"{self.where(name)} has format version {meta['format_version']}, not {FORMAT_VERSION}"
                     )
-                found.append(Checkpoint(name, meta))
+                checkpoint = Checkpoint(name, meta)
+                _ = checkpoint.cursor, checkpoint.score, meta["files"]  # a KeyError here, not later
+                found.append(checkpoint)
             except FileNotFoundError:
                 continue  # cut off while it was written
             except (ValueError, KeyError, TypeError) as error:

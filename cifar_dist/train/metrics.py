@@ -11,7 +11,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from cifar_dist.storage import Folder
+from cifar_dist.errors import UserError
+from cifar_dist.storage import Folder, join_uri
 
 FLUSH_SECONDS = 10.0
 
@@ -25,9 +26,9 @@ class RunLog:
     def __init__(self, run_uri: str, global_step: int) -> None:
         self.run = Folder(run_uri)
         self.lines = [line for line in read_lines(self.run) if line["global_step"] <= global_step]
-        self._events = Path(tempfile.mkdtemp(prefix="cifar_dist-events-"))
+        self._events = tempfile.TemporaryDirectory(prefix="cifar_dist-events-")
         # Not SummaryWriter: it writes from a thread, and its flush does not wait for that.
-        self._writer = EventsWriter(str(self._events / "events"), f".{global_step}")
+        self._writer = EventsWriter(f"{self._events.name}/events", f".{global_step}")
         self._writer.write_event(Event(step=global_step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._flushed = time.monotonic()
 
@@ -45,17 +46,19 @@ class RunLog:
         self.run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
         self._writer.flush()
         self.run.create("tensorboard")
-        for file in self._events.iterdir():
+        for file in Path(self._events.name).iterdir():
             self.run.upload(file, f"tensorboard/{file.name}")
         self._flushed = time.monotonic()
 
 
 def read_lines(run: Folder) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if there is no such file."""
+    """The lines of a run's metrics.jsonl; none if there is no such file. Raises UserError for a damaged one."""
     try:
         return [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
     except FileNotFoundError:
         return []
+    except ValueError as error:
+        raise UserError(f"{join_uri(run.uri, 'metrics.jsonl')} is damaged ({error}); mend or remove it") from error
 
 
 def chance_warning(

@@ -34,6 +34,14 @@ def build_model(config: Config, num_classes: int, spec: ImageSpec, device: torch
     return model.to(device).to(memory_format=memory_format)
 
 
+def random_weights_notice(config: Config) -> str | None:
+    """What must be said of a network that the deck starts from ImageNet weights and we from random ones."""
+    if config.model.model != "resnet50v2":
+        return None
+    base = "" if config.model.finetune else "its frozen base is random too, "
+    return f"resnet50v2 starts from RANDOM weights, not ImageNet's: {base}so it cannot be held against the deck"
+
+
 def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(train ids, validation ids): the configured rows of the train split, whose labels are int64 [n]."""
     return order.train_validation_ids(

@@ -24,7 +24,7 @@ from cifar_dist.train.loop import Clock, TrainState, average_batchnorm_over_rank
 from cifar_dist.train.metrics import RunLog, chance_warning
 from cifar_dist.train.optim import average_of, make_optimizer
 from cifar_dist.train.precision import Precision
-from cifar_dist.train.setup import build_model, image_spec, make_loader, split_ids
+from cifar_dist.train.setup import build_model, image_spec, make_loader, random_weights_notice, split_ids
 
 EVAL_BATCH = 100
 
@@ -142,13 +142,8 @@ class Worker:
     def run(self) -> None:
         """Trains from the cursor to the last epoch. Raises Diverged on all ranks."""
         config, state = self.job.config, self.state
-        if config.model.model == "resnet50v2":
-            base = "" if config.model.finetune else "its frozen base is random too, "
-            self._warn(
-                "random_weights",
-                f"resnet50v2 starts from RANDOM weights, not ImageNet's: {base}its accuracy says nothing about the "
-                "deck's result",
-            )
+        if notice := random_weights_notice(config):
+            self._say(f"WARNING: {notice}")
         while state.cursor.epoch < config.loop.epochs:
             plans = train_plans(
                 self.train_ids,
