@@ -62,6 +62,10 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
     epochs = [line for line in lines if line["kind"] == "epoch"]
     notice = None if meta["imagenet_weights"] else random_weights_notice(Config.from_dict(meta["config"]))
     seconds = sum(e["seconds"] for e in epochs)
+    rate, wait = (
+        sum(e[name] * e["seconds"] for e in epochs) / seconds if seconds else 0.0
+        for name in ("images_per_second", "data_wait_share")
+    )
     return {
         "name": evaluation.name,
         "model": meta["model"],
@@ -74,11 +78,10 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
         "epochs": epochs,
         "warnings": [notice] * bool(notice) + [line["message"] for line in lines if line["kind"] == "warning"],
         "throughput": {
-            "images_per_second": sum(e["images_per_second"] * e["seconds"] for e in epochs) / seconds
-            if seconds
-            else 0.0,
-            "data_wait_share": sum(e["data_wait_share"] * e["seconds"] for e in epochs) / seconds if seconds else 0.0,
-            "seconds_per_epoch": seconds / len(epochs) if epochs else 0.0,
+            "images_per_second": rate,
+            "data_wait_share": wait,
+            # Not the logged seconds: an epoch that was continued logs its last part only.
+            "seconds_per_epoch": meta["num_train"] / rate if rate else 0.0,
         },
         "run_card": {k: v for k, v in meta.items() if k not in ("class_names", "totals", "metrics")},
     }
