@@ -114,7 +114,7 @@ def run(tmp_path_factory) -> Run:
         "precision": "fp32",
         "device": "cpu",
         "world_size": 2,
-        "num_train": 40,
+        "num_train": 280,
         "num_threads_per_worker": 1,
         "git_commit": "unknown",
     }
