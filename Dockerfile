@@ -12,6 +12,8 @@ COPY jobs jobs
 RUN uv sync --locked --no-dev --no-editable --no-cache
 
 FROM ${BASE_IMAGE}
+# torch.compile builds its launchers with a C compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 1000 ray && useradd --uid 1000 --gid 1000 --create-home ray \
     && printf 'export PATH=/opt/venv/bin:$PATH\n' > /etc/profile.d/venv.sh
 COPY --from=build /opt/venv /opt/venv

@@ -21,7 +21,7 @@ def option(
 
 def nearest(word: str, valid: Any) -> str:
     """' (did you mean X?)' for the valid word closest to `word`, or '' if none is close."""
-    close = difflib.get_close_matches(str(word), [str(v) for v in valid], n=1, cutoff=0.4)
+    close = difflib.get_close_matches(str(word), [str(v) for v in valid], n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -234,4 +234,4 @@ def prepare_environment() -> str | None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    return os.environ.get("RAY_ADDRESS")
+    return os.environ.get("RAY_ADDRESS") or None

@@ -22,6 +22,6 @@ def exit_code_of(main: Callable[[], object], debug: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; what was stored is kept, run the same command to go on", file=sys.stderr)
+        print("interrupted; run the same command to go on from what is stored", file=sys.stderr)
         return 130
     return 0

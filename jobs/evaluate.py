@@ -42,6 +42,8 @@ def evaluate(args: argparse.Namespace, runs: list[str], data: str, out: str, spl
     launch.connect(args.address, 1)
     gpu = launch.uses_gpu(args.device)
     num_shards = args.shards or launch.count_resource("GPU" if gpu else "CPU")
+    if not launch.count_resource("CPU"):
+        raise UserError("the cluster has no CPUs to evaluate on; wait for its workers, or check --address")
     evaluations = driver.evaluate(runs, data, out, num_shards, tuple(splits), gpu, args.staging_folder)
     page = report.write_report(evaluations, data, out, args.staging_folder)
     for evaluation in evaluations:

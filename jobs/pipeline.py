@@ -5,12 +5,12 @@ import sys
 
 from evaluate import evaluate
 from prepare import add_source_options, prepare
-from train import add_launch_options, train
+from train import add_launch_options, settings, train
 
 from cifar_dist.config import Parser, add_config_options
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.recipes import describe_recipes
-from cifar_dist.storage import join_uri
+from cifar_dist.storage import absolute_uri, join_uri
 
 EPILOG = f"""recipes:
 {describe_recipes()}
@@ -38,9 +38,11 @@ def parser() -> Parser:
 def pipeline(args: argparse.Namespace) -> None:
     if len(set(args.recipes)) < len(args.recipes):
         raise UserError(f"--recipes names one twice: {' '.join(args.recipes)}")
-    data, storage, report = (join_uri(args.out, name) for name in ("data", "runs", "report"))
+    out = absolute_uri(args.out)
+    data, storage, report = (join_uri(out, name) for name in ("data", "runs", "report"))
+    planned = [settings(args, recipe, data, storage, name=recipe) for recipe in args.recipes]
     prepare(args, data)
-    runs = [train(args, recipe, data, storage, name=recipe).run_uri for recipe in args.recipes]
+    runs = [train(*run).run_uri for run in planned]
     evaluate(args, runs, data, report, ["train", "validation", "test"])
 
 

@@ -41,7 +41,11 @@ def parser() -> Parser:
 def open_source(source: str, path: str | None, args: argparse.Namespace) -> sources.Source:
     if not 0 < args.test_fraction < 1:
         raise UserError(f"--test-fraction must lie between 0 and 1, not {args.test_fraction}")
+    if args.data_seed < 0:
+        raise UserError(f"--data-seed must be 0 or more, not {args.data_seed}")
     if source == "shapes":
+        if path:
+            raise UserError("--source shapes draws its images and reads no --path")
         return sources.shapes(args.num_train, args.num_test, args.data_seed)
     if source == "cifar10":
         return sources.cifar10(path)
@@ -50,8 +54,10 @@ def open_source(source: str, path: str | None, args: argparse.Namespace) -> sour
 
 
 def prepare(args: argparse.Namespace, out: str) -> store.Manifest:
-    if args.path and absolute_uri(args.path) == absolute_uri(out):
-        raise UserError(f"--out is the source's own folder {args.path}; name another one")
+    if args.path:
+        path, target = absolute_uri(args.path), absolute_uri(out)
+        if target == path or target.startswith((f"{path}/train/", f"{path}/test/")):
+            raise UserError(f"--out {out} lies in the source's own folder; name another one")
     source = open_source(args.source, args.path, args)
 
     def progress(rows: Iterable[sources.Row], split: str, total: int) -> Iterable[sources.Row]:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from cifar_dist.config import Parser, add_config_options, config_overrides, prepare_environment
+from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment
 from cifar_dist.errors import exit_code_of
 from cifar_dist.recipes import describe_recipes, recipe_config
 
@@ -41,28 +41,25 @@ def parser() -> Parser:
     return p
 
 
-def train(args: argparse.Namespace, recipe: str, data: str, storage: str, name: str) -> launch.RunResult:
+def settings(args: argparse.Namespace, recipe: str, data: str, storage: str, name: str) -> tuple[Config, launch.Launch]:
+    """The run's configuration and launch, checked."""
     config = recipe_config(recipe, **config_overrides(args))
-    where = launch.Launch(
-        data,
-        storage,
-        name,
-        args.workers,
-        recipe,
-        args.device,
-        args.max_failures,
-        args.collective_timeout_seconds,
-        args.staging_folder,
-        args.address,
-    )
+    limits = args.max_failures, args.collective_timeout_seconds
+    where = args.staging_folder, args.address
+    return config, launch.Launch(data, storage, name, args.workers, recipe, args.device, *limits, *where)
+
+
+def train(config: Config, where: launch.Launch) -> launch.RunResult:
     result = launch.train(config, where)
     metrics, state = result.best.meta["metrics"], "is finished already" if result.was_finished else "finished"
-    print(f"run {name} {state}: best {result.best.name}, validation accuracy {metrics['validation_accuracy']:.2%}")
+    print(
+        f"run {where.name} {state}: best {result.best.name}, accuracy {metrics['validation_accuracy']:.2%} (validation)"
+    )
     print(f"run folder: {result.run_uri}")
     return result
 
 
 if __name__ == "__main__":
     options = parser().parse_args()
-    run = lambda: train(options, options.recipe, options.data, options.storage, options.name)  # noqa: E731
+    run = lambda: train(*settings(options, options.recipe, options.data, options.storage, options.name))  # noqa: E731
     sys.exit(exit_code_of(run, options.debug))

@@ -102,7 +102,9 @@ class Loader:
             images = self.pipeline.collect()
         except RuntimeError as error:
             raise self._named(plan.ids, error) from error
-        labels = torch.from_numpy(self.staged.labels[plan.ids]).to(self.device)
+        labels = torch.from_numpy(self.staged.labels[plan.ids])
+        if self.device.type == "cuda":  # from pinned memory the copy waits for nothing
+            labels = labels.pin_memory().to(self.device, non_blocking=True)
         return Batch(images, labels, plan.ids, plan.num_counted, plan.global_size)
 
     def _decode_all(self, path: Path, num_threads: int) -> None:

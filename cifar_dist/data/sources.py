@@ -95,7 +95,12 @@ def checked_row(item: Item) -> Row:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             encoding, (width, height) = image.format or "unknown", image.size
-            if encoding in FORMATS and (image.mode != "RGB" or getattr(image, "n_frames", 1) > 1):
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers")
+            # DALI's WebP parser fails on some files with EXIF; MPO is what many cameras call a JPEG of two pictures.
+            special = encoding == "MPO" or (encoding == "WEBP" and len(image.getexif()) > 0)
+            odd = special or image.mode != "RGB" or getattr(image, "n_frames", 1) > 1
+            if odd and encoding in (*FORMATS, "MPO"):
                 upright = to_rgb(ImageOps.exif_transpose(image))  # the new file has no EXIF to turn it by
                 content, encoding, (width, height) = encode_png(upright), "PNG", upright.size
             elif image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 are turned by 90 degrees when decoded
@@ -181,7 +186,13 @@ def need_two_classes(where: str, class_names: list[str]) -> None:
 
 def visible(folder: Path) -> list[Path]:
     """The folder's entries sorted by name, without hidden ones."""
-    return sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    found = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    for path in found:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{str(path)!r} has a name that is not UTF-8; rename it") from None
+    return found
 
 
 def read_file(path: Path) -> bytes:
@@ -265,6 +276,7 @@ def parquet_items(where: str, table: pa.Table, num_classes: int) -> list[Item]:
 
 
 def arrow_bytes(column: pa.ChunkedArray, row: int) -> bytes:
+    """The row's image; paths to files outside the Parquet file are not followed."""
     return column[row].as_py() or b""
 
 

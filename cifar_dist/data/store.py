@@ -85,10 +85,13 @@ def prepare(
     """Writes the source as a data set; returns its manifest and whether anything was written.
 
     All is written in a folder .preparing and moved when it is whole, the manifest last. A data set that is already
-    there is left alone if it is equal, replaced only with `overwrite`.
+    there is left alone if it is equal and whole, and replaced by another only with `overwrite`.
     """
     folder = Folder(uri)
-    old = read_manifest(uri) if folder.exists("manifest.json") and not overwrite else None
+    try:
+        old = read_manifest(uri) if folder.exists("manifest.json") and not overwrite else None
+    except UserError as error:
+        raise UserError(f"{error} with --overwrite") from error
     folder.delete(PREPARING)
     folder.create(PREPARING)
     source.skipped.clear()
@@ -99,9 +102,10 @@ def prepare(
             splits[split] = write_split(folder, split, iter(rows), source.class_names)
         manifest = Manifest(FORMAT_VERSION, source.name, source.class_names, splits, len(source.skipped))
         manifest = Manifest(**{**asdict(manifest), "sha256": manifest.digest()})
-        if old is not None and old.sha256 == manifest.sha256:
+        same = old is not None and old.sha256 == manifest.sha256
+        if same and is_whole(folder, manifest):
             return manifest, False
-        if old is not None:
+        if old is not None and not same:
             raise UserError(f"{uri} already holds another data set ({old.source}); use --overwrite or another --out")
         folder.delete("manifest.json")
         for name in folder.names():  # of an older data set or of a write that was cut off; nobody else's files
@@ -111,8 +115,17 @@ def prepare(
             folder.move(f"{PREPARING}/{name}", name)
         folder.write("manifest.json", to_json(asdict(manifest)))
         return manifest, True
+    except FileNotFoundError as error:
+        raise UserError(f"{error} while {uri} was written; is another job preparing the same folder?") from error
     finally:
         folder.delete(PREPARING)
+
+
+def is_whole(folder: Folder, manifest: Manifest) -> bool:
+    """Whether every file that the manifest names is there with its checksum."""
+    files = [file for split in manifest.splits.values() for file in split["files"]]
+    there = set(folder.names())
+    return all(f["name"] in there and hashlib.sha256(folder.read(f["name"])).hexdigest() == f["sha256"] for f in files)
 
 
 def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: list[str]) -> dict[str, Any]:

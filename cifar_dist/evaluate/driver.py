@@ -53,10 +53,10 @@ def evaluate(
     """
     if num_shards < 1:
         raise UserError(f"--shards must be 1 or more, not {num_shards}")
+    data_uri, run_uris = absolute_uri(data_uri), [absolute_uri(uri) for uri in run_uris]
     names = [run_name(uri) for uri in run_uris]
     if len(set(names)) < len(names):
         raise UserError(f"the runs must differ in name, these do not: {', '.join(names)}")
-    data_uri, run_uris = absolute_uri(data_uri), [absolute_uri(uri) for uri in run_uris]
     manifest = read_manifest(data_uri)
     chosen = []
     for uri in run_uris:
@@ -93,8 +93,12 @@ def evaluate(
 
 def results_of(tasks: list[Any], name: str) -> list[dict[str, tuple[pa.Table, Counts]]]:
     try:
-        shards = tqdm(tasks, f"evaluate {name}", unit=" shards", disable=not sys.stderr.isatty())
-        return [ray.get(task) for task in shards]
+        results, terminal = [], sys.stderr.isatty()
+        for task in tqdm(tasks, f"evaluate {name}", unit=" shards", disable=not terminal):
+            results.append(ray.get(task))
+            if not terminal:
+                print(f"evaluate {name}: {len(results)} of {len(tasks)} shards done", flush=True)
+        return results
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error

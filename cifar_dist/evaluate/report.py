@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cifar_dist.config import Config
 from cifar_dist.data.sources import encode_png
@@ -26,7 +26,7 @@ DECK = {
 }
 CIFAR10_CLASSES = {*("airplane", "automobile", "bird", "cat", "deer"), *("dog", "frog", "horse", "ship", "truck")}
 NUM_MISTAKES = 24
-MIME = {b"\xff\xd8": "image/jpeg", b"\x89P": "image/png", b"RI": "image/webp", b"BM": "image/bmp"}
+THUMBNAIL_SIDE = 192
 
 
 def write_report(evaluations: list[Evaluation], data_uri: str, out_uri: str, staging_folder: str | None = None) -> str:
@@ -112,16 +112,15 @@ def worst_mistakes(evaluation: Evaluation, test: StagedSplit, class_names: list[
             "label": class_names[table["label"][i]],
             "prediction": class_names[table["prediction_1"][i]],
             "confidence": table["probability_1"][i],
-            "picture": data_uri_of(test.encoded(table["id"][i])),
+            "picture": thumbnail(test.encoded(table["id"][i])),
         }
         for i in order
     ]
 
 
-def data_uri_of(encoded: np.ndarray) -> str:
-    """The image as a data URI; formats that browsers do not show (TIFF) become PNG."""
-    content = encoded.tobytes()
-    mime = MIME.get(content[:2])
-    if mime is None:
-        content, mime = encode_png(Image.open(io.BytesIO(content)).convert("RGB")), "image/png"
-    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+def thumbnail(encoded: np.ndarray) -> str:
+    """The image as a data URI: a PNG of at most THUMBNAIL_SIDE pixels a side."""
+    with Image.open(io.BytesIO(encoded.tobytes())) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    upright.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    return f"data:image/png;base64,{base64.b64encode(encode_png(upright)).decode()}"

@@ -60,6 +60,7 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     """
     torch.set_num_threads(shard.num_threads)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     device = torch.device("cuda", 0) if shard.gpu else torch.device("cpu")
     manifest = read_manifest(shard.data_uri)
     check_checkpoint(shard.checkpoint, manifest, shard.run_uri)

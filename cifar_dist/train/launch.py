@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -16,6 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cifar_dist.config import FREE_ON_RESUME, Config
+from cifar_dist.data import order
 from cifar_dist.data.loader import use_decoded
 from cifar_dist.data.store import Manifest, read_manifest
 from cifar_dist.errors import UserError
@@ -106,19 +108,19 @@ def count_resource(name: str) -> int:
     return int(ray.cluster_resources().get(name, 0))
 
 
-def uses_gpu(device: str) -> bool:
-    """Whether `auto`, `cpu` or `gpu` means a GPU on the connected cluster."""
-    return device == "gpu" or (device == "auto" and count_resource("GPU") > 0)
+def uses_gpu(device: str, num_tasks: int = 1) -> bool:
+    """Whether `auto`, `cpu` or `gpu` means a GPU on the connected cluster. Raises UserError if there are too few."""
+    num_gpus = count_resource("GPU")
+    gpu = device == "gpu" or (device == "auto" and num_gpus > 0)
+    if gpu and num_gpus < num_tasks:
+        raise UserError(f"{num_tasks} workers need a GPU each, the cluster has {num_gpus}; use --device cpu or fewer")
+    return gpu
 
 
 def resources_per_worker(num_workers: int, device: str) -> dict[str, float]:
     """CPUs (as many as fit evenly) and GPUs for each worker. Raises UserError if the cluster cannot hold them."""
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    num_gpus, gpu = count_resource("GPU"), uses_gpu(device)
-    if gpu and num_gpus < num_workers:
-        raise UserError(
-            f"{num_workers} workers need a GPU each, the cluster has {num_gpus}; lower --workers or use --device cpu"
-        )
+    gpu = uses_gpu(device, num_workers)
 
     def places(cpus: int) -> int:
         return sum(min(int(n.get("CPU", 0)) // cpus, int(n.get("GPU", 0)) if gpu else num_workers) for n in nodes)
@@ -139,23 +141,32 @@ def check_run(config: Config, launch: Launch, manifest: Manifest) -> bool:
     if batch < launch.num_workers:
         raise UserError(f"--global-batch-size {batch} is less than one image for each of {launch.num_workers} workers")
     num_train = manifest.num_rows("train")
-    if config.data.train_images > num_train:
-        raise UserError(f"--train-images is {config.data.train_images}, the data set has {num_train} train images")
+    # As the split does: the labels alone decide how many images validate.
+    labels = np.repeat(np.arange(manifest.num_classes), manifest.splits["train"]["num_rows_per_class"])
+    rest, validation = (len(ids) for ids in order.train_validation_ids(labels, config.data.validation_fraction, 0, 0))
+    if not validation:
+        raise UserError(f"no class of {launch.data_uri} has the 2 train images that a validation split needs")
+    if config.data.train_images > rest:
+        raise UserError(
+            f"--train-images is {config.data.train_images}, the data set has {num_train} train images, of which "
+            f"{validation} are held out for validation"
+        )
     use_decoded(manifest.image_shape("train"), num_train, config.data.cache, config.data.cache_budget_mib)
     run = Folder(launch.run_uri)
     mine: dict[str, Any] = {"config": config.to_dict(), "manifest_sha256": manifest.sha256}
     try:
         stored = json.loads(run.read("config.json"))
+        old_config, old_data = (stored[key] for key in mine)
     except FileNotFoundError:
         stored = None
-    except ValueError as error:
-        raise UserError(f"{launch.run_uri}/config.json is damaged ({error}); use another --name") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{launch.run_uri}/config.json is damaged ({error!r}); use another --name") from error
     if stored:
-        if stored["manifest_sha256"] != manifest.sha256:
+        if old_data != manifest.sha256:
             raise UserError(f"the run {launch.name} was started on another data set; use another --name")
         for section, values in mine["config"].items():
             for name, value in values.items():
-                old = stored["config"].get(section, {}).get(name)
+                old = old_config.get(section, {}).get(name)
                 if old != value and name not in FREE_ON_RESUME:
                     raise UserError(
                         f"the run {launch.name} was started with {name}={old}, not {value}; use the same setting to "
@@ -216,11 +227,14 @@ def train(config: Config, launch: Launch) -> RunResult:
         train_worker,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(num_workers=launch.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name="ray",
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=launch.max_failures),
+            worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
+            if config.loop.deterministic
+            else None,
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=launch.collective_timeout_seconds),
     )
@@ -247,7 +261,8 @@ def first_cause(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items())
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"rank {rank}: {lines[-1] if lines else type(cause).__name__}"
+    text = lines[-1] if lines else type(cause).__name__
+    return f"rank {rank}: {text.removeprefix('cifar_dist.errors.UserError: ')}"
 
 
 def finished(launch: Launch, was_finished: bool) -> RunResult:

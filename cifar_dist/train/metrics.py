@@ -70,6 +70,8 @@ def chance_warning(
     """
     chance = 1 / num_classes
     limit = chance + 3 * math.sqrt(chance * (1 - chance) / num_seen)
+    if limit > (1 + chance) / 2:  # too few images to tell
+        return None
     if train <= limit:
         return "train_at_chance", (
             f"training accuracy is {train:.1%}, chance is {chance:.1%}: the network is not learning. Likely causes: a "

@@ -13,7 +13,7 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "auto":
             gpu = device.type == "cuda"
-            name = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            name = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         self.name, self.device = name, device
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")

@@ -18,7 +18,7 @@ def format_line(values: dict[str, Any]) -> str:
 
 
 class Display:
-    """Follows `poll() -> (latest values, messages, epoch summaries)` in a thread until it is closed."""
+    """Shows the events that `poll` returns (step values, epoch summaries, messages), in a thread until it is closed."""
 
     def __init__(self, poll: Callable[[], list[dict[str, Any]]], num_epochs: int) -> None:
         self._poll, self._num_epochs = poll, num_epochs

@@ -48,19 +48,26 @@ class Diverged(Exception):
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's train function. A fault that the user can mend ends the run on every rank, with a status."""
+    """Ray Train's train function.
+
+    A fault while a rank is set up, or a loss that is not finite, ends the run on every rank with a status. Any other
+    error is raised: Ray Train stops the other ranks and starts the group again.
+    """
     job: Job = settings["job"]
-    fault = None
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL's object collectives use the current device
+    fault = None
     try:
         worker = Worker(job, device)
     except UserError as error:
         fault = str(error)
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)  # so that no rank waits for one that gave up
-    fault = next((f for f in faults if f), None)
+    # Before the first collective of DDP: so no rank waits for one that gave up, and all resume from the same place.
+    ready: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ready, (fault, None if fault else worker.state.cursor))
+    fault = next((f for f, _ in ready if f), None)
+    if fault is None and len({cursor for _, cursor in ready}) > 1:
+        fault = f"the workers do not see the same checkpoints in {job.run_uri}; is the storage shared by all nodes?"
     try:
         if fault is None:
             worker.run()
@@ -97,7 +104,7 @@ class Worker:
         self.state = TrainState(
             config,
             model,
-            self._wrap(model, device),
+            model,
             make_optimizer(model, config.optim),
             Precision(config.loop.precision, device),
             average_of(model, config.optim),
@@ -142,6 +149,7 @@ class Worker:
     def run(self) -> None:
         """Trains from the cursor to the last epoch. Raises Diverged on all ranks."""
         config, state = self.job.config, self.state
+        state.wrapped = self._wrap(state.model, state.device)
         if notice := random_weights_notice(config):
             self._say(f"WARNING: {notice}")
         while state.cursor.epoch < config.loop.epochs:
@@ -159,8 +167,9 @@ class Worker:
 
     def _end_epoch(self, clock: Clock) -> None:
         """Validates, logs the epoch, moves the cursor to the next one and writes a checkpoint."""
-        state, rates = self.state, clock.rates()
+        state = self.state
         loss, correct, seen = self._finite_totals()
+        rates = clock.rates()  # after the totals, which wait for the device
         evaluated = self._average_over_ranks()
         start = time.perf_counter()
         plans = eval_plans(self.validation_ids, EVAL_BATCH, self.rank, self.world)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from job_process import Job, read_metrics, run_job, train_args, wait_until, without_clock
 from safetensors.torch import load_file
 
+from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
 from cifar_dist.recipes import recipe_config
 from cifar_dist.train import launch
@@ -155,3 +157,13 @@ def test_what_cannot_work_is_said_before_a_cluster_is_started(
     assert "secret" not in str(error.value)
     assert not ray.is_initialized()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_that_cannot_be_split_is_named(tmp_path: Path) -> None:
+    """One train image per class: none is left for validation."""
+    images = [sources.Item(f"{i}.png", i, partial(sources.draw_shape, i, (i,))) for i in range(3)]
+    source = sources.Source("folder", ["a", "b", "c"], {"train": images, "test": images})
+    store.prepare(source, str(tmp_path / "data"))
+    where = launch.Launch(str(tmp_path / "data"), str(tmp_path), "run", 1)
+    with pytest.raises(UserError, match="2 train images that a validation split needs"):
+        launch.train(recipe_config("quickstart_fan"), where)

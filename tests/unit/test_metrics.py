@@ -133,3 +133,9 @@ def test_chance_is_within_three_standard_errors(of, accuracy, num_seen, warned):
 def test_more_images_make_the_warning_stricter():
     assert chance_warning(0.12, None, 100, 10, 0.99)
     assert not chance_warning(0.12, None, 10_000, 10, 0.99)
+
+
+def test_too_few_images_are_no_reason_to_warn() -> None:
+    assert chance_warning(1.0, None, 8, 2, 0.99) is None
+    assert chance_warning(0.9, 0.9, 10, 2, 0.99) is None
+    assert chance_warning(0.5, None, 1000, 2, 0.99) is not None

@@ -468,3 +468,21 @@ def test_unreadable_class_names_in_a_parquet_file_are_an_error(tmp_path: Path) -
     pq.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(UserError, match="Hugging Face metadata that cannot be read"):
         sources.parquet(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "save"), [("a.mpo", {"format": "MPO"}), ("b.webp", {"lossless": True})])
+def test_files_that_the_decoder_may_not_read_become_png(name: str, save: dict, tmp_path: Path) -> None:
+    """What cameras write: two pictures in one JPEG, and WebP with EXIF."""
+    image = Image.fromarray(np.arange(15 * 20 * 3, dtype=np.uint8).reshape(15, 20, 3))
+    exif = Image.Exif()
+    exif[0x010E] = "x"
+    more = {"save_all": True, "append_images": [image]} if "format" in save else {"exif": exif}
+    image.save(tmp_path / name, **save, **more)
+    row = sources.checked_row(sources.Item(name, 0, (tmp_path / name).read_bytes))
+    assert (row.encoding, row.height, row.width) == ("PNG", 15, 20)
+
+
+def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tiff")
+    with pytest.raises(UserError, match="floating-point"):
+        sources.checked_row(sources.Item("f.tiff", 0, (tmp_path / "f.tiff").read_bytes))

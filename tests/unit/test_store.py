@@ -502,3 +502,28 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         store.prepare(source, str(tmp_path / "out"), progress=lambda *_: rows_then_stop(source))
     assert files_of(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize("harm", ["truncate", "delete"])
+def test_preparing_again_mends_a_damaged_file(harm: str, tmp_path: Path) -> None:
+    prepare = partial(store.prepare, sources.shapes(20, 20), str(tmp_path / "data"))
+    _, written = prepare()
+    assert written
+    file = tmp_path / "data" / "train-00000.parquet"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1]) if harm == "truncate" else file.unlink()
+    _, written = prepare()
+    assert written
+    assert file.read_bytes() == good
+
+
+def test_a_damaged_manifest_is_replaced_with_overwrite_only(tmp_path: Path) -> None:
+    prepare = partial(store.prepare, sources.shapes(20, 20), str(tmp_path / "data"))
+    prepare()
+    manifest = tmp_path / "data" / "manifest.json"
+    good = manifest.read_bytes()
+    manifest.write_bytes(good[:-9])
+    with pytest.raises(UserError, match=r"is damaged .* with --overwrite"):
+        prepare()
+    prepare(overwrite=True)
+    assert manifest.read_bytes() == good
