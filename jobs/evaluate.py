@@ -3,14 +3,13 @@
 import argparse
 import sys
 
-from cifar_dist.config import Parser, prepare_environment
+from train import add_cluster_options  # first: it sets the environment that Ray reads when it is imported
+
+from cifar_dist.config import Parser
 from cifar_dist.errors import UserError, exit_code_of
-
-RAY_ADDRESS = prepare_environment()
-
-from cifar_dist.evaluate import driver, report  # noqa: E402 - Ray reads the environment when it is imported
-from cifar_dist.evaluate.shard import SPLITS  # noqa: E402
-from cifar_dist.train import launch  # noqa: E402
+from cifar_dist.evaluate import driver, report
+from cifar_dist.evaluate.shard import SPLITS
+from cifar_dist.train import launch
 
 EXAMPLE = """example:
   python jobs/evaluate.py --runs /tmp/runs/first --data /tmp/shapes --out /tmp/report --shards 2
@@ -28,11 +27,7 @@ def parser() -> Parser:
     p.add_argument(
         "--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="splits to evaluate (default: all)"
     )
-    p.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: GPUs if the cluster has any")
-    p.add_argument("--staging-folder", help="local folder for staged data (default: in the temporary folder)")
-    p.add_argument(
-        "--address", default=RAY_ADDRESS, help="Ray cluster (default: RAY_ADDRESS, else one is started here)"
-    )
+    add_cluster_options(p)
     return p
 
 

@@ -1,6 +1,7 @@
 """Trains one model: a data set and a recipe -> a run with checkpoints. The same --name again continues the run."""
 
 import argparse
+import os
 import sys
 
 from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment
@@ -19,15 +20,18 @@ example:
 """
 
 
+def add_cluster_options(p: Parser) -> None:
+    where, cluster = "local folder for staged data", "Ray cluster (default: RAY_ADDRESS, else one is started here)"
+    p.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: GPUs if the cluster has any")
+    p.add_argument("--staging-folder", type=os.path.abspath, help=f"{where} (default: in the temporary folder)")
+    p.add_argument("--address", default=RAY_ADDRESS, help=cluster)
+
+
 def add_launch_options(p: Parser) -> None:
     p.add_argument("--workers", type=int, default=1, metavar="N", help="data-parallel workers (default 1)")
-    p.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: GPUs if the cluster has any")
     p.add_argument("--max-failures", type=int, default=3, help="worker failures survived before giving up (default 3)")
     p.add_argument("--collective-timeout-seconds", type=int, default=300, help="a worker that hangs longer has failed")
-    p.add_argument("--staging-folder", help="local folder for staged data (default: in the temporary folder)")
-    p.add_argument(
-        "--address", default=RAY_ADDRESS, help="Ray cluster (default: RAY_ADDRESS, else one is started here)"
-    )
+    add_cluster_options(p)
 
 
 def parser() -> Parser:

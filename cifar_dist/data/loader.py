@@ -57,7 +57,7 @@ class Loader:
         max_batch_size: int,
         cache: str = "auto",
         cache_budget_mib: int = 2048,
-        staging_folder: Path | None = None,
+        staging_folder: Path | str | None = None,
     ) -> None:
         self.staged: StagedSplit = stage(uri, split, staging_folder, manifest)
         self.device = device

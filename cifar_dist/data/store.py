@@ -215,7 +215,9 @@ def default_staging_folder() -> Path:
     return Path(tempfile.gettempdir()) / "cifar_dist-staged"
 
 
-def stage(uri: str, split: str, staging_folder: Path | None = None, manifest: Manifest | None = None) -> StagedSplit:
+def stage(
+    uri: str, split: str, staging_folder: Path | str | None = None, manifest: Manifest | None = None
+) -> StagedSplit:
     """The split on this node, copied once: the first process under a file lock copies, the others wait and map.
 
     A part is checked against the manifest's SHA-256 while it is copied; a staged file is checked against its own
@@ -226,9 +228,9 @@ def stage(uri: str, split: str, staging_folder: Path | None = None, manifest: Ma
     return StagedSplit(once_per_node(folder / f"{split}.arrow", lambda path: copy_split(uri, split, manifest, path)))
 
 
-def staging_area(manifest: Manifest, staging_folder: Path | None = None) -> Path:
+def staging_area(manifest: Manifest, staging_folder: Path | str | None = None) -> Path:
     """The local folder of this data set, named by its checksum: another data set never shares it."""
-    return (staging_folder or default_staging_folder()) / manifest.sha256[:16]
+    return Path(staging_folder or default_staging_folder()) / manifest.sha256[:16]
 
 
 def once_per_node(path: Path, make: Callable[[Path], None]) -> Path:

@@ -4,7 +4,6 @@ import functools
 import operator
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,9 +72,9 @@ def evaluate(
         ]
         for name, uri, best in zip(names, run_uris, chosen, strict=True)
     }
-    local = Path(staging_folder) if staging_folder else None
     labels = {
-        s: stage(data_uri, s, local, manifest).labels for s in {"test" if s == "test" else "train" for s in splits}
+        s: stage(data_uri, s, staging_folder, manifest).labels
+        for s in {"test" if s == "test" else "train" for s in splits}
     }
     folder = Folder(out_uri)
     folder.create("predictions")

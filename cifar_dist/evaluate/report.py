@@ -33,7 +33,7 @@ def write_report(evaluations: list[Evaluation], data_uri: str, out_uri: str, sta
     """Writes OUT/report.json and OUT/report.html; returns the page's URI."""
     data_uri = absolute_uri(data_uri)
     manifest = read_manifest(data_uri)
-    test = stage(data_uri, "test", Path(staging_folder) if staging_folder else None, manifest)
+    test = stage(data_uri, "test", staging_folder, manifest)
     runs = [run_report(e, manifest.class_names) for e in evaluations]
     data = {
         "uri": data_uri,

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import eval_plans
+from cifar_dist.data.loader import Loader, eval_plans
 from cifar_dist.data.store import Manifest, read_manifest
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.scores import Counts, count
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
-from cifar_dist.train.setup import build_model, image_spec, make_loader, split_ids
+from cifar_dist.train.setup import build_model, image_spec, split_ids
 
 BATCH = 100
 TOP_K = 5
@@ -70,12 +70,10 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     model = build_model(config, manifest.num_classes, spec, device)
     model.load_state_dict(loaded["average"] or loaded["model"])
     model.eval()
-    results = {}
+    results, cache = {}, (config.data.cache, config.data.cache_budget_mib, shard.staging_folder)
     for split in shard.splits:
         stored = "test" if split == "test" else "train"
-        loader = make_loader(
-            config, shard.data_uri, manifest, stored, spec, device, shard.num_threads, BATCH, shard.staging_folder
-        )
+        loader = Loader(shard.data_uri, manifest, stored, spec, device, shard.num_threads, BATCH, *cache)
         ids = ids_of(split, config, loader.staged.labels)
         plans = eval_plans(ids, BATCH, shard.index, shard.num_shards)
         rows = [predict(model, batch.images, batch.labels, batch.ids) for batch in loader.batches(plans)]

@@ -1,16 +1,12 @@
 """What a configuration means for a device and a data set: input, model, ids. Shared by training and evaluation."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from cifar_dist import models
 from cifar_dist.config import Config
 from cifar_dist.data import order
-from cifar_dist.data.loader import Loader
 from cifar_dist.data.pipeline import ImageSpec
-from cifar_dist.data.store import Manifest
 
 
 def image_spec(config: Config, device: torch.device) -> ImageSpec:
@@ -47,20 +43,3 @@ def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return order.train_validation_ids(
         labels, config.data.validation_fraction, config.data.train_images, config.loop.seed
     )
-
-
-def make_loader(
-    config: Config,
-    uri: str,
-    manifest: Manifest,
-    split: str,
-    spec: ImageSpec,
-    device: torch.device,
-    num_threads: int,
-    max_batch_size: int,
-    staging_folder: str | None,
-) -> Loader:
-    """The stored split's loader with the configured cache."""
-    folder = Path(staging_folder) if staging_folder else None
-    cache = config.data.cache, config.data.cache_budget_mib
-    return Loader(uri, manifest, split, spec, device, num_threads, max_batch_size, *cache, folder)

@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 
 from cifar_dist.config import Config
 from cifar_dist.data import order
-from cifar_dist.data.loader import eval_plans, train_plans
+from cifar_dist.data.loader import Loader, eval_plans, train_plans
 from cifar_dist.data.store import read_manifest
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, to_json
@@ -24,7 +24,7 @@ from cifar_dist.train.loop import Clock, TrainState, average_batchnorm_over_rank
 from cifar_dist.train.metrics import RunLog, chance_warning
 from cifar_dist.train.optim import average_of, make_optimizer
 from cifar_dist.train.precision import Precision
-from cifar_dist.train.setup import build_model, image_spec, make_loader, random_weights_notice, split_ids
+from cifar_dist.train.setup import build_model, image_spec, random_weights_notice, split_ids
 
 EVAL_BATCH = 100
 
@@ -96,9 +96,8 @@ class Worker:
         spec = image_spec(config, device)
         batch_size = max(-(-config.loop.global_batch_size // self.world), EVAL_BATCH)
         threads = config.data.dali_threads or self.num_threads
-        self.loader = make_loader(
-            config, job.data_uri, self.manifest, "train", spec, device, threads, batch_size, job.staging_folder
-        )
+        cache = config.data.cache, config.data.cache_budget_mib, job.staging_folder
+        self.loader = Loader(job.data_uri, self.manifest, "train", spec, device, threads, batch_size, *cache)
         self.train_ids, self.validation_ids = split_ids(config, self.loader.staged.labels)
         model = build_model(config, self.manifest.num_classes, spec, device)
         self.state = TrainState(
