@@ -63,6 +63,7 @@ class DataConfig(Section):
     validation_fraction: float = option(
         0.1, "share of the train split, per class, held out for validation", minimum=0.0001, maximum=0.9
     )
+    split_seed: int = option(0, "seed of the validation split: the same rows whatever the run's --seed", minimum=0)
     train_images: int = option(0, "train on this many images, evenly drawn by class (0: all)", minimum=0)
     cache: str = option(
         "auto", "decode each epoch, once, or once if it fits the budget", choices=("auto", "decoded", "encoded")
@@ -94,7 +95,7 @@ class LoopConfig(Section):
     epochs: int = option(30, "passes over the training images", minimum=1)
     global_batch_size: int = option(64, "images per optimizer step, over all workers", minimum=1)
     accumulation_steps: int = option(1, "micro-batches that a worker splits its part of a step into", minimum=1)
-    seed: int = option(0, "seed of weights, order, flips, dropout and validation split", minimum=0, maximum=2**31 - 1)
+    seed: int = option(0, "seed of weights, order, flips and dropout", minimum=0, maximum=2**31 - 1)
     precision: str = option(
         "auto", "auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPU", choices=("auto", "fp32", "bf16", "fp16")
     )

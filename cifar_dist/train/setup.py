@@ -41,5 +41,5 @@ def random_weights_notice(config: Config) -> str | None:
 def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(train ids, validation ids): the configured rows of the train split, whose labels are int64 [n]."""
     return order.train_validation_ids(
-        labels, config.data.validation_fraction, config.data.train_images, config.loop.seed
+        labels, config.data.validation_fraction, config.data.train_images, config.data.split_seed
     )

@@ -14,6 +14,8 @@ from cifar_dist.data import order, sources, store
 from cifar_dist.data.loader import Batch, Loader, Plan, eval_plans, train_plans, use_decoded
 from cifar_dist.data.pipeline import ImageSpec
 from cifar_dist.errors import UserError
+from cifar_dist.recipes import recipe_config
+from cifar_dist.train.setup import split_ids
 
 WORLDS = [1, 2, 3, 5]
 
@@ -292,3 +294,13 @@ def test_a_rank_without_a_part_gets_one_image_that_does_not_count(shapes_uri: st
         counted.append(plans[-1].num_counted)
         assert plans[-1].global_size == 2
     assert sorted(counted) == [0, 0, 0, 1, 1]
+
+
+def test_the_validation_rows_are_the_same_whatever_the_run_s_seed() -> None:
+    labels = np.arange(200) % 10
+    one, two, other = (
+        split_ids(recipe_config("quickstart_fan", **settings), labels)[1]
+        for settings in ({"seed": 1}, {"seed": 2}, {"seed": 1, "split_seed": 3})
+    )
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, other)
