@@ -1,5 +1,6 @@
 """Live progress on the driver's terminal: a bar with ETA, or plain lines where there is no terminal."""
 
+import math
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
+QUIET_SECONDS = 60.0  # without a word from the workers, which start within 20 s on two cores
 
 
 def format_line(values: dict[str, Any]) -> str:
@@ -38,11 +40,15 @@ class Display:
         self._bar.close()
 
     def _follow(self) -> None:
-        stopping = False
+        stopping, quiet_until = False, time.monotonic() + QUIET_SECONDS
         while not stopping:
             stopping = self._stop.wait(0.5)
             for values in self._poll():
+                quiet_until = math.inf
                 self._show(values)
+            if time.monotonic() > quiet_until:
+                quiet_until = math.inf
+                self._print(f"no worker has started within {QUIET_SECONDS:g} s: is the cluster busy with other jobs?")
 
     def _show(self, values: dict[str, Any]) -> None:
         if "message" in values:

@@ -149,6 +149,10 @@ class Worker:
         """Trains from the cursor to the last epoch. Raises Diverged on all ranks."""
         config, state = self.job.config, self.state
         state.wrapped = self._wrap(state.model, state.device)
+        self._say(
+            f"training {config.model.model} on {len(self.train_ids)} images, validating on {len(self.validation_ids)}: "
+            f"{self.world} workers of {self.num_threads} CPU threads each, {state.device.type}, {state.precision.name}"
+        )
         if notice := random_weights_notice(config):
             self._say(f"WARNING: {notice}")
         while state.cursor.epoch < config.loop.epochs:
