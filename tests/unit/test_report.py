@@ -217,7 +217,7 @@ def test_splits_are_the_run_s_own():
     labels = np.arange(NUM_TRAIN) % 10
     train, validation = (ids_of(split, config, labels) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (50, 10)
-    other = config.replace(seed=1)
+    other = config.replace(split_seed=1)
     assert not np.array_equal(ids_of("validation", other, labels), validation)
 
 
