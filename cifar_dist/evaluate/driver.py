@@ -16,7 +16,7 @@ from cifar_dist.config import Config
 from cifar_dist.data.store import Manifest, read_manifest, stage
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.scores import Counts
-from cifar_dist.evaluate.shard import SPLITS, Shard, check_checkpoint, evaluate_shard, ids_of
+from cifar_dist.evaluate.shard import SPLITS, Shard, check_checkpoint, evaluate_shard, ids_of, stored_split
 from cifar_dist.storage import Folder, absolute_uri
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
 
@@ -73,8 +73,8 @@ def evaluate(
         for name, uri, best in zip(names, run_uris, chosen, strict=True)
     }
     labels = {
-        s: stage(data_uri, s, staging_folder, manifest).labels
-        for s in {"test" if s == "test" else "train" for s in splits}
+        stored: stage(data_uri, stored, staging_folder, manifest).labels
+        for stored in {stored_split(split) for split in splits}
     }
     folder = Folder(out_uri)
     folder.create("predictions")
@@ -118,7 +118,7 @@ def merge(
     for split in splits:
         table = pa.concat_tables([part[split][0] for part in parts]).sort_by("id")
         counts = functools.reduce(operator.add, [part[split][1] for part in parts])
-        expected = ids_of(split, config, labels["test" if split == "test" else "train"])
+        expected = ids_of(split, config, labels[stored_split(split)])
         if not np.array_equal(table["id"].to_numpy(), expected) or counts.num_images != len(expected):
             raise UserError(
                 f"{split}: {len(table)} predictions came back for {len(expected)} images of data set "

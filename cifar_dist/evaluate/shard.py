@@ -44,6 +44,11 @@ def check_checkpoint(checkpoint: Checkpoint, manifest: Manifest, run_uri: str) -
         )
 
 
+def stored_split(split: str) -> str:
+    """The split at rest that holds the images of `split`: validation is a part of train."""
+    return "test" if split == "test" else "train"
+
+
 def ids_of(split: str, config: Config, labels: np.ndarray) -> np.ndarray:
     """The rows of `split`: all of test, or the run's own part of the stored train split."""
     if split == "test":
@@ -70,10 +75,14 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     model = build_model(config, manifest.num_classes, spec, device)
     model.load_state_dict(loaded["average"] or loaded["model"])
     model.eval()
-    results, cache = {}, (config.data.cache, config.data.cache_budget_mib, shard.staging_folder)
+    cache = config.data.cache, config.data.cache_budget_mib, shard.staging_folder
+    loaders = {
+        stored: Loader(shard.data_uri, manifest, stored, spec, device, shard.num_threads, BATCH, *cache)
+        for stored in {stored_split(split) for split in shard.splits}
+    }
+    results = {}
     for split in shard.splits:
-        stored = "test" if split == "test" else "train"
-        loader = Loader(shard.data_uri, manifest, stored, spec, device, shard.num_threads, BATCH, *cache)
+        loader = loaders[stored_split(split)]
         ids = ids_of(split, config, loader.staged.labels)
         plans = eval_plans(ids, BATCH, shard.index, shard.num_shards)
         rows = [predict(model, batch.images, batch.labels, batch.ids) for batch in loader.batches(plans)]

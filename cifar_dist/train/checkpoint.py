@@ -64,6 +64,10 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def best_first(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    return sorted(checkpoints, key=lambda c: (c.score, c.cursor), reverse=True)
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -98,7 +102,7 @@ class Checkpoints:
 
     def best(self) -> Checkpoint | None:
         """The one with the best validation accuracy; the latest if none was validated."""
-        return max(self.all(), key=lambda c: (c.score, c.cursor), default=None)
+        return next(iter(best_first(self.all())), None)
 
     def where(self, name: str) -> str:
         return join_uri(self.folder.uri, name)
@@ -146,9 +150,8 @@ class Checkpoints:
 
     def keep(self, num_newest: int) -> None:
         """Deletes all but the newest ones and the best one, and what was cut off while it was written."""
-        kept = sorted(self.all(), key=lambda c: c.cursor)[-num_newest:]
-        best = self.best()
-        names = {c.name for c in kept} | ({best.name} if best else set())
+        found = sorted(self.all(), key=lambda c: c.cursor)
+        names = {c.name for c in [*found[-num_newest:], *best_first(found)[:1]]}
         for name in self._names():
             if name not in names:
                 self.folder.delete(f"{name}/meta.json")
