@@ -53,13 +53,20 @@ class ModelConfig(Section):
     batchnorm_momentum: float = option(
         0.99, "share of the old moving statistics kept at each step, as Keras counts it", minimum=0, maximum=1
     )
+    weights: str = option("", "Keras weights to start from: a .h5, .weights.h5 or .keras file (empty: random)")
 
 
 @dataclass(frozen=True)
 class DataConfig(Section):
     image_size: int = option(32, "side in pixels to which images are resized", minimum=8, maximum=4096)
     input_range: str = option("0..1", "range of the model's input", choices=("0..1", "-1..1", "0..255"))
-    flips: bool = option(True, "flip training images horizontally and vertically, each with probability 1/2")
+    flips: str = option(
+        "both", "how training images are flipped, with probability 1/2", choices=("none", "horizontal", "both")
+    )
+    crop_padding: int = option(
+        0, "pixels by which the crop of a padded training image is shifted at most (0: no crop)", minimum=0
+    )
+    cutout_size: int = option(0, "side in pixels of the square cut out of a training image (0: none)", minimum=0)
     validation_fraction: float = option(
         0.1, "share of the train split, per class, held out for validation", minimum=0.0001, maximum=0.9
     )
@@ -74,12 +81,15 @@ class DataConfig(Section):
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
-    optimizer: str = option("adam", "adam has Keras's epsilon rule", choices=("adam", "adamw", "sgd"))
+    optimizer: str = option("adam", "adam has Keras's epsilon rule", choices=("adam", "adamw", "sgd", "muon"))
     learning_rate: float = option(1e-3, "peak learning rate", minimum=0)
     schedule: str = option("constant", "learning rate over the run", choices=("constant", "cosine", "one-cycle"))
     warmup_fraction: float = option(0.0, "share of the steps spent rising to the peak", minimum=0, maximum=0.9)
-    weight_decay: float = option(0.0, "weight decay (decoupled in adamw)", minimum=0)
-    momentum: float = option(0.9, "momentum of sgd (Nesterov)", minimum=0, maximum=0.9999)
+    weight_decay: float = option(0.0, "weight decay (decoupled in adamw and muon)", minimum=0)
+    momentum: float = option(0.9, "momentum of sgd and muon (Nesterov)", minimum=0, maximum=0.9999)
+    muon_learning_rate: float = option(
+        0.02, "muon: peak learning rate of the convolutions; the rest takes adamw's", minimum=0
+    )
     beta1: float = option(0.9, "Adam's decay of the first moment", minimum=0, maximum=0.9999)
     beta2: float = option(0.999, "Adam's decay of the second moment", minimum=0, maximum=0.99999)
     epsilon: float = option(1e-7, "Adam's epsilon", minimum=0)
@@ -103,6 +113,9 @@ class LoopConfig(Section):
         "auto", "auto: channels_last on GPU, and for resnet50v2 on CPU", choices=("auto", "contiguous", "channels_last")
     )
     compile: str = option("auto", "torch.compile (auto: on GPU only)", choices=("auto", "on", "off"))
+    recalibrate_batches: int = option(
+        0, "training batches that re-estimate BatchNorm's statistics before each validation (0: none)", minimum=0
+    )
     deterministic: bool = option(False, "deterministic algorithms only (CPU runs are deterministic anyway)")
     log_every_steps: int = option(20, "optimizer steps between metric lines", minimum=1)
     chance_warning_steps: int = option(
@@ -134,6 +147,8 @@ class Config:
             raise UserError(f"model fan flattens its last feature map, so --image-size must be 32, not {size}")
         if self.model.model == "fan" and self.model.finetune:
             raise UserError("--finetune is for resnet50v2: fan has no frozen base")
+        if self.data.crop_padding >= size or self.data.cutout_size >= size:
+            raise UserError(f"--crop-padding and --cutout-size must be less than --image-size {size}")
         if self.model.model == "resnet50v2" and size < 96:
             raise UserError(f"model resnet50v2 needs an --image-size of 96 or more, not {size}")
 
@@ -166,7 +181,7 @@ def option_fields() -> dict[str, tuple[str, dataclasses.Field]]:
 
 # A run may be continued with other values of these: more epochs, and what does not change what is learned.
 FREE_ON_RESUME = {
-    *("epochs", "cache", "cache_budget_mib", "dali_threads", "log_every_steps", "chance_warning_steps"),
+    *("epochs", "weights", "cache", "cache_budget_mib", "dali_threads", "log_every_steps", "chance_warning_steps"),
     *("checkpoint_every_steps", "keep_checkpoints"),
 }
 

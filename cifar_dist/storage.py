@@ -26,7 +26,7 @@ def absolute_uri(uri: str) -> str:
 def join_uri(uri: str, *parts: str) -> str:
     """Appends path parts, in front of a query such as ?region=..."""
     base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
-    return "/".join([base.rstrip("/"), *parts]) + mark + query
+    return "/".join([base.rstrip("/"), *filter(None, parts)]) + mark + query
 
 
 def open_uri(uri: str) -> tuple[fs.FileSystem, str]:

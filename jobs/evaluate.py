@@ -16,6 +16,10 @@ EXAMPLE = """example:
 """
 
 
+def add_tta_option(p: Parser) -> None:
+    p.add_argument("--flip-tta", action="store_true", help="also score with flipped images, reported as SPLIT+flip")
+
+
 def parser() -> Parser:
     p = Parser(prog="evaluate.py", description=__doc__, epilog=EXAMPLE)
     p.add_argument("--runs", required=True, nargs="+", metavar="URI", help="run folders (STORAGE/NAME)")
@@ -27,6 +31,7 @@ def parser() -> Parser:
     p.add_argument(
         "--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="splits to evaluate (default: all)"
     )
+    add_tta_option(p)
     add_cluster_options(p)
     return p
 
@@ -39,7 +44,7 @@ def evaluate(args: argparse.Namespace, runs: list[str], data: str, out: str, spl
     num_shards = args.shards or launch.count_resource("GPU" if gpu else "CPU")
     if not launch.count_resource("CPU"):
         raise UserError("the cluster has no CPUs to evaluate on; wait for its workers, or check --address")
-    evaluations = driver.evaluate(runs, data, out, num_shards, tuple(splits), gpu, args.staging_folder)
+    evaluations = driver.evaluate(runs, data, out, num_shards, tuple(splits), gpu, args.staging_folder, args.flip_tta)
     page = report.write_report(evaluations, data, out, args.staging_folder)
     for evaluation in evaluations:
         for split, counts in evaluation.counts.items():

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from evaluate import evaluate
+from evaluate import add_tta_option, evaluate
 from prepare import add_source_options, prepare
 from train import add_launch_options, settings, train
 
@@ -29,6 +29,7 @@ def parser() -> Parser:
     recipes = ["quickstart_fan", "quickstart_resnet50v2"]
     p.add_argument("--recipes", nargs="+", metavar="NAME", default=recipes, help=f"default: {' '.join(recipes)}")
     p.add_argument("--shards", type=int, default=0, metavar="N", help="evaluation tasks (default: CPUs or GPUs)")
+    add_tta_option(p)
     add_source_options(p, default="shapes")
     add_launch_options(p)
     add_config_options(p)

@@ -17,10 +17,11 @@ DECODE_BATCH = 500
 
 
 class Plan(NamedTuple):
-    """One batch before it is read: row ids, flips, how many of the ids count, and the global batch's size."""
+    """One batch before it is read: row ids, what happens to each image, how many of the ids count, and the global
+    batch's size."""
 
     ids: np.ndarray
-    flips: np.ndarray
+    augment: order.Augment | None
     num_counted: int
     global_size: int
 
@@ -95,7 +96,7 @@ class Loader:
 
     def _submit(self, plan: Plan) -> None:
         images = [self.staged.encoded(i) for i in plan.ids] if self.decoded is None else self.decoded[plan.ids]
-        self.pipeline.submit(images, plan.flips)
+        self.pipeline.submit(images, plan.augment)
 
     def _collect(self, plan: Plan) -> Batch:
         try:
@@ -139,15 +140,21 @@ def use_decoded(shape: tuple[int, int] | None, num_images: int, cache: str, budg
 
 
 def train_plans(
-    ids: np.ndarray, seed: int, epoch: int, first_step: int, global_batch_size: int, flips: bool, rank: int, world: int
+    ids: np.ndarray,
+    augmentation: order.Augmentation,
+    seed: int,
+    epoch: int,
+    first_step: int,
+    global_batch_size: int,
+    rank: int,
+    world: int,
 ) -> Iterator[Plan]:
     """This rank's part of every step of an epoch from `first_step` on."""
     shuffled = ids[order.epoch_order(seed, epoch, len(ids))]
     for step in range(first_step, order.num_steps(len(ids), global_batch_size)):
         start, stop, size = order.rank_part(step, len(ids), global_batch_size, rank, world)
         part = shuffled[start : max(stop, start + 1)] if start < len(ids) else shuffled[-1:]
-        drawn = order.flips(seed, epoch, part) if flips else np.zeros((len(part), 2), bool)
-        yield Plan(part, drawn, stop - start, size)
+        yield Plan(part, augmentation.draw(seed, epoch, part), stop - start, size)
 
 
 def eval_plans(ids: np.ndarray, batch_size: int, rank: int, world: int) -> Iterator[Plan]:
@@ -158,4 +165,4 @@ def eval_plans(ids: np.ndarray, batch_size: int, rank: int, world: int) -> Itera
     num_batches = order.num_steps(len(ids), batch_size)
     for b in range(rank * num_batches // world, (rank + 1) * num_batches // world):
         part = ids[b * batch_size : (b + 1) * batch_size]
-        yield Plan(part, np.zeros((len(part), 2), bool), len(part), len(part))
+        yield Plan(part, None, len(part), len(part))

@@ -4,11 +4,12 @@ All draws come from one counter-based generator, the SplitMix64 finalizer (Steel
 pseudorandom number generators", 2014) over the key, so they depend on no state, no thread and no NumPy version.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP = range(6)  # what a draw is for: one stream each
+ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP, CROP, CUTOUT = range(8)  # what a draw is for: one stream each
 
 
 def draws(counter: np.ndarray | int, *key: int) -> np.ndarray:
@@ -32,6 +33,47 @@ def flips(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
     """Bool [len(ids), 2]: flip horizontally, flip vertically; each with probability 1/2, independent."""
     bits = draws(ids, FLIPS, seed, epoch)
     return np.stack([bits & np.uint64(1), bits >> np.uint64(1) & np.uint64(1)], axis=-1).astype(bool)
+
+
+def positions(seed: int, epoch: int, ids: np.ndarray, stream: int, num_positions: int) -> np.ndarray:
+    """int32 [len(ids), 2]: (y, x), uniform in range(num_positions); `stream` is CROP or CUTOUT."""
+    high = np.stack([draws(ids, stream, seed, epoch, axis) >> np.uint64(32) for axis in (0, 1)], axis=-1)
+    return (high * np.uint64(num_positions) >> np.uint64(32)).astype(np.int32)
+
+
+class Augment(NamedTuple):
+    """What happens to each of n images. flips: bool [n, 2], horizontal and vertical. crop, hole: int32 [n, 2], (y, x)
+    of the crop's and of the cut-out square's upper left corner in the image."""
+
+    flips: np.ndarray
+    crop: np.ndarray
+    hole: np.ndarray
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is drawn for training images of `image_size` pixels; by default nothing."""
+
+    image_size: int
+    flips: str = "none"
+    crop_padding: int = 0
+    cutout_size: int = 0
+
+    def draw(self, seed: int, epoch: int, ids: np.ndarray) -> Augment:
+        """A pure function of (seed, epoch, id). A hole's centre is anywhere in the image."""
+        allowed = {"none": (False, False), "horizontal": (True, False), "both": (True, True)}[self.flips]
+        _, crop, hole = no_augment(len(ids), self.image_size)
+        if self.crop_padding:
+            crop = positions(seed, epoch, ids, CROP, 2 * self.crop_padding + 1) - np.int32(self.crop_padding)
+        if self.cutout_size:
+            hole = positions(seed, epoch, ids, CUTOUT, self.image_size) - np.int32(self.cutout_size // 2)
+        return Augment(flips(seed, epoch, ids) & np.array(allowed), crop, hole)
+
+
+def no_augment(num_images: int, image_size: int) -> Augment:
+    """The images as they are: no flip, no shift, the hole outside."""
+    shape = (num_images, 2)
+    return Augment(np.zeros(shape, bool), np.zeros(shape, np.int32), np.full(shape, image_size, np.int32))
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:

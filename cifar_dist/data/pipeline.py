@@ -1,4 +1,4 @@
-"""The DALI pipeline, one definition for CPU and GPU: decode, flip, resize, normalize."""
+"""The DALI pipeline, one definition for CPU and GPU: decode, flip, resize, crop, cut out, normalize."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,17 +9,27 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
+from cifar_dist.data.order import Augment, no_augment
+
 # Input range -> (mean, standard deviation) on the 0 to 255 scale of decoded pixels.
 NORMALIZATION = {"0..1": (0.0, 255.0), "-1..1": (127.5, 127.5), "0..255": (0.0, 1.0)}
 
 
+FILL = 127  # grey where a crop leaves the image and where a square is cut out: about CIFAR-10's mean
+
+
 @dataclass(frozen=True)
 class ImageSpec:
-    """What the model wants: float32 [n, 3, image_size, image_size], in `input_range`, NHWC in memory or not."""
+    """What the model wants: float32 [n, 3, image_size, image_size], in `input_range`, NHWC in memory or not.
+
+    With `crop` images are shifted by the crop's corner; a `cutout_size` above 0 cuts a square of so many pixels out.
+    """
 
     image_size: int
     input_range: str
     channels_last: bool
+    crop: bool = False
+    cutout_size: int = 0
 
 
 @pipeline_def
@@ -38,6 +48,14 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> A
     if resize:  # bilinear, half-pixel centres, no antialias: Keras's Resizing
         size: Any = {"resize_x": spec.image_size, "resize_y": spec.image_size}
         images = fn.resize(images, **size, interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT)
+    if spec.crop:
+        corner = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
+        side = [spec.image_size] * 2
+        images = fn.slice(images, corner, side, axes=(0, 1), out_of_bounds_policy="pad", fill_values=FILL)
+    if spec.cutout_size:
+        corner = fn.cast(fn.external_source(name="hole", dtype=types.INT32, ndim=1), dtype=types.FLOAT)
+        hole: Any = {"anchor": corner, "shape": [spec.cutout_size] * 2, "axes": (0, 1)}
+        images = fn.erase(images, **hole, fill_value=FILL)
     layout = "HWC" if spec.channels_last else "CHW"
     return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=layout, mean=[mean] * 3, std=[std] * 3)
 
@@ -63,12 +81,16 @@ class ImagePipeline:
         )
         self._pipe.build()
 
-    def submit(self, images: Sequence[np.ndarray] | np.ndarray, flips: np.ndarray) -> None:
-        """Starts a batch: encoded bytes (a list of uint8 [num_bytes]) or pixels (uint8 [n, H, W, 3]), and
-        bool [n, 2] flips (horizontal, vertical)."""
+    def submit(self, images: Sequence[np.ndarray] | np.ndarray, augment: Augment | None = None) -> None:
+        """Starts a batch: encoded bytes (a list of uint8 [num_bytes]) or pixels (uint8 [n, H, W, 3])."""
+        augment = augment or no_augment(len(images), self.spec.image_size)
         self._pipe.feed_input("images", images)
-        self._pipe.feed_input("flip_x", flips[:, 0].astype(np.int32))
-        self._pipe.feed_input("flip_y", flips[:, 1].astype(np.int32))
+        self._pipe.feed_input("flip_x", augment.flips[:, 0].astype(np.int32))
+        self._pipe.feed_input("flip_y", augment.flips[:, 1].astype(np.int32))
+        if self.spec.crop:
+            self._pipe.feed_input("crop", augment.crop)
+        if self.spec.cutout_size:
+            self._pipe.feed_input("hole", augment.hole)
         self._pipe.schedule_run()
 
     def collect(self) -> torch.Tensor:

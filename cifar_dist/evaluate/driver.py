@@ -16,7 +16,7 @@ from cifar_dist.config import Config
 from cifar_dist.data.store import Manifest, read_manifest, stage
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.scores import Counts
-from cifar_dist.evaluate.shard import SPLITS, Shard, check_checkpoint, evaluate_shard, ids_of, stored_split
+from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, check_checkpoint, evaluate_shard, ids_of, stored_split
 from cifar_dist.storage import Folder, absolute_uri
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
 
@@ -44,8 +44,11 @@ def evaluate(
     splits: tuple[str, ...] = SPLITS,
     gpu: bool = False,
     staging_folder: str | None = None,
+    flip_tta: bool = False,
 ) -> list[Evaluation]:
     """Evaluates each run on the connected cluster and writes OUT/predictions/RUN-SPLIT.parquet.
+
+    With `flip_tta` each split comes a second time, as SPLIT+flip, with flip test-time augmentation.
 
     Raises UserError for a run without a checkpoint, one of another data set, or predictions that are not exactly one
     per image.
@@ -65,17 +68,17 @@ def evaluate(
         check_checkpoint(best, manifest, uri)
         chosen.append(best)
     task = ray.remote(evaluate_shard).options(num_cpus=1, num_gpus=int(gpu), max_retries=3)
+    options: dict[str, Any] = {"gpu": gpu, "staging_folder": staging_folder, "flip_tta": flip_tta}
     shards = {
-        name: [
-            task.remote(Shard(uri, best, data_uri, splits, i, num_shards, gpu, staging_folder=staging_folder))
-            for i in range(num_shards)
-        ]
+        name: [task.remote(Shard(uri, best, data_uri, splits, i, num_shards, **options)) for i in range(num_shards)]
         for name, uri, best in zip(names, run_uris, chosen, strict=True)
     }
     labels = {
         stored: stage(data_uri, stored, staging_folder, manifest).labels
         for stored in {stored_split(split) for split in splits}
     }
+    if flip_tta:
+        splits = tuple(name for split in splits for name in (split, split + FLIPPED))
     folder = Folder(out_uri)
     folder.create("predictions")
     evaluations = []

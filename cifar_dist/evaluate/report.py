@@ -17,7 +17,7 @@ from cifar_dist.evaluate.driver import Evaluation
 from cifar_dist.evaluate.scores import scores
 from cifar_dist.storage import Folder, absolute_uri, join_uri, to_json
 from cifar_dist.train.metrics import read_lines
-from cifar_dist.train.setup import random_weights_notice
+from cifar_dist.train.setup import weights_notice
 
 # The student deck's results on CIFAR-10, in the splits' order.
 DECK = {
@@ -60,7 +60,7 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
     """One run's part of report.json: scores and raw counts per split, epochs, throughput, warnings, run card."""
     lines, meta = read_lines(Folder(evaluation.run_uri)), evaluation.checkpoint.meta
     epochs = [line for line in lines if line["kind"] == "epoch"]
-    notice = None if meta["imagenet_weights"] else random_weights_notice(Config.from_dict(meta["config"]))
+    notice = weights_notice(Config.from_dict(meta["config"]), meta["weights"])
     seconds = sum(e["seconds"] for e in epochs)
     rate, wait = (
         sum(e[name] * e["seconds"] for e in epochs) / seconds if seconds else 0.0
@@ -70,7 +70,7 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
         "name": evaluation.name,
         "model": meta["model"],
         "checkpoint": evaluation.checkpoint.name,
-        "imagenet_weights": meta["imagenet_weights"],
+        "weights": meta["weights"],
         "splits": {
             split: {**scores(counts, class_names), "counts": counts.to_dict()}
             for split, counts in evaluation.counts.items()

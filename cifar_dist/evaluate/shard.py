@@ -18,6 +18,7 @@ from cifar_dist.train.setup import build_model, image_spec, split_ids
 BATCH = 100
 TOP_K = 5
 SPLITS = ("train", "validation", "test")
+FLIPPED = "+flip"  # after a split's name: predictions from the mean of the logits of an image and of its mirror image
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Shard:
     gpu: bool = False
     num_threads: int = 1
     staging_folder: str | None = None
+    flip_tta: bool = False
 
 
 def check_checkpoint(checkpoint: Checkpoint, manifest: Manifest, run_uri: str) -> None:
@@ -46,11 +48,12 @@ def check_checkpoint(checkpoint: Checkpoint, manifest: Manifest, run_uri: str) -
 
 def stored_split(split: str) -> str:
     """The split at rest that holds the images of `split`: validation is a part of train."""
-    return "test" if split == "test" else "train"
+    return "test" if split.removesuffix(FLIPPED) == "test" else "train"
 
 
 def ids_of(split: str, config: Config, labels: np.ndarray) -> np.ndarray:
     """The rows of `split`: all of test, or the run's own part of the stored train split."""
+    split = split.removesuffix(FLIPPED)
     if split == "test":
         return np.arange(len(labels))
     return split_ids(config, labels)[0 if split == "train" else 1]
@@ -80,19 +83,24 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
         stored: Loader(shard.data_uri, manifest, stored, spec, device, shard.num_threads, BATCH, *cache)
         for stored in {stored_split(split) for split in shard.splits}
     }
-    results = {}
+    results: dict[str, tuple[pa.Table, Counts]] = {}
     for split in shard.splits:
         loader = loaders[stored_split(split)]
         ids = ids_of(split, config, loader.staged.labels)
         plans = eval_plans(ids, BATCH, shard.index, shard.num_shards)
-        rows = [predict(model, batch.images, batch.labels, batch.ids) for batch in loader.batches(plans)]
-        results[split] = collect(rows, manifest.num_classes)
+        rows: dict[str, list[list[np.ndarray]]] = {split: [], **({split + FLIPPED: []} if shard.flip_tta else {})}
+        for batch in loader.batches(plans):
+            logits = model(batch.images).float()
+            rows[split].append(predict(logits, batch.labels, batch.ids))
+            if shard.flip_tta:
+                both = (logits + model(batch.images.flip(3)).float()) / 2
+                rows[split + FLIPPED].append(predict(both, batch.labels, batch.ids))
+        results |= {name: collect(parts, manifest.num_classes) for name, parts in rows.items()}
     return results
 
 
-def predict(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ids: np.ndarray) -> list[np.ndarray]:
+def predict(logits: torch.Tensor, labels: torch.Tensor, ids: np.ndarray) -> list[np.ndarray]:
     """[ids, labels, predictions [n, K], probabilities [n, K], loss] of one batch."""
-    logits = model(images).float()
     probabilities, predictions = logits.softmax(1).topk(min(TOP_K, logits.shape[1]))
     loss = F.cross_entropy(logits, labels, reduction="none")
     return [ids, *(t.cpu().numpy() for t in (labels, predictions, probabilities, loss))]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.train
+import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -24,6 +25,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, absolute_uri, join_uri, open_uri, to_json
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
 from cifar_dist.train.progress import Display
+from cifar_dist.train.setup import build_model, image_spec, load_start_weights
 from cifar_dist.train.worker import Job, train_worker
 
 
@@ -152,11 +154,16 @@ def check_run(config: Config, launch: Launch, manifest: Manifest) -> bool:
             f"{validation} are held out for validation"
         )
     use_decoded(manifest.image_shape("train"), num_train, config.data.cache, config.data.cache_budget_mib)
+    weights = None
+    if config.model.weights:  # into a network of its own: what does not fit is found before anything is stored
+        cpu = torch.device("cpu")
+        weights = load_start_weights(config, build_model(config, manifest.num_classes, image_spec(config, cpu), cpu))
     run = Folder(launch.run_uri)
     mine: dict[str, Any] = {"config": config.to_dict(), "manifest_sha256": manifest.sha256}
     try:
         stored = json.loads(run.read("config.json"))
         old_config, old_data = (stored[key] for key in mine)
+        old_weights = stored.get("weights") or {}
     except FileNotFoundError:
         stored = None
     except (ValueError, KeyError, TypeError) as error:
@@ -164,6 +171,11 @@ def check_run(config: Config, launch: Launch, manifest: Manifest) -> bool:
     if stored:
         if old_data != manifest.sha256:
             raise UserError(f"the run {launch.name} was started on another data set; use another --name")
+        if old_weights.get("sha256") != (weights or {}).get("sha256"):
+            raise UserError(
+                f"the run {launch.name} was started from {old_weights.get('uri', 'random weights')}, which --weights "
+                f"{config.model.weights or 'that is not given'} is not; name the same file, or use another --name"
+            )
         for section, values in mine["config"].items():
             for name, value in values.items():
                 old = old_config.get(section, {}).get(name)
@@ -176,7 +188,13 @@ def check_run(config: Config, launch: Launch, manifest: Manifest) -> bool:
     if latest and latest.cursor.epoch >= config.loop.epochs:
         return True
     run.create()
-    card = {**mine, "recipe": launch.recipe, "data_uri": launch.data_uri, "num_workers": launch.num_workers}
+    card = {
+        **mine,
+        "weights": weights,
+        "recipe": launch.recipe,
+        "data_uri": launch.data_uri,
+        "num_workers": launch.num_workers,
+    }
     run.write("config.json", to_json(card))
     return False
 
@@ -202,6 +220,8 @@ def train(config: Config, launch: Launch) -> RunResult:
     more than `max_failures` times.
     """
     data_uri = absolute_uri(launch.data_uri)
+    if config.model.weights:
+        config = config.replace(weights=absolute_uri(config.model.weights))
     manifest = read_manifest(data_uri)
     if check_run(config, launch, manifest):
         return finished(launch, was_finished=True)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from cifar_dist.data import order
 from cifar_dist.data.loader import Batch
 from cifar_dist.models import KerasBatchNorm
 from cifar_dist.train.checkpoint import Cursor
-from cifar_dist.train.optim import set_step
+from cifar_dist.train.optim import Muon, set_step
 from cifar_dist.train.precision import Precision
 
 
@@ -59,7 +60,7 @@ class TrainState:
     config: Config
     model: nn.Module
     wrapped: nn.Module  # the same model, compiled and in DistributedDataParallel
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     precision: Precision
     average: AveragedModel | None
     device: torch.device
@@ -85,15 +86,10 @@ def train_epoch(
     state.wrapped.train()
     clock = Clock()
     for batch in clock.waiting(batches):
-        state.learning_rate = set_step(state.optimizer, config.optim, state.global_step, num_steps)
+        state.learning_rate = set_step(state.optimizers, config.optim, state.global_step, num_steps)
         torch.manual_seed(order.step_seed(seed, *state.cursor, state.rank))
         state.totals += backward(state, batch)
-        if config.optim.clip_norm:
-            state.precision.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.model.parameters(), config.optim.clip_norm)
-        state.precision.scaler.step(state.optimizer)
-        state.precision.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        update(state)
         if state.average is not None:
             state.average.update_parameters(state.model)
         state.cursor = Cursor(state.cursor.epoch, state.cursor.step + 1)
@@ -130,6 +126,23 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     return totals
 
 
+def update(state: TrainState) -> None:
+    """One step of the optimizers from the gradients, which it clears."""
+    optimizers, scaler, clip_norm = state.optimizers, state.precision.scaler, state.config.optim.clip_norm
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.take_gradients()
+    if clip_norm:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip_norm)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    state.model.zero_grad(set_to_none=True)
+
+
 @torch.inference_mode()
 def validate(model: nn.Module, batches: Iterable[Batch], precision: Precision) -> torch.Tensor:
     """This rank's float64 [3] totals (loss sum, correct, seen) in inference mode."""
@@ -154,10 +167,34 @@ def sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
     return summed
 
 
+def trained_batchnorms(model: nn.Module) -> list[KerasBatchNorm]:
+    return [m for m in model.modules() if isinstance(m, KerasBatchNorm) and m.weight.requires_grad]
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], num_batches: int, precision: Precision) -> None:
+    """The moving statistics of trained BatchNorms become the mean over batches, the rest being in inference mode.
+
+    At Keras's momentum of 0.99 they lag hundreds of steps behind the weights. Every rank sees its own part.
+    """
+    layers, was_training = trained_batchnorms(model), model.training
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for i, batch in enumerate(islice(batches, num_batches)):
+        for layer in layers:
+            layer.train()
+            layer.momentum = i / (i + 1)
+        with precision.autocast():
+            model(batch.images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    model.train(was_training)
+    average_batchnorm_over_ranks(model)
+
+
 def average_batchnorm_over_ranks(model: nn.Module) -> None:
     """Each rank saw its own part of every batch: the moving statistics of trained BatchNorms become the ranks' mean."""
-    layers = [m for m in model.modules() if isinstance(m, KerasBatchNorm) and m.weight.requires_grad]
-    buffers = [b for layer in layers for b in (layer.running_mean, layer.running_var)]
+    buffers = [b for layer in trained_batchnorms(model) for b in (layer.running_mean, layer.running_var)]
     if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     flat = torch.cat(buffers)

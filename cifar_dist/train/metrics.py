@@ -61,27 +61,38 @@ def read_lines(run: Folder) -> list[dict[str, Any]]:
         raise UserError(f"{join_uri(run.uri, 'metrics.jsonl')} is damaged ({error}); mend or remove it") from error
 
 
-def chance_warning(
-    train: float, validation: float | None, num_seen: int, num_classes: int, momentum: float
-) -> tuple[str, str] | None:
-    """(kind, message) if an accuracy over `num_seen` images is within 3 standard errors of chance, else None.
-
-    `train` and `validation` are shares in 0..1, `validation` None where there is none yet; `momentum` is BatchNorm's.
-    """
+def chance_warning(accuracy: float, num_seen: int, num_classes: int) -> str | None:
+    """What to say of a training accuracy over `num_seen` images that is within 3 standard errors of chance."""
     chance = 1 / num_classes
     limit = chance + 3 * math.sqrt(chance * (1 - chance) / num_seen)
-    if limit > (1 + chance) / 2:  # too few images to tell
+    if accuracy > limit or limit > (1 + chance) / 2:  # too few images to tell
         return None
-    if train <= limit:
-        return "train_at_chance", (
-            f"training accuracy is {train:.1%}, chance is {chance:.1%}: the network is not learning. Likely causes: a "
-            "learning rate that is too high or too low, an --input-range that the weights were not made for, or labels "
-            "that do not belong to their images"
+    return (
+        f"training accuracy is {accuracy:.1%}, chance is {chance:.1%}: the network is not learning. Likely causes: a "
+        "learning rate that is too high or too low, an --input-range that the weights were not made for, or labels "
+        "that do not belong to their images"
+    )
+
+
+def validation_lags(train: float, validation: float, num_classes: int) -> bool:
+    """Whether validation accuracy stays near chance while training accuracy does not: training is at twice chance or
+    better, and validation has less than a third of what training has gained over chance."""
+    chance = 1 / num_classes
+    return train > min(2 * chance, (1 + chance) / 2) and validation - chance < (train - chance) / 3
+
+
+def validation_warning(train: float, validation: float, recalibrated: float, num_classes: int, momentum: float) -> str:
+    """What lagging validation comes from; `recalibrated` is its accuracy with BatchNorm's statistics re-estimated."""
+    found = (
+        f"validation accuracy is {validation:.1%}, near chance ({1 / num_classes:.1%}), while training accuracy is "
+        f"{train:.1%}. With BatchNorm's statistics re-estimated the same weights reach {recalibrated:.1%}: "
+    )
+    if recalibrated - validation > (train - validation) / 3:
+        return found + (
+            f"the moving statistics lag behind the weights (momentum {momentum:g}), the network itself is sound. It "
+            "heals over some hundreds of steps; --recalibrate-batches 20 or a lower --batchnorm-momentum does it now"
         )
-    if validation is not None and validation <= limit:
-        return "validation_at_chance", (
-            f"validation accuracy is {validation:.1%}, chance is {chance:.1%}, while training accuracy is {train:.1%}. "
-            f"Likely causes: BatchNorm's moving statistics lag behind the weights (momentum {momentum:g}; train on, or "
-            "lower --batchnorm-momentum), or overfitting"
-        )
-    return None
+    return found + (
+        "so it is not BatchNorm's moving statistics. Likely causes: overfitting (too few images, or none flipped), or "
+        "validation images unlike the training images"
+    )

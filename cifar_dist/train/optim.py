@@ -1,6 +1,7 @@
-"""Optimizer, learning-rate schedule (a pure function of the step) and the average of weights."""
+"""Optimizers, learning-rate schedule (a pure function of the step) and the average of weights."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,56 +10,77 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cifar_dist.config import OptimConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over the parameters that take a gradient; frozen ones get no state."""
+class Muon(torch.optim.Muon):
+    """torch's Muon over convolution kernels [out, in, h, w], each as the matrix [out, in * h * w].
+
+    torch's own takes matrices only: it works on copies, whose columns are in one order in any memory format.
+    """
+
+    def __init__(self, kernels: list[nn.Parameter], config: OptimConfig) -> None:
+        self.kernels = kernels
+        matrices = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in kernels]
+        super().__init__(
+            matrices, config.muon_learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+
+    def take_gradients(self) -> None:
+        """Copies kernels and gradients into the matrices; call it after each backward pass."""
+        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"], strict=True):
+            matrix.data.copy_(kernel.detach().flatten(1))
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1).clone()
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"], strict=True):
+            kernel.data.copy_(matrix.data.view(kernel.shape))
+
+
+def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers over the parameters that take a gradient; frozen ones get no state."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0,
-            fused=True,
-        )
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(
-        parameters,
-        config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+        nesterov = config.momentum > 0
+        decay: dict[str, Any] = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+        return [torch.optim.SGD(parameters, config.learning_rate, nesterov=nesterov, fused=True, **decay)]
+    adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
+    adam["weight_decay"] = config.weight_decay
+    if config.optimizer == "adam":
+        return [torch.optim.Adam(parameters, config.learning_rate, **adam)]
+    kernels = [p for p in parameters if config.optimizer == "muon" and p.ndim == 4]
+    others = [p for p in parameters if not any(p is kernel for kernel in kernels)]
+    adamw = torch.optim.AdamW(others, config.learning_rate, **adam)
+    return [Muon(kernels, config), adamw] if kernels else [adamw]
 
 
-def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """The learning rate of step 0 <= step < num_steps.
+def schedule_factor(config: OptimConfig, step: int, num_steps: int) -> float:
+    """The share of its peak that a learning rate has at step 0 <= step < num_steps.
 
-    constant: the peak. cosine: to 0 along a half cosine. one-cycle: a triangle, up over `warmup_fraction` (0.3 if that
+    constant: all of it. cosine: to 0 along a half cosine. one-cycle: a triangle, up over `warmup_fraction` (0.3 if that
     is 0) and down to 0. All rise linearly over the first `warmup_fraction` of the steps.
     """
     fraction = 0.3 if config.schedule == "one-cycle" and not config.warmup_fraction else config.warmup_fraction
     warmup = round(fraction * num_steps)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return (step + 1) / warmup
     done = (step - warmup) / max(num_steps - warmup, 1)
     shape = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "one-cycle": 1 - done}
-    return config.learning_rate * shape[config.schedule]
+    return shape[config.schedule]
 
 
-def set_step(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, num_steps: int) -> float:
-    """Sets what depends on the step; returns the learning rate.
+def set_step(optimizers: list[torch.optim.Optimizer], config: OptimConfig, step: int, num_steps: int) -> float:
+    """Sets what depends on the step; returns the learning rate (muon: that of the rest).
 
     Keras's Adam adds epsilon to sqrt(v) before the bias correction, torch after it: dividing epsilon by
     sqrt(1 - beta2^t) makes them equal.
     """
-    rate = learning_rate(config, step, num_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-        if config.optimizer != "sgd":
-            group["eps"] = config.epsilon / math.sqrt(1 - config.beta2 ** (step + 1))
-    return rate
+    factor = schedule_factor(config, step, num_steps)
+    for optimizer in optimizers:
+        muon = isinstance(optimizer, Muon)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * (config.muon_learning_rate if muon else config.learning_rate)
+            if config.optimizer != "sgd" and not muon:
+                group["eps"] = config.epsilon / math.sqrt(1 - config.beta2 ** (step + 1))
+    return factor * config.learning_rate
 
 
 def average_of(model: nn.Module, config: OptimConfig) -> AveragedModel | None:

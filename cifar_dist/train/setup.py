@@ -1,5 +1,10 @@
 """What a configuration means for a device and a data set: input, model, ids. Shared by training and evaluation."""
 
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -7,6 +12,9 @@ from cifar_dist import models
 from cifar_dist.config import Config
 from cifar_dist.data import order
 from cifar_dist.data.pipeline import ImageSpec
+from cifar_dist.errors import UserError
+from cifar_dist.models import keras_weights
+from cifar_dist.storage import Folder
 
 
 def image_spec(config: Config, device: torch.device) -> ImageSpec:
@@ -14,7 +22,16 @@ def image_spec(config: Config, device: torch.device) -> ImageSpec:
     chosen = config.loop.memory_format
     if chosen == "auto":
         chosen = "channels_last" if device.type == "cuda" or config.model.model == "resnet50v2" else "contiguous"
-    return ImageSpec(config.data.image_size, config.data.input_range, chosen == "channels_last")
+    data = config.data
+    return ImageSpec(
+        data.image_size, data.input_range, chosen == "channels_last", data.crop_padding > 0, data.cutout_size
+    )
+
+
+def augmentation(config: Config) -> order.Augmentation:
+    """What happens to training images."""
+    data = config.data
+    return order.Augmentation(data.image_size, data.flips, data.crop_padding, data.cutout_size)
 
 
 def build_model(config: Config, num_classes: int, spec: ImageSpec, device: torch.device) -> torch.nn.Module:
@@ -30,12 +47,40 @@ def build_model(config: Config, num_classes: int, spec: ImageSpec, device: torch
     return model.to(device).to(memory_format=memory_format)
 
 
-def random_weights_notice(config: Config) -> str | None:
-    """What must be said of a network that the deck starts from ImageNet weights and we from random ones."""
-    if config.model.model != "resnet50v2":
+def load_start_weights(config: Config, model: torch.nn.Module) -> dict[str, Any] | None:
+    """Loads the weights that the run starts from into `model`; returns what its run card says of them, None if random.
+
+    Raises UserError for a file that is not there or does not fit.
+    """
+    uri = config.model.weights
+    if not uri:
         return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / uri.partition("?")[0].rsplit("/", 1)[-1]
+        try:
+            sha256 = Folder(uri).download("", path)
+        except FileNotFoundError:
+            raise UserError(f"--weights: there is no file {uri}; jobs/weights.py fetches the published one") from None
+        with open(path, "rb") as file:
+            md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        try:
+            keras_weights.load_keras_weights(model, path)
+        except UserError as error:
+            raise UserError(str(error).replace(str(path), uri)) from error
+    return {"uri": uri, "sha256": sha256, "is_imagenet": md5 == keras_weights.PUBLISHED_MD5}
+
+
+def weights_notice(config: Config, weights: dict[str, Any] | None) -> str | None:
+    """What must be said of a network that the deck starts from ImageNet weights and the run from others."""
+    if config.model.model != "resnet50v2" or (weights and weights["is_imagenet"]):
+        return None
+    if weights:
+        return f"resnet50v2 starts from {weights['uri']}, which is not the published file of ImageNet weights"
     base = "" if config.model.finetune else "its frozen base is random too, "
-    return f"resnet50v2 starts from RANDOM weights, not ImageNet's: {base}so it cannot be held against the deck"
+    return (
+        f"resnet50v2 starts from RANDOM weights, not ImageNet's: {base}so it cannot be held against the deck "
+        "(jobs/weights.py fetches the weights, --weights names them)"
+    )
 
 
 def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

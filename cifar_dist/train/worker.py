@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +16,27 @@ from torch.nn.utils import get_total_norm
 
 from cifar_dist.config import Config
 from cifar_dist.data import order
-from cifar_dist.data.loader import Loader, eval_plans, train_plans
+from cifar_dist.data.loader import Batch, Loader, eval_plans, train_plans
 from cifar_dist.data.store import read_manifest
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, to_json
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor
-from cifar_dist.train.loop import Clock, TrainState, average_batchnorm_over_ranks, sum_over_ranks, train_epoch, validate
-from cifar_dist.train.metrics import RunLog, chance_warning
-from cifar_dist.train.optim import average_of, make_optimizer
+from cifar_dist.train.loop import (
+    Clock,
+    TrainState,
+    average_batchnorm_over_ranks,
+    recalibrate_batchnorm,
+    sum_over_ranks,
+    train_epoch,
+    validate,
+)
+from cifar_dist.train.metrics import RunLog, chance_warning, validation_lags, validation_warning
+from cifar_dist.train.optim import average_of, make_optimizers
 from cifar_dist.train.precision import Precision
-from cifar_dist.train.setup import build_model, image_spec, random_weights_notice, split_ids
+from cifar_dist.train.setup import augmentation, build_model, image_spec, load_start_weights, split_ids, weights_notice
 
 EVAL_BATCH = 100
+DIAGNOSIS_BATCHES = 20  # of training images, when validation lags behind training
 
 
 @dataclass(frozen=True)
@@ -100,11 +110,12 @@ class Worker:
         self.loader = Loader(job.data_uri, self.manifest, "train", spec, device, threads, batch_size, *cache)
         self.train_ids, self.validation_ids = split_ids(config, self.loader.staged.labels)
         model = build_model(config, self.manifest.num_classes, spec, device)
+        self.weights = load_start_weights(config, model)
         self.state = TrainState(
             config,
             model,
             model,
-            make_optimizer(model, config.optim),
+            make_optimizers(model, config.optim),
             Precision(config.loop.precision, device),
             average_of(model, config.optim),
             device,
@@ -114,6 +125,7 @@ class Worker:
             totals=torch.zeros(3, dtype=torch.float64, device=device),
         )
         self.checkpoints, self.attempt, self.warned = Checkpoints(job.run_uri), 1, set[str]()
+        self.diagnosed = False
         resumed = self.checkpoints.latest()
         if resumed:
             self._resume(resumed)
@@ -138,7 +150,8 @@ class Worker:
         if state.average is not None:
             state.average.module.load_state_dict(loaded["average"])
             state.average.n_averaged.fill_(meta["num_averaged"])
-        state.optimizer.load_state_dict(loaded["optimizer"]["optimizer"])
+        for optimizer, stored in zip(state.optimizers, loaded["optimizer"]["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
         state.precision.scaler.load_state_dict(loaded["optimizer"]["scaler"])
         state.cursor = checkpoint.cursor
         if self.rank == 0:  # the others start from zero: only the sum over ranks is ever used
@@ -153,20 +166,20 @@ class Worker:
             f"training {config.model.model} on {len(self.train_ids)} images, validating on {len(self.validation_ids)}: "
             f"{self.world} workers of {self.num_threads} CPU threads each, {state.device.type}, {state.precision.name}"
         )
-        if notice := random_weights_notice(config):
+        if notice := weights_notice(config, self.weights):
             self._say(f"WARNING: {notice}")
         while state.cursor.epoch < config.loop.epochs:
-            plans = train_plans(
-                self.train_ids,
-                config.loop.seed,
-                *state.cursor,
-                config.loop.global_batch_size,
-                config.data.flips,
-                self.rank,
-                self.world,
-            )
-            clock = train_epoch(state, self.loader.batches(plans), self._on_log, self._write_checkpoint)
+            batches = self._train_batches(state.cursor)
+            clock = train_epoch(state, batches, self._on_log, self._write_checkpoint)
             self._end_epoch(clock)
+
+    def _train_batches(self, cursor: Cursor) -> Iterator[Batch]:
+        config = self.job.config
+        batch_size, seed = config.loop.global_batch_size, config.loop.seed
+        augment = augmentation(config)
+        return self.loader.batches(
+            train_plans(self.train_ids, augment, seed, *cursor, batch_size, self.rank, self.world)
+        )
 
     def _end_epoch(self, clock: Clock) -> None:
         """Validates, logs the epoch, moves the cursor to the next one and writes a checkpoint."""
@@ -175,9 +188,9 @@ class Worker:
         rates = clock.rates()  # after the totals, which wait for the device
         evaluated = self._average_over_ranks()
         start = time.perf_counter()
-        plans = eval_plans(self.validation_ids, EVAL_BATCH, self.rank, self.world)
-        totals = sum_over_ranks(validate(evaluated, self.loader.batches(plans), state.precision))
-        validation_loss, num_correct, num_validation = totals.tolist()
+        if num_batches := self.job.config.loop.recalibrate_batches:
+            self._recalibrate(evaluated, num_batches)
+        validation_loss, num_correct, num_validation = self._validate(evaluated)
         metrics = {
             "train_loss": loss / seen,
             "train_accuracy": correct / seen,
@@ -189,7 +202,8 @@ class Worker:
             "validation_seconds": round(time.perf_counter() - start, 3),
             **rates,
         }
-        self._check_chance(correct / seen, num_correct / num_validation, int(num_validation))
+        self._check_train_chance(correct / seen, int(seen))
+        self._check_validation(evaluated, correct / seen, num_correct / num_validation)
         epoch, global_step = state.cursor.epoch, state.global_step
         state.cursor = Cursor(epoch + 1, 0)
         state.totals.zero_()
@@ -198,6 +212,15 @@ class Worker:
             self._send({"epoch_done": epoch, **metrics})
         self._write_checkpoint(metrics)
         ray.train.report({"epoch": epoch, **metrics})
+
+    def _recalibrate(self, model: torch.nn.Module, num_batches: int) -> None:
+        batches = self._train_batches(Cursor(self.state.cursor.epoch, 0))
+        recalibrate_batchnorm(model, batches, num_batches, self.state.precision)
+
+    def _validate(self, model: torch.nn.Module) -> list[float]:
+        """[loss sum, correct, seen] over the validation images, of all ranks."""
+        plans = eval_plans(self.validation_ids, EVAL_BATCH, self.rank, self.world)
+        return sum_over_ranks(validate(model, self.loader.batches(plans), self.state.precision)).tolist()
 
     def _average_over_ranks(self) -> torch.nn.Module:
         """Makes the moving statistics equal on all ranks; returns the model that is evaluated."""
@@ -235,7 +258,7 @@ class Worker:
         if self.log:
             self.log.add("step", state.cursor.epoch, state.global_step, **line)
             self._send(line)
-        self._check_chance(correct / seen, None, int(seen))
+        self._check_train_chance(correct / seen, int(seen))
 
     def _write_checkpoint(self, metrics: dict[str, Any] | None = None) -> None:
         """All ranks call it, rank 0 writes; `metrics` at an epoch's end. Weights that are not finite never are."""
@@ -249,7 +272,8 @@ class Worker:
             return
         self.log.flush()
         average = state.average.module.state_dict() if state.average is not None else None
-        optimizer = {"optimizer": state.optimizer.state_dict(), "scaler": state.precision.scaler.state_dict()}
+        optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
+        optimizer = {"optimizers": optimizers, "scaler": state.precision.scaler.state_dict()}
         meta = {
             "model": job.config.model.model,
             "global_step": state.global_step,
@@ -259,7 +283,7 @@ class Worker:
             "config": job.config.to_dict(),
             "precision": state.precision.name,
             "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "cpu",
-            "imagenet_weights": False,
+            "weights": self.weights,
             "data_uri": job.data_uri,
             "manifest_sha256": self.manifest.sha256,
             "class_names": self.manifest.class_names,
@@ -272,14 +296,30 @@ class Worker:
         self.checkpoints.write(state.cursor, state.model.state_dict(), average, optimizer, meta)
         self.checkpoints.keep(job.config.checkpoint.keep_checkpoints)
 
-    def _check_chance(self, train: float, validation: float | None, num_seen: int) -> None:
-        """Warns of an accuracy that is still at chance after `chance_warning_steps`."""
+    def _check_train_chance(self, accuracy: float, num_seen: int) -> None:
+        """Warns of a training accuracy that is still at chance after `chance_warning_steps`."""
         after = self.job.config.loop.chance_warning_steps
         if after and self.state.global_step >= after:
-            momentum = self.job.config.model.batchnorm_momentum
-            found = chance_warning(train, validation, num_seen, self.manifest.num_classes, momentum)
-            if found:
-                self._warn(*found)
+            message = chance_warning(accuracy, num_seen, self.manifest.num_classes)
+            if message:
+                self._warn("train_at_chance", message)
+
+    def _check_validation(self, model: torch.nn.Module, train: float, validation: float) -> None:
+        """Where validation stays near chance and training does not: finds out whether BatchNorm's statistics lag."""
+        num_classes, after = self.manifest.num_classes, self.job.config.loop.chance_warning_steps
+        if self.diagnosed or not after or not validation_lags(train, validation, num_classes):
+            return
+        self.diagnosed = True
+        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._recalibrate(model, DIAGNOSIS_BATCHES)
+        _, num_correct, num_seen = self._validate(model)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(kept[name])
+        momentum = self.job.config.model.batchnorm_momentum
+        self._warn(
+            "validation_near_chance",
+            validation_warning(train, validation, num_correct / num_seen, num_classes, momentum),
+        )
 
     def _warn(self, kind: str, message: str) -> None:
         """Said once per attempt, recorded once per run."""

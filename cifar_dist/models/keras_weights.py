@@ -1,0 +1,177 @@
+"""Reads weights that Keras saved into our networks: every tensor exactly once, checked for shape."""
+
+import io
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import nn
+
+from cifar_dist.errors import UserError
+from cifar_dist.models.batchnorm import KerasBatchNorm
+from cifar_dist.models.resnet50v2 import STACKS, ResNet50V2, ResNet50V2Base
+
+# ResNet50V2's ImageNet weights without the top; address and checksum as in keras.applications (Keras 3.15).
+PUBLISHED_NAME = "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5"
+PUBLISHED_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/resnet/{PUBLISHED_NAME}"
+PUBLISHED_MD5 = "fac2f116257151a9d068a22e544a4917"
+
+KERAS_NAME = re.compile(r"conv1_conv|post_bn|conv\d_block\d_(\d|preact)_(conv|bn)")  # in the base
+STATE = ("optimizer", "seed_generator")  # groups that hold no weights
+VARIABLES = {
+    "convolution": ("kernel", "bias"),
+    "dense": ("kernel", "bias"),
+    "batch normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the file: its path there, its name, and its variables by Keras's names, in Keras's layout."""
+
+    path: str
+    name: str
+    variables: dict[str, np.ndarray]
+
+    @property
+    def kind(self) -> str:
+        if "gamma" in self.variables:
+            return "batch normalization"
+        return "convolution" if self.variables.get("kernel", np.empty(0)).ndim == 4 else "dense"
+
+
+def load_keras_weights(model: nn.Module, path: str | Path) -> int:
+    """Copies the weights of a Keras file into `model`; returns the number of tensors read.
+
+    The file is an HDF5 file with a group per layer (the published ResNet50V2 weights, or a whole model), Keras 3's
+    `.weights.h5` or `.keras`. It holds the whole network or, for resnet50v2, the base alone; then the head stays as
+    it is. Layers whose names do not tell their place (`conv2d_3`) are taken in the file's order. Raises UserError that
+    names the layer for a tensor that is missing, left over, not finite or of a wrong shape; `model` is then unchanged.
+    """
+    places = keras_layers(model)
+    layers = read_layers(path)
+    if isinstance(model, ResNet50V2) and not any(layer.kind == "dense" for layer in layers):
+        places = {name: module for name, module in places.items() if name in base_layers(model.base)}
+    found = assign(layers, places, path)
+    new: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, module in places.items():
+        if name not in found:
+            raise UserError(f"{path} lacks the layer {name} ({kind_of(module)})")
+        layer = found[name]
+        wanted = tensors_of(module)
+        if missing := wanted.keys() - layer.variables.keys():
+            raise UserError(f"{path}: layer {layer.path} lacks {', '.join(sorted(missing))}")
+        if extra := layer.variables.keys() - wanted.keys():
+            raise UserError(f"{path}: layer {layer.path} has {', '.join(sorted(extra))}, for which {name} has no place")
+        for variable, target in wanted.items():
+            value = torch.from_numpy(np.array(layer.variables[variable], np.float32))
+            if value.ndim > 1:  # Keras: [h, w, in, out] and [in, out]
+                value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+            if value.shape != target.shape:
+                raise UserError(
+                    f"{path}: {variable} of layer {layer.path} has the shape {list(layer.variables[variable].shape)}, "
+                    f"which as {list(value.shape)} does not fit {list(target.shape)} of {name}"
+                )
+            if not value.isfinite().all():
+                raise UserError(f"{path}: {variable} of layer {layer.path} holds values that are not finite")
+            new.append((target, value))
+    with torch.no_grad():
+        for target, value in new:
+            target.copy_(value)
+    return len(new)
+
+
+def base_layers(base: ResNet50V2Base) -> dict[str, Any]:
+    """Keras's layer name -> module, in the order in which Keras lists and saves them."""
+    layers: dict[str, Any] = {"conv1_conv": base.conv1}
+    blocks = iter(base.blocks)
+    for stack, (_, num_blocks, _) in enumerate(STACKS, 2):
+        for number, block in zip(range(1, num_blocks + 1), blocks, strict=False):
+            name = f"conv{stack}_block{number}"
+            parts = {"preact_bn": block.preact_bn, "1_conv": block.conv1, "1_bn": block.bn1}
+            parts |= {"2_conv": block.conv2, "2_bn": block.bn2, "0_conv": block.shortcut, "3_conv": block.conv3}
+            layers |= {f"{name}_{part}": module for part, module in parts.items() if module is not None}
+    return layers | {"post_bn": base.post_bn}
+
+
+def keras_layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> module for every layer with weights, in Keras's order; where Keras has no name of its own, ours."""
+    with_weights: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear | KerasBatchNorm)
+    }
+    if not isinstance(model, ResNet50V2):
+        return with_weights
+    return base_layers(model.base) | {n: m for n, m in with_weights.items() if not n.startswith("base.")}
+
+
+def kind_of(module: Any) -> str:
+    return {nn.Conv2d: "convolution", nn.Linear: "dense", KerasBatchNorm: "batch normalization"}[type(module)]
+
+
+def tensors_of(module: Any) -> dict[str, torch.Tensor]:
+    own = (module.weight, module.bias)
+    own += (module.running_mean, module.running_var) if isinstance(module, KerasBatchNorm) else ()
+    return {name: t for name, t in zip(VARIABLES[kind_of(module)], own, strict=True) if t is not None}
+
+
+def assign(layers: list[Layer], places: dict[str, Any], path: str | Path) -> dict[str, Layer]:
+    """Place -> layer of the file: by name where the names are Keras's own, the others by kind in the file's order."""
+    found: dict[str, Layer] = {}
+    has_names = any(layer.name in places for layer in layers)
+    # Where the file names the base's layers, the ones that it numbers are the head's.
+    numbered = [n for n in places if not (has_names and KERAS_NAME.fullmatch(n))]
+    for layer in layers:
+        free = (n for n in numbered if n not in found and kind_of(places[n]) == layer.kind)
+        name = layer.name if layer.name in places else next(free, "")
+        if not name or name in found:
+            raise UserError(f"{path}: layer {layer.path} ({layer.kind}) is left over: this network has no place for it")
+        found[name] = layer
+    return found
+
+
+def read_layers(path: str | Path) -> list[Layer]:
+    """The layers with weights, in the model's order as far as the file tells it. Raises UserError for another file."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                source: Path | str | io.BytesIO = io.BytesIO(archive.read("model.weights.h5"))
+        else:
+            source = path
+        with h5py.File(source, "r") as file:
+            layers = list(layers_of(file.get("model_weights", file)))
+    except FileNotFoundError:
+        raise UserError(f"there is no weights file {path}") from None
+    except (OSError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a Keras weights file (.h5, .weights.h5 or .keras): {error}") from error
+    if not layers:
+        raise UserError(f"{path} holds no layers: is it a Keras weights file (.h5, .weights.h5 or .keras)?")
+    return layers
+
+
+def layers_of(group: h5py.Group) -> Iterator[Layer]:
+    """The layers below a group: nested models first, as Keras's own order is where one is built on another."""
+    values = {name.split(":")[0]: item[()] for name, item in group.items() if isinstance(item, h5py.Dataset)}
+    place = group.name.removesuffix("/vars")
+    if values:
+        if place != group.name:  # Keras 3 numbers the variables
+            kind = "batch normalization" if values["0"].ndim == 1 else "convolution"
+            numbers = {str(i): name for i, name in enumerate(VARIABLES[kind])}
+            values = {numbers.get(name, name): value for name, value in values.items()}
+        yield Layer(place.strip("/"), place.rsplit("/", 1)[-1], values)
+
+    def rank(name: str) -> tuple:
+        item = group[name]
+        is_model = isinstance(item, h5py.Group) and "layers" in item
+        # conv2d, conv2d_1, conv2d_2, ..., conv2d_10
+        return not is_model, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+    names = [n.decode() if isinstance(n, bytes) else str(n) for n in group.attrs.get("layer_names", [])]
+    for name in names or sorted(group, key=rank):
+        if isinstance(group[name], h5py.Group) and not name.startswith(STATE):
+            yield from layers_of(group[name])
