@@ -40,8 +40,10 @@ def best_fan() -> Config:
     """
     return deck_fan().replace(
         epochs=2,
+        input_range="-1..1",
         flips="horizontal",
         optimizer="muon",
+        muon_learning_rate=0.035,
         schedule="one-cycle",
         warmup_fraction=0.2,
         batchnorm_momentum=0.9,
