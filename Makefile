@@ -12,9 +12,9 @@ export UV_COMPILE_BYTECODE ?= 1
 PYTHON := .venv/bin/python
 SYNCED := .venv/.synced
 
-.PHONY: help demo test lint format types bench clean
+.PHONY: help demo test lint format types bench imagenet-check clean
 help:
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(SYNCED) ## the main job on built-in data: prepare, train both models, evaluate, report (in demo/)
 	$(PYTHON) jobs/pipeline.py --source shapes --num-train 700 --num-test 300 --out demo --workers 2 --shards 2
@@ -36,8 +36,12 @@ types: $(SYNCED) ## mypy
 bench: $(SYNCED) ## the benchmarks (minutes; prints tables, writes benchmarks/results)
 	$(PYTHON) benchmarks/input.py
 
+imagenet-check: $(SYNCED) ## download ResNet50V2's ImageNet weights and hold them against Keras (needs network)
+	$(PYTHON) jobs/weights.py --out .weights
+	IMAGENET_WEIGHTS="$$(echo $(CURDIR)/.weights/*.h5)" $(PYTHON) -m pytest -rP tests/parity -k published_imagenet
+
 clean: ## remove what make made, but for uv
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo .weights .pytest_cache .mypy_cache .ruff_cache
 
 $(SYNCED): pyproject.toml uv.lock | $(UV)
 	$(UV) sync --locked

@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 from cifar_dist.config import Parser
 from cifar_dist.data import sources, store
 from cifar_dist.data.loader import Loader, train_plans
+from cifar_dist.data.order import Augmentation
 from cifar_dist.data.pipeline import ImageSpec
 
 BATCH = 64
@@ -69,7 +70,7 @@ def ways(uri: str, image_size: int, staging: Path, num_threads: int) -> dict[str
         loader = Loader(uri, manifest, "train", spec, torch.device("cpu"), num_threads, BATCH, cache, 4096, staging)
         ids = np.arange(len(loader.staged))
         made[f"this loader, {cache}"] = lambda loader=loader, ids=ids: loader.batches(
-            train_plans(ids, 0, 0, 0, BATCH, True, 0, 1)
+            train_plans(ids, Augmentation(image_size, "both"), 0, 0, 0, BATCH, 0, 1)
         )
     dataset = Images(store.stage(uri, "train", staging, manifest), image_size)
     made["torchvision + DataLoader"] = lambda: iter(

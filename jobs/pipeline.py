@@ -15,7 +15,8 @@ from cifar_dist.storage import absolute_uri, join_uri
 EPILOG = f"""recipes:
 {describe_recipes()}
 
-Writes OUT/data, OUT/runs/RECIPE and OUT/report. Settings given here override those of every recipe.
+Writes OUT/data, OUT/runs/RECIPE and OUT/report. Settings given here override those of every recipe, but --weights
+those of resnet50v2 only.
 
 examples:
   python jobs/pipeline.py --out demo
@@ -42,6 +43,8 @@ def pipeline(args: argparse.Namespace) -> None:
     out = absolute_uri(args.out)
     data, storage, report = (join_uri(out, name) for name in ("data", "runs", "report"))
     planned = [settings(args, recipe, data, storage, name=recipe) for recipe in args.recipes]
+    # One file of weights cannot fit both networks.
+    planned = [(c.replace(weights=c.model.weights if c.model.model == "resnet50v2" else ""), w) for c, w in planned]
     prepare(args, data)
     runs = [train(*run).run_uri for run in planned]
     evaluate(args, runs, data, report, ["train", "validation", "test"])

@@ -41,9 +41,11 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        if "gamma" in self.variables:
-            return "batch normalization"
-        return "convolution" if self.variables.get("kernel", np.empty(0)).ndim == 4 else "dense"
+        """What the variables' dimensions tell, or the name of a layer that lacks its kernel."""
+        dimensions = max(value.ndim for value in self.variables.values())
+        if dimensions == 1 and (clue := re.match("conv|dense", self.name)):
+            return {"conv": "convolution", "dense": "dense"}[clue[0]]
+        return {4: "convolution", 1: "batch normalization"}.get(dimensions, "dense")
 
 
 def load_keras_weights(model: nn.Module, path: str | Path) -> int:
@@ -70,7 +72,7 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> int:
         if extra := layer.variables.keys() - wanted.keys():
             raise UserError(f"{path}: layer {layer.path} has {', '.join(sorted(extra))}, for which {name} has no place")
         for variable, target in wanted.items():
-            value = torch.from_numpy(np.array(layer.variables[variable], np.float32))
+            value = torch.from_numpy(layer.variables[variable])
             if value.ndim > 1:  # Keras: [h, w, in, out] and [in, out]
                 value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
             if value.shape != target.shape:
@@ -156,14 +158,16 @@ def read_layers(path: str | Path) -> list[Layer]:
 
 def layers_of(group: h5py.Group) -> Iterator[Layer]:
     """The layers below a group: nested models first, as Keras's own order is where one is built on another."""
-    values = {name.split(":")[0]: item[()] for name, item in group.items() if isinstance(item, h5py.Dataset)}
+    # A string here raises ValueError: the file is then none of Keras's.
+    items = {name: item for name, item in group.items() if isinstance(item, h5py.Dataset)}
+    values = {name.split(":")[0]: np.asarray(item[()], np.float32) for name, item in items.items()}
     place = group.name.removesuffix("/vars")
     if values:
+        layer = Layer(place.strip("/"), place.rsplit("/", 1)[-1], values)
         if place != group.name:  # Keras 3 numbers the variables
-            kind = "batch normalization" if values["0"].ndim == 1 else "convolution"
-            numbers = {str(i): name for i, name in enumerate(VARIABLES[kind])}
+            numbers = {str(i): name for i, name in enumerate(VARIABLES[layer.kind])}
             values = {numbers.get(name, name): value for name, value in values.items()}
-        yield Layer(place.strip("/"), place.rsplit("/", 1)[-1], values)
+        yield Layer(layer.path, layer.name, values)
 
     def rank(name: str) -> tuple:
         item = group[name]
@@ -172,6 +176,6 @@ def layers_of(group: h5py.Group) -> Iterator[Layer]:
         return not is_model, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
     names = [n.decode() if isinstance(n, bytes) else str(n) for n in group.attrs.get("layer_names", [])]
-    for name in names or sorted(group, key=rank):
+    for name in [n for n in names if n in group] + sorted(group.keys() - set(names), key=rank):
         if isinstance(group[name], h5py.Group) and not name.startswith(STATE):
             yield from layers_of(group[name])

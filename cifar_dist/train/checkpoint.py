@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, file_sha256, join_uri, to_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}")
 
 

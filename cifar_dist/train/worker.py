@@ -316,18 +316,18 @@ class Worker:
         for name, buffer in model.named_buffers():
             buffer.copy_(kept[name])
         momentum = self.job.config.model.batchnorm_momentum
-        self._warn(
-            "validation_near_chance",
-            validation_warning(train, validation, num_correct / num_seen, num_classes, momentum),
-        )
+        found = num_correct / num_seen
+        message = validation_warning(train, validation, found, num_classes, momentum)
+        self._warn("validation_near_chance", message, recalibrated_accuracy=found)
 
-    def _warn(self, kind: str, message: str) -> None:
+    def _warn(self, kind: str, message: str, **values: Any) -> None:
         """Said once per attempt, recorded once per run."""
         if self.log and kind not in self.warned:
             self.warned.add(kind)
             self._say(f"WARNING: {message}")
             if not any(line.get("warning") == kind for line in self.log.lines):
-                self.log.add("warning", self.state.cursor.epoch, self.state.global_step, warning=kind, message=message)
+                place = self.state.cursor.epoch, self.state.global_step
+                self.log.add("warning", *place, warning=kind, message=message, **values)
 
     def _say(self, message: str) -> None:
         if self.rank == 0:

@@ -26,7 +26,7 @@ def optimizer_state() -> dict:
     optimizer = torch.optim.Adam([parameter])
     parameter.grad = torch.tensor([1.0, -2.0, 3.0])
     optimizer.step()
-    return {"optimizer": optimizer.state_dict(), "scaler": {"scale": 8.0}}
+    return {"optimizers": [optimizer.state_dict()], "scaler": {"scale": 8.0}}
 
 
 def write(checkpoints: Checkpoints, epoch: int, step: int = 0, score: tuple | None = None, average=None) -> Checkpoint:
@@ -47,6 +47,8 @@ def path_of(run: Checkpoints, checkpoint: Checkpoint, file: str) -> Path:
 def same(a: object, b: object) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -184,8 +186,8 @@ def test_damaged_meta_is_refused(run, content):
 
 def test_other_format_version_is_refused(run):
     written = write(run, 1)
-    path_of(run, written, "meta.json").write_text(json.dumps({**written.meta, "format_version": 2}))
-    with pytest.raises(UserError, match="has format version 2, not 1"):
+    path_of(run, written, "meta.json").write_text(json.dumps({**written.meta, "format_version": 1}))
+    with pytest.raises(UserError, match="has format version 1, not 2"):
         run.all()
 
 

@@ -41,7 +41,8 @@ def parse(*words: str) -> dict:
         ("seed", None, "int"),
         ("learning_rate", "fast", "float"),
         ("learning_rate", True, "float"),
-        ("flips", 1, "bool"),
+        ("finetune", 1, "bool"),
+        ("flips", True, "str"),
         ("model", 3, "str"),
     ],
 )
@@ -79,6 +80,7 @@ def test_bounds_are_allowed_and_what_lies_beyond_is_not(name, bound, direction):
     [
         *(("epochs", 0), ("global_batch_size", 0), ("accumulation_steps", 0), ("keep_checkpoints", 0)),
         *(("learning_rate", -0.1), ("validation_fraction", 0.0), ("beta2", 1.0), ("ema_decay", 1.0), ("seed", -1)),
+        *(("crop_padding", -1), ("cutout_size", -1), ("muon_learning_rate", -0.1), ("recalibrate_batches", -1)),
     ],
 )
 def test_values_that_make_no_sense_are_refused(name, value):
@@ -115,6 +117,8 @@ def test_nothing_is_suggested_where_nothing_is_near():
         ({"model": "fan", "image_size": 64}, "--image-size must be 32"),
         ({"model": "fan", "finetune": True}, "--finetune is for resnet50v2"),
         ({"model": "resnet50v2", "image_size": 95}, "96 or more"),
+        ({"crop_padding": 32}, "--crop-padding and --cutout-size must be less than --image-size 32"),
+        ({"cutout_size": 40}, "--crop-padding and --cutout-size must be less than --image-size 32"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(settings, message):
@@ -146,6 +150,8 @@ def changed(name: str) -> object:
         return next(c for c in f.metadata["choices"] if c != f.default)
     if f.type is bool:
         return not f.default
+    if f.type is str:
+        return "a.weights.h5"
     return 128 if name == "image_size" else f.default + 1 if f.type is int else f.default / 2 + 0.05
 
 
@@ -183,9 +189,10 @@ def test_deck_recipes_are_the_decks(name, batch, epochs, size):
     assert (config.loop.global_batch_size, config.loop.epochs, config.data.image_size) == (batch, epochs, size)
     assert (config.optim.optimizer, config.optim.learning_rate, config.optim.epsilon) == ("adam", 1e-3, 1e-7)
     assert (config.optim.beta1, config.optim.beta2, config.optim.schedule) == (0.9, 0.999, "constant")
-    assert (config.model.batchnorm_momentum, config.model.finetune, config.data.flips) == (0.99, False, True)
+    assert (config.model.batchnorm_momentum, config.model.finetune, config.data.flips) == (0.99, False, "both")
     extras = config.optim
     assert not any((extras.weight_decay, extras.clip_norm, extras.label_smoothing, extras.ema_decay))
+    assert not any((config.data.crop_padding, config.data.cutout_size, config.loop.recalibrate_batches))
 
 
 def test_unknown_recipe_names_the_nearest():
@@ -210,7 +217,8 @@ def test_every_option_has_a_short_and_a_dotted_form(name):
 
 
 @pytest.mark.parametrize(
-    ("words", "value"), [(["--flips", "no"], False), (["--flips", "ON"], True), (["--finetune", "--seed", "1"], True)]
+    ("words", "value"),
+    [(["--finetune", "no"], False), (["--finetune", "ON"], True), (["--finetune", "--seed", "1"], True)],
 )
 def test_switches(words, value):
     assert parse(*words)[words[0].removeprefix("--")] is value
@@ -227,8 +235,9 @@ def test_values_may_begin_with_a_minus():
         (["--epcohs", "3"], "job: unknown option --epcohs (did you mean --epochs?)"),
         (["--epoch", "3"], "job: unknown option --epoch (did you mean --epochs?)"),  # not taken as an abbreviation
         (["--lop.epochs=3"], "job: unknown option --lop.epochs=3 (did you mean --loop.epochs?)"),
-        (["--optimizer", "adm"], "'adm' is not one of adam, adamw, sgd (did you mean adam?)"),
-        (["--flips", "maybe"], "'maybe' is neither true nor false"),
+        (["--optimizer", "adm"], "'adm' is not one of adam, adamw, sgd, muon (did you mean adam?)"),
+        (["--finetune", "maybe"], "'maybe' is neither true nor false"),
+        (["--flips", "horizontl"], "'horizontl' is not one of none, horizontal, both (did you mean horizontal?)"),
         (["--epochs", "ten"], "argument --epochs/--loop.epochs: invalid int value: 'ten'"),
         (["--epochs"], "expected one argument"),
         (["stray"], "unknown option stray"),

@@ -29,7 +29,17 @@ MAY_IMPORT = {
     "train.launch": BASE | {"data"} | TRAIN | {"train.worker"},
     "evaluate": BASE | {"data", "train.checkpoint", "train.metrics", "train.setup"},
 }
-JOBS_MAY_IMPORT = {"config", "errors", "recipes", "storage", "data.sources", "data.store", "evaluate", "train.launch"}
+JOBS_MAY_IMPORT = {
+    "config",
+    "errors",
+    "recipes",
+    "storage",
+    "data.sources",
+    "data.store",
+    "evaluate",
+    "train.launch",
+    "models",
+}
 RAY = {"cifar_dist.train.launch", "cifar_dist.train.worker", "cifar_dist.evaluate.driver"}
 
 

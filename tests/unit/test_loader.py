@@ -1,4 +1,4 @@
-"""The loader: right images, labels and flips in the planned order; plans that cover every image for any world size."""
+"""The loader: right images, labels, augmentation in the planned order; plans that cover all for any world size."""
 
 import io
 from functools import partial
@@ -15,9 +15,11 @@ from cifar_dist.data.loader import Batch, Loader, Plan, eval_plans, train_plans,
 from cifar_dist.data.pipeline import ImageSpec
 from cifar_dist.errors import UserError
 from cifar_dist.recipes import recipe_config
-from cifar_dist.train.setup import split_ids
+from cifar_dist.train.setup import augmentation, image_spec, split_ids
 
 WORLDS = [1, 2, 3, 5]
+FLIPS = order.Augmentation(32, "both")
+AUGMENTATION = order.Augmentation(32, "both", crop_padding=4, cutout_size=8)
 
 
 def open_loader(
@@ -47,7 +49,7 @@ def test_batches_hold_the_planned_images_flips_and_labels(
     shapes_uri: str, staging_folder: Path, train_pixels: np.ndarray, cache: str
 ):
     loader = open_loader(shapes_uri, staging_folder, cache=cache)
-    plans = list(train_plans(np.arange(200), 7, 1, 0, 32, True, rank=0, world=1))
+    plans = list(train_plans(np.arange(200), FLIPS, 7, 1, 0, 32, rank=0, world=1))
     batches = list(loader.batches(plans))
     assert [len(batch.images) for batch in batches] == [32] * 6 + [8]  # the last one is smaller
     for plan, batch in zip(plans, batches, strict=True):
@@ -55,14 +57,14 @@ def test_batches_hold_the_planned_images_flips_and_labels(
         assert batch.labels.dtype == torch.int64
         assert batch.labels.tolist() == [i % 10 for i in plan.ids]
         assert (batch.num_counted, batch.global_size) == (len(plan.ids), len(plan.ids))
-        for image, i, (horizontal, vertical) in zip(batch.images, plan.ids, plan.flips, strict=True):
+        for image, i, (horizontal, vertical) in zip(batch.images, plan.ids, plan.augment.flips, strict=True):
             expected = train_pixels[i][:: -1 if vertical else 1, :: -1 if horizontal else 1]
             assert (image.permute(1, 2, 0).numpy() == expected).all()
 
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_the_cache_does_not_change_a_bit(shapes_uri: str, staging_folder: Path, size: int):
-    plans = list(train_plans(np.arange(40), 0, 0, 0, 16, True, rank=0, world=1))
+    plans = list(train_plans(np.arange(40), FLIPS, 0, 0, 0, 16, rank=0, world=1))
     encoded, decoded = (
         list(open_loader(shapes_uri, staging_folder, cache=cache, size=size).batches(plans))
         for cache in ("encoded", "decoded")
@@ -215,7 +217,7 @@ def test_evaluation_sees_every_id_exactly_once(count: int, batch_size: int, worl
     plans = [plan for rank in range(world) for plan in eval_plans(ids, batch_size, rank, world)]
     assert np.concatenate([plan.ids for plan in plans]).tolist() == ids.tolist()
     assert all(plan.num_counted == plan.global_size == len(plan.ids) <= batch_size for plan in plans)
-    assert not any(plan.flips.any() for plan in plans)
+    assert all(plan.augment is None for plan in plans)
 
 
 def test_evaluation_batches_do_not_depend_on_the_world_size():
@@ -232,15 +234,15 @@ def test_evaluation_is_shared_evenly():
         assert max(counts) - min(counts) <= 1
 
 
-def global_steps(world: int, **changes: Any) -> list[tuple[list[int], list[list[bool]]]]:
-    """Per step, the ids and flips that count, over all ranks in their order."""
+def global_steps(world: int, **changes: Any) -> list[tuple[list[int], list[list[int]]]]:
+    """Per step, the ids that count and what is drawn for them (flips, crop, hole), over all ranks in their order."""
     settings = {
         "ids": np.arange(500, 603),
+        "augmentation": AUGMENTATION,
         "seed": 3,
         "epoch": 2,
         "first_step": 0,
         "global_batch_size": 10,
-        "flips": True,
     }
     ranks = [list(train_plans(**settings | changes, rank=rank, world=world)) for rank in range(world)]
     steps = []
@@ -248,8 +250,8 @@ def global_steps(world: int, **changes: Any) -> list[tuple[list[int], list[list[
         assert sum(part.num_counted for part in parts) == parts[0].global_size
         assert len({part.global_size for part in parts}) == 1
         ids = np.concatenate([part.ids[: part.num_counted] for part in parts])
-        flips = np.concatenate([part.flips[: part.num_counted] for part in parts])
-        steps.append((ids.tolist(), flips.tolist()))
+        drawn = np.concatenate([np.concatenate(part.augment, axis=1)[: part.num_counted] for part in parts])
+        steps.append((ids.tolist(), drawn.tolist()))
     return steps
 
 
@@ -259,7 +261,9 @@ def test_global_batches_do_not_depend_on_the_world_size(world: int):
     assert [len(ids) for ids, _ in steps] == [10] * 10 + [3]
     ids = np.concatenate([ids for ids, _ in steps])
     assert (ids == 500 + order.epoch_order(3, 2, 103)).all()
-    assert np.concatenate([flips for _, flips in steps]).tolist() == order.flips(3, 2, ids).tolist()
+    drawn = np.concatenate([drawn for _, drawn in steps])
+    assert (drawn == np.concatenate(AUGMENTATION.draw(3, 2, ids), axis=1)).all()
+    assert (drawn[:, :2] == order.flips(3, 2, ids)).all()
     assert steps == global_steps(1)
 
 
@@ -269,19 +273,20 @@ def test_plans_from_a_cursor_are_the_rest_of_the_epoch(world: int, first_step: i
     assert global_steps(world, first_step=first_step) == global_steps(1)[first_step:]
 
 
-def test_epochs_and_seeds_change_order_and_flips():
+def test_epochs_and_seeds_change_order_and_augmentation():
     base = global_steps(1)
     for change in ({"epoch": 3}, {"seed": 4}):
         assert global_steps(1, **change)[0][0] != base[0][0]
-    flips = {i: flip for ids, drawn in global_steps(1, epoch=3) for i, flip in zip(ids, drawn, strict=True)}
-    same = sum(flips[i] == flip for ids, drawn in base for i, flip in zip(ids, drawn, strict=True))
-    assert same < 50  # of 103, a quarter is expected
+    other = {i: row for ids, drawn in global_steps(1, epoch=3) for i, row in zip(ids, drawn, strict=True)}
+    for columns, most in ((slice(0, 2), 50), (slice(2, 4), 10), (slice(4, 6), 5)):  # expected of 103: 26, 1.3, 0.1
+        rows = [(other[i][columns], row[columns]) for ids, drawn in base for i, row in zip(ids, drawn, strict=True)]
+        assert sum(one == two for one, two in rows) < most
 
 
-def test_without_flips_nothing_is_flipped():
-    steps = global_steps(2, flips=False)
+def test_without_augmentation_nothing_is_changed():
+    steps = global_steps(2, augmentation=order.Augmentation(32))
     assert [ids for ids, _ in steps] == [ids for ids, _ in global_steps(2)]
-    assert not any(any(flip) for _, drawn in steps for flip in drawn)
+    assert all(row == [0, 0, 0, 0, 32, 32] for _, drawn in steps for row in drawn)
 
 
 def test_a_rank_without_a_part_gets_one_image_that_does_not_count(shapes_uri: str, staging_folder: Path):
@@ -289,11 +294,19 @@ def test_a_rank_without_a_part_gets_one_image_that_does_not_count(shapes_uri: st
     loader = open_loader(shapes_uri, staging_folder)
     counted = []
     for rank in range(5):
-        plans: list[Plan] = list(train_plans(np.arange(12), 0, 0, 0, 10, True, rank, 5))
+        plans: list[Plan] = list(train_plans(np.arange(12), FLIPS, 0, 0, 0, 10, rank, 5))
         assert [len(batch.images) for batch in loader.batches(plans)] == [2, 1]
         counted.append(plans[-1].num_counted)
         assert plans[-1].global_size == 2
     assert sorted(counted) == [0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("crop_padding", [0, 3])
+def test_the_configured_augmentation_reaches_plans_and_pipeline(crop_padding: int):
+    config = recipe_config("quickstart_fan", flips="horizontal", crop_padding=crop_padding, cutout_size=7)
+    assert augmentation(config) == order.Augmentation(32, "horizontal", crop_padding=crop_padding, cutout_size=7)
+    expected = ImageSpec(32, "0..1", False, crop=crop_padding > 0, cutout_size=7)
+    assert image_spec(config, torch.device("cpu")) == expected
 
 
 def test_the_validation_rows_are_the_same_whatever_the_run_s_seed() -> None:

@@ -1,4 +1,4 @@
-"""One epoch of training: exact gradients for any number of ranks, precision, clipping, callbacks, validation."""
+"""One epoch of training: exact gradients for any ranks, precision, clipping, callbacks, validation, recalibration."""
 
 import copy
 import multiprocessing
@@ -25,11 +25,13 @@ from cifar_dist.train.loop import (
     TrainState,
     average_batchnorm_over_ranks,
     backward,
+    recalibrate_batchnorm,
     sum_over_ranks,
     train_epoch,
+    update,
     validate,
 )
-from cifar_dist.train.optim import average_of, learning_rate, make_optimizer
+from cifar_dist.train.optim import average_of, make_optimizers, schedule_factor
 from cifar_dist.train.precision import Precision
 
 CPU = torch.device("cpu")
@@ -48,7 +50,7 @@ def state_of(model: nn.Module, rank: int = 0, world: int = 1, steps_per_epoch: i
         config,
         model,
         model,
-        make_optimizer(model, config.optim),
+        make_optimizers(model, config.optim),
         Precision(config.loop.precision, CPU),
         average_of(model, config.optim),
         CPU,
@@ -150,7 +152,11 @@ def in_a_group(rank: int, world: int) -> dict:
         layer.running_mean += torch.tensor([rank, 10.0])
         layer.running_var += rank
     average_batchnorm_over_ranks(layers)
-    return {"gradients": gradients, "totals": totals, "layers": layers.state_dict()}
+    recalibrated, mine = dropout_model(), part(whole(7), rank, world)
+    recalibrate_batchnorm(recalibrated, [mine], 1, Precision("fp32", CPU))
+    mean = recalibrated[1](mine.images.flatten(1)).mean(0).detach()
+    batchnorm = {"found": recalibrated[2].running_mean, "mean": mean}
+    return {"gradients": gradients, "totals": totals, "layers": layers.state_dict(), "batchnorm": batchnorm}
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +170,10 @@ def groups(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("world", [2, 3])
 def test_real_process_group_gives_the_same(world, groups):
     model = plain_model()
-    for rank in range(world):
-        found = torch.load(groups / f"{rank}-of-{world}.pt", weights_only=True)
+    every = [torch.load(groups / f"{rank}-of-{world}.pt", weights_only=True) for rank in range(world)]
+    batch_mean = torch.stack([found["batchnorm"]["mean"] for found in every]).mean(0)
+    for rank, found in enumerate(every):
+        assert torch.allclose(found["batchnorm"]["found"], batch_mean, atol=1e-6)
         for i, n in enumerate((7, 2)):
             assert torch.allclose(found["gradients"][i], mean_gradient(model, whole(n)), atol=1e-6), (rank, n)
             assert found["totals"][i].tolist() == pytest.approx(totals_of(model, whole(n)), rel=1e-6), (rank, n)
@@ -221,12 +229,38 @@ def test_clipping_limits_the_norm_of_the_global_gradient(precision):
     assert torch.allclose(steps[2], steps[0])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("limit", "clipped"), [(0.05, True), (1e3, False)])
+def test_clipping_limits_the_norm_over_both_optimizers(limit, clipped, precision):
+    """Muon's step has the same length at any gradient: what it and AdamW were given shows in their moments."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 2), nn.Flatten(), nn.Linear(8, NUM_CLASSES))
+    state = state_of(model, optimizer="muon", clip_norm=limit, precision=precision, momentum=0.75, beta1=0.75)
+    before, scale = weights(model), state.precision.scaler.get_scale()
+    backward(state, whole(6))
+    kernel, *others = [p.grad / scale for p in model.parameters()]
+    update(state)
+    assert all(p.grad is None for p in model.parameters())
+    assert not torch.equal(weights(model)[:96], before[:96])
+    muon, adamw = state.optimizers
+    (matrix,) = muon.param_groups[0]["params"]
+    moments = [
+        muon.state[matrix]["momentum_buffer"],
+        *(adamw.state[p]["exp_avg"] for p in list(model.parameters())[1:]),
+    ]
+    found = torch.cat([moment.flatten() / 0.25 for moment in moments])
+    gradient = torch.cat([g.flatten() for g in (kernel, *others)])
+    assert gradient.norm() > 0.1
+    expected = gradient * limit / gradient.norm() if clipped else gradient
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_learning_rate_follows_the_schedule_of_the_whole_run():
     state = state_of(plain_model(), schedule="cosine", epochs=3, log_every_steps=1)
     state.cursor = Cursor(1, 2)
     rates = []
     train_epoch(state, [whole(2)] * 3, lambda _clock: rates.append(state.learning_rate), lambda: None)
-    assert rates == [learning_rate(state.config.optim, step, 15) for step in (7, 8, 9)]
+    assert rates == [schedule_factor(state.config.optim, step, 15) for step in (7, 8, 9)]
 
 
 def test_average_of_weights_is_updated_each_step():
@@ -274,7 +308,7 @@ def test_interrupted_epoch_ends_with_the_same_bits():
     run(first, batches[:2])
     second = state_of(dropout_model(), optimizer="adam", learning_rate=0.01)
     second.model.load_state_dict(first.model.state_dict())
-    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.optimizers[0].load_state_dict(copy.deepcopy(first.optimizers[0].state_dict()))
     second.cursor = first.cursor
     torch.manual_seed(99)
     run(second, batches[2:])
@@ -361,6 +395,41 @@ def test_validation_counts_every_image_in_inference_mode():
     assert found[0] == pytest.approx(expected[0])
     validate(model, batches, Precision("fp32", CPU))
     assert not model.training
+
+
+def batchnorm_model() -> nn.Sequential:
+    """A trained BatchNorm, dropout between it and a second one of another momentum, and a frozen one."""
+    torch.manual_seed(0)
+    first, second, frozen = KerasBatchNorm(16), KerasBatchNorm(8, momentum=0.8), KerasBatchNorm(8).requires_grad_(False)
+    parts = (nn.Linear(12, 16), first, nn.Dropout(0.5), nn.Linear(16, 8), second, frozen, nn.Linear(8, NUM_CLASSES))
+    return nn.Sequential(nn.Flatten(), *parts)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("num_batches", [1, 3, 9])
+def test_recalibration_takes_the_mean_over_batches_without_dropout(num_batches, training):
+    model, batches = batchnorm_model().train(training), [whole(n, n) for n in (6, 4, 9, 7)]
+    with torch.no_grad():
+        model[2].weight.mul_(3)
+        model[2].running_mean.add_(5)
+    before = copy.deepcopy(model.state_dict())
+    recalibrate_batchnorm(model, iter(batches), num_batches, Precision("fp32", CPU))
+    expected: dict[str, list] = {
+        name: [] for name in ("2.running_mean", "2.running_var", "5.running_mean", "5.running_var")
+    }
+    with torch.no_grad():
+        for batch in batches[:num_batches]:
+            x = model[1](batch.images.flatten(1))
+            y = model[4]((x - x.mean(0)) / (x.var(0, correction=0) + 1e-3).sqrt() * 3)
+            statistics = (x.mean(0), x.var(0, correction=0), y.mean(0), y.var(0, correction=0))
+            for values, found in zip(expected.values(), statistics, strict=True):
+                values.append(found)
+    for name, tensor in model.state_dict().items():
+        wanted = torch.stack(expected[name]).mean(0) if name in expected else before[name]
+        assert torch.allclose(tensor, wanted, rtol=1e-5, atol=1e-5 if name in expected else 0), name
+    assert [model[i].momentum for i in (2, 5, 6)] == [0.99, 0.8, 0.99]
+    assert {module.training for module in model.modules()} == {training}
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_validation_of_an_empty_part_is_zero():

@@ -12,7 +12,7 @@ from cifar_dist import models
 from cifar_dist.config import OptimConfig
 from cifar_dist.models import KerasBatchNorm
 from cifar_dist.models.resnet50v2 import Block
-from cifar_dist.train.optim import make_optimizer
+from cifar_dist.train.optim import make_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_batchnorm_momentum_reaches_every_layer(fan, finetuned):
 
 
 def train_steps(model: nn.Module, num_steps: int) -> torch.optim.Optimizer:
-    optimizer = make_optimizer(model, OptimConfig(learning_rate=1e-2))
+    (optimizer,) = make_optimizers(model, OptimConfig(learning_rate=1e-2))
     model.train()
     for step in range(num_steps):
         optimizer.zero_grad()

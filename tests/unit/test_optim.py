@@ -1,5 +1,7 @@
 """Optimizers against their definitions in numpy, schedules as pure functions, the average of weights."""
 
+import copy
+import io
 import math
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from cifar_dist.config import OptimConfig
-from cifar_dist.train.optim import average_of, learning_rate, make_optimizer, set_step
+from cifar_dist.train.optim import Muon, average_of, make_optimizers, schedule_factor, set_step
 
 NUM_STEPS = 8
 
@@ -23,9 +25,9 @@ def trained(config: OptimConfig) -> np.ndarray:
     """The weights (float64 [6], from 1) after NUM_STEPS steps of the product's optimizer."""
     model = nn.Linear(6, 1, bias=False, dtype=torch.float64)
     nn.init.ones_(model.weight)
-    optimizer = make_optimizer(model, config)
+    (optimizer,) = make_optimizers(model, config)
     for step, gradient in enumerate(gradients()):
-        set_step(optimizer, config, step, NUM_STEPS)
+        set_step([optimizer], config, step, NUM_STEPS)
         model.weight.grad = torch.from_numpy(gradient).view(1, 6)
         optimizer.step()
     return model.weight.detach().numpy()[0]
@@ -87,23 +89,125 @@ def test_sgd_without_momentum():
 
 def test_the_schedule_reaches_the_optimizer():
     config = OptimConfig(optimizer="sgd", learning_rate=0.1, momentum=0.0, schedule="cosine")
-    rates = np.array([learning_rate(config, step, NUM_STEPS) for step in range(NUM_STEPS)])
+    rates = np.array([0.1 * schedule_factor(config, step, NUM_STEPS) for step in range(NUM_STEPS)])
     np.testing.assert_allclose(trained(config), 1 - (rates[:, None] * gradients()).sum(0), rtol=1e-12)
 
 
 def test_frozen_parameters_are_not_given_to_the_optimizer():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
-    given = [id(p) for group in make_optimizer(model, OptimConfig()).param_groups for p in group["params"]]
+    (optimizer,) = make_optimizers(model, OptimConfig())
+    given = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert given == [id(p) for p in model[1].parameters()]
+
+
+# Muon.
+
+MUON = OptimConfig(optimizer="muon", schedule="cosine", muon_learning_rate=0.05, momentum=0.8, weight_decay=0.2)
+
+
+def conv_model(memory_format: torch.memory_format = torch.contiguous_format) -> nn.Sequential:
+    """Two convolutions, one [8, 3 * 9] and one [16, 8 * 1], a BatchNorm and a Linear."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1), nn.Flatten(), nn.Linear(16, 5))
+    return nn.Sequential(*layers).to(memory_format=memory_format)
+
+
+def muon_steps(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: range) -> None:
+    """Steps with gradients that are drawn by step and parameter, in the parameters' memory format."""
+    for step in steps:
+        set_step(optimizers, MUON, step, NUM_STEPS)
+        for name, p in model.named_parameters():
+            generator = torch.Generator().manual_seed(100 * step + len(name) * p.ndim)
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator)) if p.requires_grad else None
+        for optimizer in optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.take_gradients()
+            optimizer.step()
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (0, 2)])
+def test_muon_takes_convolution_kernels_and_adamw_the_rest(frozen):
+    """All that takes a gradient once, and nothing else: frozen parameters get no state and do not move."""
+    model = conv_model()
+    for i in frozen:
+        model[i].requires_grad_(False)
+    before, optimizers = copy.deepcopy(model), make_optimizers(model, MUON)
+    assert [type(o) for o in optimizers] == [Muon, torch.optim.AdamW][len(frozen) == 2 :]
+    kernels = [model[i].weight for i in (0, 2) if i not in frozen]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 4]
+    assert [id(p) for p in optimizers[-1].param_groups[0]["params"]] == [id(p) for p in others]
+    assert [id(p) for muon in optimizers[:-1] for p in muon.kernels] == [id(p) for p in kernels]
+    muon_steps(model, optimizers, range(2))
+    assert [len(o.state) for o in optimizers] == [n for n in (len(kernels), len(others)) if n]
+    for p, old in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, old) is not p.requires_grad
+
+
+def test_muon_is_torch_s_on_the_flattened_kernels():
+    model = conv_model()
+    matrices = [nn.Parameter(model[i].weight.detach().flatten(1).clone()) for i in (0, 2)]
+    before = copy.deepcopy(matrices)
+    torch_s = torch.optim.Muon(matrices, momentum=0.8, weight_decay=0.2)
+    optimizers = make_optimizers(model, MUON)
+    for step in range(NUM_STEPS - 1):
+        muon_steps(model, optimizers, range(step, step + 1))
+        for i, matrix in zip((0, 2), matrices, strict=True):
+            matrix.grad = model[i].weight.grad.flatten(1)
+        torch_s.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / NUM_STEPS)) / 2
+        torch_s.step()
+    for i, matrix, old in zip((0, 2), matrices, before, strict=True):
+        assert torch.equal(model[i].weight.flatten(1), matrix)
+        assert not torch.equal(matrix, old)
+
+
+def test_muon_s_result_does_not_depend_on_the_memory_format():
+    nchw, nhwc = conv_model(), conv_model(torch.channels_last)
+    for model in (nchw, nhwc):
+        muon_steps(model, make_optimizers(model, MUON), range(4))
+    assert not nhwc[0].weight.is_contiguous()
+    assert nhwc[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert same_weights(nchw, nhwc)
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_muon_continues_from_its_stored_state(restored):
+    """As a resumed worker does: optimizers, then weights, then their state; without that it goes elsewhere."""
+    straight, continued = conv_model(), conv_model()
+    optimizers = make_optimizers(straight, MUON)
+    muon_steps(straight, optimizers, range(3))
+    fresh, stored = make_optimizers(continued, MUON), io.BytesIO()
+    continued.load_state_dict(straight.state_dict())
+    torch.save([optimizer.state_dict() for optimizer in optimizers], stored)
+    muon_steps(straight, optimizers, range(3, 6))
+    stored.seek(0)
+    for optimizer, state in zip(fresh, torch.load(stored, weights_only=True), strict=True):
+        if restored:
+            optimizer.load_state_dict(state)
+    muon_steps(continued, fresh, range(3, 6))
+    assert same_weights(continued, straight) is restored
+
+
+def test_the_schedule_moves_both_rates_of_muon():
+    optimizers = make_optimizers(conv_model(), MUON)
+    for step in (0, 4, 7):
+        factor = (1 + math.cos(math.pi * step / NUM_STEPS)) / 2
+        assert set_step(optimizers, MUON, step, NUM_STEPS) == pytest.approx(1e-3 * factor)
+        assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([0.05 * factor, 1e-3 * factor])
+        epsilons = [o.param_groups[0]["eps"] for o in optimizers]
+        assert epsilons == pytest.approx([1e-7, 1e-7 / math.sqrt(1 - 0.999 ** (step + 1))])
 
 
 # Schedules.
 
 
 def rates(num_steps: int, **settings: object) -> list[float]:
-    config = OptimConfig(learning_rate=2.0, **settings)
-    return [learning_rate(config, step, num_steps) for step in range(num_steps)]
+    config = OptimConfig(**settings)
+    return [2.0 * schedule_factor(config, step, num_steps) for step in range(num_steps)]
 
 
 def test_constant_is_the_peak():
@@ -144,17 +248,17 @@ def test_rates_stay_above_zero_and_reach_the_peak(schedule, num_steps):
 
 def test_schedules_are_pure_functions_of_the_step():
     config = OptimConfig(schedule="one-cycle")
-    forward = [learning_rate(config, s, 20) for s in range(20)]
-    backward = [learning_rate(config, s, 20) for s in reversed(range(20))]
+    forward = [schedule_factor(config, s, 20) for s in range(20)]
+    backward = [schedule_factor(config, s, 20) for s in reversed(range(20))]
     assert forward == backward[::-1]
 
 
 def test_set_step_does_not_depend_on_earlier_steps():
     """A resumed run starts with a fresh optimizer at its step: rate and epsilon must be those of the step."""
     config = OptimConfig(schedule="cosine")
-    straight, jumped = (make_optimizer(nn.Linear(1, 1), config) for _ in range(2))
-    returned = [set_step(straight, config, step, 10) for step in range(6)][-1]
-    assert set_step(jumped, config, 5, 10) == returned == straight.param_groups[0]["lr"]
+    (straight,), (jumped,) = (make_optimizers(nn.Linear(1, 1), config) for _ in range(2))
+    returned = [set_step([straight], config, step, 10) for step in range(6)][-1]
+    assert set_step([jumped], config, 5, 10) == returned == straight.param_groups[0]["lr"]
     assert jumped.param_groups[0]["eps"] == straight.param_groups[0]["eps"] == 1e-7 / math.sqrt(1 - 0.999**6)
 
 

@@ -1,4 +1,4 @@
-"""The order of samples and their flips: pure, balanced, and the same for every world size."""
+"""The order of samples and how they are augmented: pure, balanced, and the same for every world size."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import pytest
 from cifar_dist.data import order
 
 WORLDS = [1, 2, 3, 5, 8]
+AUGMENTATION = order.Augmentation(32, "both", crop_padding=4, cutout_size=8)
 
 
 def splitmix64(*words: int) -> int:
@@ -30,16 +31,19 @@ def test_draws_match_splitmix64_in_plain_integers():
 
 def test_streams_have_distinct_keys():
     streams = [order.ORDER, order.FLIPS, order.VALIDATION, order.SUBSET, order.TEST, order.STEP]
+    streams += [order.CROP, order.CUTOUT]
     assert len({int(order.draws(0, stream, 1, 2)) for stream in streams}) == len(streams)
 
 
-def test_order_and_flips_are_the_same_in_another_process():
+def test_order_and_augmentation_are_the_same_in_another_process():
     code = (
         "import numpy as np; from cifar_dist.data import order;"
-        "print(order.epoch_order(5, 2, 20).tolist(), order.flips(5, 2, np.arange(9)).tolist())"
+        f"drawn = order.{AUGMENTATION}.draw(5, 2, np.arange(9));"
+        "print(order.epoch_order(5, 2, 20).tolist(), [part.tolist() for part in drawn])"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert printed.strip() == f"{order.epoch_order(5, 2, 20).tolist()} {order.flips(5, 2, np.arange(9)).tolist()}"
+    drawn = [part.tolist() for part in AUGMENTATION.draw(5, 2, np.arange(9))]
+    assert printed.strip() == f"{order.epoch_order(5, 2, 20).tolist()} {drawn}"
 
 
 @pytest.mark.parametrize("n", [1, 2, 17, 1000])
@@ -87,6 +91,44 @@ def test_flips_belong_to_the_sample_not_to_the_batch():
 def test_flips_do_not_follow_the_order():
     first_half = order.epoch_order(0, 0, 10_000)[:5000]
     assert np.abs(order.flips(0, 0, first_half).mean(0) - 0.5).max() < 0.03
+
+
+@pytest.mark.parametrize(("part", "low", "high"), [("crop", -4, 4), ("hole", -4, 27)])
+def test_crops_and_holes_are_uniform_in_their_range(part: str, low: int, high: int):
+    """A hole of 8 has its centre, 4 from its corner, in any of the 32 pixels."""
+    drawn = getattr(AUGMENTATION.draw(3, 0, np.arange(20_000)), part)
+    assert (drawn.dtype, drawn.shape) == (np.int32, (20_000, 2))
+    for axis in (0, 1):
+        shares = np.bincount(drawn[:, axis] - low) / 20_000
+        assert len(shares) == high - low + 1
+        assert np.abs(shares * len(shares) - 1).max() < 0.2  # 5 standard deviations where there are 32
+
+
+def test_all_that_is_drawn_is_independent():
+    drawn, ids = [AUGMENTATION.draw(3, epoch, np.arange(20_000)) for epoch in (0, 1)], np.arange(20_000)
+    columns = np.concatenate([part for augment in drawn for part in augment] + [ids[:, None]], axis=1)
+    correlations = np.corrcoef(columns.T)[np.triu_indices(13, 1)]
+    assert np.abs(correlations).max() < 0.03  # 4 standard deviations
+
+
+def test_augmentation_belongs_to_seed_epoch_and_sample():
+    every, ids = AUGMENTATION.draw(3, 1, np.arange(500)), np.array([499, 3, 77, 3])
+    for part, expected in zip(AUGMENTATION.draw(3, 1, ids), every, strict=True):
+        assert (part == expected[ids]).all()
+    for seed, epoch in ((4, 1), (3, 2)):
+        for part, other in zip(AUGMENTATION.draw(seed, epoch, np.arange(500)), every, strict=True):
+            assert (part == other).all(axis=1).mean() < 0.35  # of flips a quarter is expected
+
+
+@pytest.mark.parametrize("flips", ["none", "horizontal", "both"])
+def test_only_what_is_asked_for_is_drawn(flips: str):
+    ids, nothing = np.arange(100), order.no_augment(100, 32)
+    assert (nothing.flips.any(), nothing.crop.any(), nothing.hole.min()) == (False, False, 32)
+    drawn, every = order.Augmentation(32, flips).draw(3, 1, ids), order.flips(3, 1, ids)
+    allowed = {"none": [0, 0], "horizontal": [1, 0], "both": [1, 1]}[flips]
+    assert (drawn.flips == every * np.array(allowed, bool)).all()
+    assert (drawn.crop == nothing.crop).all()
+    assert (drawn.hole == nothing.hole).all()
 
 
 def test_step_seeds_differ_and_fit_torch():

@@ -1,4 +1,4 @@
-"""The README's commands parse, and its list of files is the tree."""
+"""The commands of the README and the docs parse, their tests exist, and the README's list of files is the tree."""
 
 import re
 import shlex
@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+DOCS = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", DOCS, re.DOTALL)).replace("\\\n", " ")
 JOBS = re.findall(r"python (jobs/\w+\.py .*)", BLOCKS)
 PARSE = "import sys; sys.path.insert(0, 'jobs'); import {job}; {job}.parser().parse_args(sys.argv[1:])"
 
@@ -29,7 +30,7 @@ def test_every_command_of_a_job_parses(command: str) -> None:
 
 def test_every_make_target_it_names_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", README):
+    for target in re.findall(r"make ([a-z-]+)[`\s]", DOCS):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
@@ -43,6 +44,13 @@ def test_it_lists_every_file_of_the_product() -> None:
     }
     assert there <= listed, there - listed
     assert all((ROOT / name).exists() for name in listed), listed
+
+
+def test_the_tests_that_the_docs_name_exist() -> None:
+    named = set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", DOCS))
+    assert len(named) > 10
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{test}"
 
 
 def test_the_pictures_it_shows_exist() -> None:

@@ -22,7 +22,7 @@ from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import report
 from cifar_dist.evaluate.driver import Evaluation, merge
-from cifar_dist.evaluate.shard import SPLITS, Shard, evaluate_shard, ids_of
+from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
 from cifar_dist.recipes import recipe_config
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor
 from cifar_dist.train.metrics import RunLog
@@ -62,14 +62,14 @@ class Run:
     staging: str
     checkpoint: Checkpoint
 
-    def shard(self, index: int, num_shards: int) -> dict:
+    def shard(self, index: int, num_shards: int, **options) -> dict:
         uris = self.run_uri, self.checkpoint, self.data_uri
-        return evaluate_shard(Shard(*uris, SPLITS, index, num_shards, staging_folder=self.staging))
+        return evaluate_shard(Shard(*uris, SPLITS, index, num_shards, staging_folder=self.staging, **options))
 
-    def merge(self, parts: list[dict]) -> dict:
+    def merge(self, parts: list[dict], splits: tuple[str, ...] = SPLITS) -> dict:
         manifest = store.read_manifest(self.data_uri)
         staged = {s: store.stage(self.data_uri, s, Path(self.staging), manifest) for s in ("train", "test")}
-        return merge(parts, self.checkpoint, SPLITS, {s: staged[s].labels for s in staged}, manifest)
+        return merge(parts, self.checkpoint, splits, {s: staged[s].labels for s in staged}, manifest)
 
 
 def pixels(data_uri: str, staging: str, ids: range) -> torch.Tensor:
@@ -109,7 +109,7 @@ def run(tmp_path_factory) -> Run:
         "manifest_sha256": store.read_manifest(data_uri).sha256,
         "data_uri": data_uri,
         "class_names": HOSTILE,
-        "imagenet_weights": False,
+        "weights": None,
         "totals": [0.0, 0.0, 0.0],
         "precision": "fp32",
         "device": "cpu",
@@ -130,6 +130,12 @@ def whole(run) -> dict:
 @pytest.fixture(scope="module")
 def thirds(run) -> list[dict]:
     return [run.shard(i, 3) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def flipped(run) -> dict:
+    """The last third, with flip test-time augmentation: 50 test images and all of train and validation."""
+    return run.shard(2, 3, flip_tta=True)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +196,35 @@ def test_merge_refuses_what_is_not_exactly_once(run, thirds, fault):
     }[fault]
     with pytest.raises(UserError, match=r"test: \d+ predictions came back for 250 images .* not exactly one each"):
         run.merge(with_test_table(thirds, faulty))
+
+
+def test_flip_tta_adds_the_mean_of_the_logits_of_image_and_mirror_image(run, thirds, flipped):
+    assert list(flipped) == [name for split in SPLITS for name in (split, split + FLIPPED)]
+    for split in SPLITS:  # what is there without the option stays as it is
+        assert flipped[split][0].equals(thirds[2][split][0])
+        assert flipped[split][1].to_dict() == thirds[2][split][1].to_dict()
+    model = models.build("resnet50v2")
+    model.load_state_dict(Checkpoints(run.run_uri).load(run.checkpoint)["average"])
+    model.eval()
+    images = pixels(run.data_uri, run.staging, range(235, 250))
+    with torch.inference_mode():
+        logits = (model(images) + model(images.flip(-1))) / 2
+    table, counts = flipped["test+flip"]
+    assert (table["id"].to_pylist(), counts.num_images) == (list(range(200, 250)), 50)
+    rows = table.slice(35).to_pydict()
+    top = logits.softmax(1).amax(1)
+    np.testing.assert_allclose(rows["probability_1"], top, atol=2e-3)
+    loss = F.cross_entropy(logits, torch.tensor(rows["label"]), reduction="none")
+    np.testing.assert_allclose(rows["loss"], loss, atol=2e-2)
+    assert np.abs(np.array(thirds[2]["test"][0]["probability_1"])[35:] - top.numpy()).max() > 0.1
+
+
+def test_flipped_predictions_are_checked_and_merged_too(run, flipped):
+    splits = ("train", "train+flip", "validation+flip")
+    merged = run.merge([flipped], splits)
+    assert {split: merged[split][1].num_images for split in splits} == dict(zip(splits, (50, 50, 10), strict=True))
+    with pytest.raises(UserError, match=r"test\+flip: 50 predictions came back for 250 images"):
+        run.merge([flipped], ("test+flip",))
 
 
 def test_merge_refuses_a_lost_and_a_repeated_shard(run, thirds):
@@ -267,9 +302,10 @@ def evaluation(run: Run, merged: dict, name: str, model: str) -> Evaluation:
 
 
 @pytest.fixture(scope="module")
-def written(run, merged, tmp_path_factory) -> Path:
+def written(run, merged, flipped, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    both = [evaluation(run, merged, "first-run", "resnet50v2"), evaluation(run, merged, "second-run", "fan")]
+    first = {**merged, "test+flip": flipped["test+flip"]}
+    both = [evaluation(run, first, "first-run", "resnet50v2"), evaluation(run, merged, "second-run", "fan")]
     page = report.write_report(both, run.data_uri, str(out), run.staging)
     assert page == f"{out}/report.html"
     return out
@@ -301,6 +337,14 @@ def test_page_names_runs_and_shows_their_numbers_beside_the_deck_s(page, merged)
         assert f"{correct} / {counts.num_images}" in page.text
     assert "35.0 images/s in training, 6.25% of the time waiting for data" in page.text  # weighted by seconds
     assert "8.0 s per epoch, on 2 worker(s)" in page.text
+
+
+def test_page_shows_flip_tta_as_a_row_of_its_own(page, merged, flipped):
+    for split, counts in (("test", merged["test"][1]), ("test+flip", flipped["test+flip"][1])):
+        correct, n = int(counts.confusion.trace()), counts.num_images
+        row = rf"{re.escape(split)} {100 * correct / n:.2f}% 84\.51% not comparable [\d.]+% to [\d.]+% {correct} / {n} "
+        assert len(re.findall(row, page.text)) == 1
+    assert "+flip : flip test-time augmentation" in page.text
 
 
 def test_page_says_what_must_be_said(page):
@@ -354,6 +398,7 @@ def test_cifar10_is_compared_with_the_deck(run, merged, tmp_path):
     shutil.rmtree(tmp_path / "data")
     text = Page((tmp_path / "report.html").read_text()).text
     assert "not comparable" not in text
+    assert "+flip" not in text
     counts = merged["test"][1]
     difference = 100 * (counts.confusion.trace() / counts.num_images - 0.8451)
     assert f"84.51% {difference:+.2f}" in text

@@ -1,0 +1,274 @@
+"""Weights in Keras's file formats, written by hand: what fits is read whole, what does not is named."""
+
+import hashlib
+import http.server
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cifar_dist import models
+from cifar_dist.errors import UserError
+from cifar_dist.models.keras_weights import base_layers, load_keras_weights, tensors_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
+import weights as weights_job
+
+
+def keras_layout(tensor: torch.Tensor) -> np.ndarray:
+    value = tensor.detach().numpy()
+    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+
+
+def write_published(path: Path, layers: dict[str, nn.Module]) -> None:
+    """A group per layer, in it one of the same name, in that kernel:0, ..."""
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = ["input_1", *layers]
+        file.create_group("input_1")
+        for name, module in layers.items():
+            for variable, tensor in tensors_of(module).items():
+                file[f"{name}/{name}/{variable}:0"] = keras_layout(tensor)
+
+
+def write_numbered(path: Path, layers: list[tuple[str, nn.Module]]) -> None:
+    """Keras 3's .weights.h5, with an optimizer and a dropout's seed beside the layers."""
+    with h5py.File(path, "w") as file:
+        file["optimizer/vars/0"] = np.zeros((), np.int64)
+        file["layers/dropout/seed_generator/vars/0"] = np.zeros(2, np.uint32)
+        for name, module in layers:
+            for i, tensor in enumerate(tensors_of(module).values()):
+                file[f"layers/{name}/vars/{i}"] = keras_layout(tensor)
+
+
+def small(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 4, 3), models.KerasBatchNorm(4), nn.Conv2d(4, 5, 3, bias=False), models.KerasBatchNorm(5)]
+    network = nn.Sequential(*layers, nn.Linear(5, 6), nn.Linear(6, 6))
+    for tensor in network.state_dict().values():
+        tensor.uniform_(0.1, 1)
+    return network
+
+
+NUMBERED = ("conv2d", "batch_normalization", "conv2d_1", "batch_normalization_1", "dense", "dense_1")
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Path:
+    write_numbered(tmp_path / "small.weights.h5", list(zip(NUMBERED, small(1), strict=True)))
+    return tmp_path / "small.weights.h5"
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    return models.build("resnet50v2", seed=1)
+
+
+@pytest.fixture(scope="module")
+def published(resnet: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "published.h5"
+    write_published(path, base_layers(resnet.base))
+    return path
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
+
+
+def test_numbered_layers_come_in_order(numbered: Path):
+    network = small(2)
+    assert load_keras_weights(network, numbered) == len(network.state_dict())
+    assert same(network, small(1))
+
+
+def test_the_keras_archive(numbered: Path, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "small.keras", "w") as archive:
+        archive.write(numbered, "model.weights.h5")
+    network = small(2)
+    load_keras_weights(network, tmp_path / "small.keras")
+    assert same(network, small(1))
+
+
+def test_ten_and_more_layers_are_sorted_by_number(tmp_path: Path):
+    torch.manual_seed(0)
+    network = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)))
+    names = ["dense", *(f"dense_{i}" for i in range(1, 12))]
+    write_numbered(tmp_path / "w.weights.h5", list(zip(names, network, strict=True)))
+    other = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)))
+    load_keras_weights(other, tmp_path / "w.weights.h5")
+    assert same(network, other)
+
+
+def test_the_published_file_fills_the_base_and_leaves_the_head(resnet: nn.Module, published: Path):
+    network = models.build("resnet50v2", seed=2)
+    head = {k: v.clone() for k, v in network.state_dict().items() if not k.startswith("base.")}
+    assert load_keras_weights(network, published) == 270
+    assert same(network.base, resnet.base)
+    assert all(torch.equal(network.state_dict()[k], v) for k, v in head.items())
+    block = h5py.File(published)["conv3_block2_2_conv/conv3_block2_2_conv/kernel:0"]
+    assert np.array_equal(network.base.blocks[4].conv2.weight.detach().numpy().transpose(2, 3, 1, 0), block[()])
+
+
+def test_a_whole_model_that_names_the_base_and_numbers_the_head(resnet: nn.Module, tmp_path: Path):
+    """As Keras 2 saves a model: the head's numbers start anywhere."""
+    head = [m for n, m in resnet.named_modules() if not n.startswith("base") and hasattr(m, "weight")]
+    names = ["conv2d_7", "dense_3", "batch_normalization_9", "dense_4", "batch_normalization_10"]
+    names += ["dense_5", "batch_normalization_11", "dense_6"]
+    write_published(tmp_path / "whole.h5", base_layers(resnet.base) | dict(zip(names, head, strict=True)))
+    network = models.build("resnet50v2", seed=2)
+    assert load_keras_weights(network, tmp_path / "whole.h5") == len(network.state_dict())
+    assert same(network, resnet)
+
+
+def remove(name: str) -> Callable[[h5py.File], None]:
+    return lambda file: file.__delitem__(name)
+
+
+def put(name: str, value: np.ndarray) -> Callable[[h5py.File], None]:
+    def act(file: h5py.File) -> None:
+        if name in file:
+            del file[name]
+        file[name] = value
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("layers/dense_1"), "lacks the layer 5 (dense)"),
+        (remove("layers/conv2d/vars/0"), "layer layers/conv2d lacks kernel"),
+        (remove("layers/dense_1/vars/0"), "layer layers/dense_1 lacks kernel"),
+        (remove("layers/batch_normalization/vars/0"), "layer layers/batch_normalization lacks gamma"),
+        (put("layers/dense/vars/0", np.array(b"text")), "is not a Keras weights file"),
+        (remove("layers/conv2d/vars/1"), "layer layers/conv2d lacks bias"),
+        (remove("layers/batch_normalization_1/vars/3"), "layer layers/batch_normalization_1 lacks moving_variance"),
+        (put("layers/dense_2/vars/0", np.ones((6, 6))), "layer layers/dense_2 (dense) is left over"),
+        (put("layers/conv2d_1/vars/1", np.ones(5)), "layer layers/conv2d_1 has bias, for which 2 has no place"),
+        (put("layers/conv2d/vars/2", np.ones(4)), "layers/conv2d has 2"),
+        (put("layers/dense/vars/0", np.ones((5, 7))), "kernel of layer layers/dense has the shape [5, 7]"),
+        (put("layers/conv2d/vars/0", np.ones((4, 3, 3, 3))), "kernel of layer layers/conv2d has the shape"),
+        (put("layers/dense/vars/1", np.full(6, np.nan)), "bias of layer layers/dense holds values that are not finite"),
+        (put("layers/embedding/vars/0", np.ones((9, 6))), "layers/embedding (dense) is left over"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_changes_nothing(numbered: Path, change: Callable, message: str):
+    with h5py.File(numbered, "a") as file:
+        change(file)
+    network = small(2)
+    with pytest.raises(UserError) as caught:
+        load_keras_weights(network, numbered)
+    assert message in str(caught.value)
+    assert str(numbered) in str(caught.value)
+    assert same(network, small(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("conv4_block3_1_bn", "lacks the layer conv4_block3_1_bn (batch normalization)"),
+        ("post_bn", "lacks the layer post_bn"),
+        ("", "layer extra/extra (dense) is left over"),
+    ],
+)
+def test_a_missing_or_extra_layer_of_the_base_is_named(published: Path, tmp_path: Path, name: str, message: str):
+    file = tmp_path / "damaged.h5"
+    file.write_bytes(published.read_bytes())
+    with h5py.File(file, "a") as opened:
+        if name:
+            del opened[name]
+        else:
+            opened["extra/extra/kernel:0"] = np.ones((2, 2))
+    with pytest.raises(UserError) as caught:
+        load_keras_weights(models.build("resnet50v2"), file)
+    assert message in str(caught.value)
+
+
+def test_resnet_weights_do_not_fit_fan(published: Path):
+    with pytest.raises(UserError, match="conv"):
+        load_keras_weights(models.build("fan"), published)
+
+
+@pytest.mark.parametrize("name", ["w.h5", "w.keras"])
+def test_what_is_no_weights_file(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match="no weights file"):
+        load_keras_weights(small(0), tmp_path / name)
+    (tmp_path / name).write_bytes(b"PK\x03\x04 or anything")
+    with pytest.raises(UserError, match="is not a Keras weights file"):
+        load_keras_weights(small(0), tmp_path / name)
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("config.json", "{}")
+    with pytest.raises(UserError, match="is not a Keras weights file"):
+        load_keras_weights(small(0), tmp_path / name)
+
+
+def test_a_cut_off_file(published: Path, tmp_path: Path):
+    (tmp_path / "cut.h5").write_bytes(published.read_bytes()[:1_000_000])
+    with pytest.raises(UserError, match="is not a Keras weights file"):
+        load_keras_weights(models.build("resnet50v2"), tmp_path / "cut.h5")
+
+
+# jobs/weights.py
+
+
+@pytest.fixture
+def server(published: Path) -> Iterator[tuple[str, list[int]]]:
+    """(address, answers): a web server that gives each status in `answers` once, then the file."""
+    answers: list[int] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status = answers.pop(0) if answers else 200
+            content = published.read_bytes() if status == 200 else b""
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}/weights.h5", answers
+        httpd.shutdown()
+        thread.join()
+
+
+def test_download_retries_checks_and_stores(server, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    url, answers = server
+    answers.extend([503])
+    content = published.read_bytes()
+    target = weights_job.weights(url, None, hashlib.md5(content).hexdigest(), str(tmp_path / "out"))
+    assert Path(target).read_bytes() == content
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [weights_job.PUBLISHED_NAME]
+    assert f"270 tensors for resnet50v2, sha256 {hashlib.sha256(content).hexdigest()}" in capsys.readouterr().out
+
+
+def test_a_download_of_another_file_is_refused(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weights_job, "RETRIES", 0)
+    with pytest.raises(UserError, match="is not the expected file: its md5 is not fac2f116257151a9d068a22e544a4917"):
+        weights_job.weights(server[0], None, weights_job.PUBLISHED_MD5, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_network_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weights_job, "RETRIES", 0)
+    with pytest.raises(UserError, match=r"cannot download http://127.0.0.1:9/.* name it with --path"):
+        weights_job.weights("http://127.0.0.1:9/w.h5", None, weights_job.PUBLISHED_MD5, str(tmp_path))
+
+
+def test_a_local_file_instead(published: Path, tmp_path: Path):
+    md5 = hashlib.md5(published.read_bytes()).hexdigest()
+    assert Path(weights_job.weights("", str(published), md5, str(tmp_path))).exists()
+    with pytest.raises(UserError, match=r"its md5 is .*, not fac2f1"):
+        weights_job.weights("", str(published), weights_job.PUBLISHED_MD5, str(tmp_path))
+    with pytest.raises(UserError, match="is not a file"):
+        weights_job.weights("", str(tmp_path / "none"), md5, str(tmp_path))
