@@ -69,7 +69,7 @@ def test_logits_in_training_mode(name: str, reference: Path):
 
 
 def keras_rounding(step: int) -> float:
-    """Keras's bias corrections hold the betas in fp32 also in float64: in the first step a rate that is 7e-6 too low."""
+    """Keras's bias corrections hold the betas in fp32 also in float64: a first rate 7e-6 too low."""
     correction = [math.sqrt(1 - beta2**step) / (1 - beta1**step) for beta1, beta2 in (FP32_BETAS, (0.9, 0.999))]
     return correction[0] / correction[1]
 
