@@ -119,7 +119,7 @@ class LoopConfig(Section):
     deterministic: bool = option(False, "deterministic algorithms only (CPU runs are deterministic anyway)")
     log_every_steps: int = option(20, "optimizer steps between metric lines", minimum=1)
     chance_warning_steps: int = option(
-        500, "optimizer steps after which accuracy at chance is warned of (0: never)", minimum=0
+        500, "steps after which training at chance is warned of (0: never, nor of lagging validation)", minimum=0
     )
 
 

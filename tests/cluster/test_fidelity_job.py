@@ -92,13 +92,14 @@ def test_the_decks_ten_percent(tmp_path: Path) -> None:
     """Momentum 0.99: validation near chance, the same weights far better with batch statistics; the job says so."""
     store.prepare(sources.shapes(num_train=600, num_test=20), str(tmp_path / "data"))
     words = ["--recipe", "quickstart_fan", "--batchnorm-momentum", "0.99", "--data", str(tmp_path / "data")]
-    code, output = run_job("train.py", *words, "--storage", str(tmp_path), "--name", "lag", "--workers", "1")
+    words += ["--storage", str(tmp_path), "--name", "lag", "--workers", "1", "--epochs", "1"]
+    code, output = run_job("train.py", *words)
     assert code == 0, output
-    last = [line for line in read_metrics(tmp_path / "lag") if line["kind"] == "epoch"][-1]
-    assert last["train_accuracy"] > 0.3
-    assert last["validation_accuracy"] < 0.17
+    (epoch,) = [line for line in read_metrics(tmp_path / "lag") if line["kind"] == "epoch"]
+    assert epoch["train_accuracy"] > 0.3  # the mean over the epoch
+    assert epoch["validation_accuracy"] < 0.2
     (warning,) = [line for line in read_metrics(tmp_path / "lag") if line["kind"] == "warning"]
     assert warning["warning"] == "validation_near_chance"
-    assert warning["recalibrated_accuracy"] > 0.35
+    assert warning["recalibrated_accuracy"] > epoch["validation_accuracy"] + 0.2
     assert "the moving statistics lag behind the weights (momentum 0.99)" in warning["message"]
     assert warning["message"] in output
