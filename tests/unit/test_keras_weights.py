@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(numbered: Path, change: 
     [
         ("conv4_block3_1_bn", "lacks the layer conv4_block3_1_bn (batch normalization)"),
         ("post_bn", "lacks the layer post_bn"),
-        ("", "layer extra/extra (dense) is left over"),
+        ("", "layer extra/extra (convolution) is left over"),
     ],
 )
 def test_a_missing_or_extra_layer_of_the_base_is_named(published: Path, tmp_path: Path, name: str, message: str):
@@ -184,7 +184,7 @@ def test_a_missing_or_extra_layer_of_the_base_is_named(published: Path, tmp_path
         if name:
             del opened[name]
         else:
-            opened["extra/extra/kernel:0"] = np.ones((2, 2))
+            opened["extra/extra/kernel:0"] = np.ones((1, 1, 2, 2))
     with pytest.raises(UserError) as caught:
         load_keras_weights(models.build("resnet50v2"), file)
     assert message in str(caught.value)
