@@ -35,6 +35,7 @@ types: $(SYNCED) ## mypy
 
 bench: $(SYNCED) ## the benchmarks (minutes; prints tables, writes benchmarks/results)
 	$(PYTHON) benchmarks/input.py
+	$(PYTHON) benchmarks/recovery.py
 
 imagenet-check: $(SYNCED) ## download ResNet50V2's ImageNet weights and hold them against Keras (needs network)
 	$(PYTHON) jobs/weights.py --out .weights

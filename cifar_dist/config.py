@@ -117,6 +117,7 @@ class LoopConfig(Section):
         0, "training batches that re-estimate BatchNorm's statistics before each validation (0: none)", minimum=0
     )
     deterministic: bool = option(False, "deterministic algorithms only (CPU runs are deterministic anyway)")
+    record_samples: bool = option(False, "put every step's ids and flips into metrics.jsonl: an audit, for small runs")
     log_every_steps: int = option(20, "optimizer steps between metric lines", minimum=1)
     chance_warning_steps: int = option(
         500, "steps after which training at chance is warned of (0: never, nor of lagging validation)", minimum=0
@@ -126,7 +127,13 @@ class LoopConfig(Section):
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
     checkpoint_every_steps: int = option(
-        0, "optimizer steps between checkpoints inside an epoch (0: at epoch ends only)", minimum=0
+        0, "optimizer steps between checkpoints inside an epoch (0: by time and at epoch ends only)", minimum=0
+    )
+    checkpoint_every_seconds: float = option(
+        300.0, "seconds between checkpoints inside an epoch (0: none by time)", minimum=0
+    )
+    storage_retry_seconds: float = option(
+        60.0, "how long a write or read of checkpoints is tried again while storage is away", minimum=0
     )
     keep_checkpoints: int = option(2, "newest checkpoints kept; the best one is kept beside them", minimum=1)
 
@@ -182,7 +189,8 @@ def option_fields() -> dict[str, tuple[str, dataclasses.Field]]:
 # A run may be continued with other values of these: more epochs, and what does not change what is learned.
 FREE_ON_RESUME = {
     *("epochs", "weights", "cache", "cache_budget_mib", "dali_threads", "log_every_steps", "chance_warning_steps"),
-    *("checkpoint_every_steps", "keep_checkpoints"),
+    *("record_samples", "checkpoint_every_steps", "checkpoint_every_seconds", "storage_retry_seconds"),
+    "keep_checkpoints",
 }
 
 
@@ -244,7 +252,8 @@ def prepare_environment() -> str | None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use the driver's interpreter as it is
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() and failures wait for this poll; Ray's 2 s is slow
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }

@@ -1,8 +1,12 @@
 """Files under a URI, on anything that pyarrow.fs opens: local paths, NFS, S3, GCS."""
 
+import errno
 import hashlib
 import json
 import os
+import sys
+import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +18,26 @@ from pyarrow import fs
 from cifar_dist.errors import UserError
 
 Result = TypeVar("Result")
+
+# Faults that may pass: a file server or network that is away, an object store that is overloaded. pyarrow gives its
+# file systems' errors an errno only where the operating system did.
+PASSING_ERRNOS = {
+    *(errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EREMOTEIO),
+}
+PASSING_WORDS = (
+    "NETWORK_CONNECTION",
+    "SLOW_DOWN",
+    "INTERNAL_FAILURE",
+    "SERVICE_UNAVAILABLE",
+    "REQUEST_TIMEOUT",
+    "curlCode",
+)
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the same call may succeed a little later; a full disk or a denied access does not pass by itself."""
+    return error.errno in PASSING_ERRNOS or any(word in str(error) for word in PASSING_WORDS)
 
 
 def absolute_uri(uri: str) -> str:
@@ -46,22 +70,36 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 class Folder:
-    """A folder under a URI. Paths are relative to it; storage faults become UserErrors that name the file."""
+    """A folder under a URI. Paths are relative to it; storage faults become UserErrors that name the file.
 
-    def __init__(self, uri: str) -> None:
-        self.uri = absolute_uri(uri)
+    Faults that may pass are tried again for `retry_seconds`, with growing waits.
+    """
+
+    def __init__(self, uri: str, retry_seconds: float = 0.0) -> None:
+        self.uri, self.retry_seconds = absolute_uri(uri), retry_seconds
         self.fs, self.path = open_uri(uri)
+        self.is_local = isinstance(self.fs, fs.LocalFileSystem)
 
     def at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
 
     def _try(self, verb: str, name: str, action: Callable[[], Result]) -> Result:
-        try:
-            return action()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise UserError(f"cannot {verb} {join_uri(self.uri, name)}: {error}") from error
+        end, wait = time.monotonic() + self.retry_seconds, 0.5
+        while True:
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                left = end - time.monotonic()
+                if not may_pass(error) or left <= 0:
+                    tried = (
+                        f" (tried again for {self.retry_seconds:g} s)" if may_pass(error) and self.retry_seconds else ""
+                    )
+                    raise UserError(f"cannot {verb} {join_uri(self.uri, name)}: {error}{tried}") from error
+                print(f"cannot {verb} {join_uri(self.uri, name)}: {error}; trying again", file=sys.stderr, flush=True)
+                time.sleep(min(wait, left))
+                wait = min(2 * wait, 10.0)
 
     def exists(self, name: str = "") -> bool:
         info = self._try("look at", name, lambda: self.fs.get_file_info(self.at(name)))
@@ -80,12 +118,24 @@ class Folder:
         return self._try("read", name, lambda: self.fs.open_input_stream(self.at(name)).read())
 
     def write(self, name: str, content: bytes) -> None:
-        """Under a temporary name, then renamed: a reader sees the old file or the new one, never a part."""
+        """A reader sees the old file or the new one, never a part: object stores do so by themselves, elsewhere it is
+        written and synced under a temporary name, then renamed."""
 
         def act() -> None:
-            with self.fs.open_output_stream(self.at(name + ".tmp")) as stream:
-                stream.write(content)
-            self.fs.move(self.at(name + ".tmp"), self.at(name))
+            if not self.is_local:
+                with self.fs.open_output_stream(self.at(name)) as stream:
+                    stream.write(content)
+                return
+            temporary = Path(self.at(f"{name}.{uuid.uuid4().hex[:8]}.tmp"))
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.at(name))
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
 
         self._try("write", name, act)
 
@@ -122,6 +172,12 @@ class Folder:
                     copy.write(chunk)
 
         self._try("write", name, act)
+
+
+def sync(path: Path) -> None:
+    """Makes a local file's bytes survive a crash of the machine."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:

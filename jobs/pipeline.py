@@ -11,6 +11,7 @@ from cifar_dist.config import Parser, add_config_options
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.recipes import describe_recipes
 from cifar_dist.storage import absolute_uri, join_uri
+from cifar_dist.train.plan import make_plan
 
 EPILOG = f"""recipes:
 {describe_recipes()}
@@ -46,7 +47,7 @@ def pipeline(args: argparse.Namespace) -> None:
     # One file of weights cannot fit both networks.
     planned = [(c.replace(weights=c.model.weights if c.model.model == "resnet50v2" else ""), w) for c, w in planned]
     prepare(args, data)
-    runs = [train(*run).run_uri for run in planned]
+    runs = [train(make_plan(*run)).run_uri for run in planned]
     evaluate(args, runs, data, report, ["train", "validation", "test"])
 
 

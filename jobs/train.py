@@ -5,12 +5,12 @@ import os
 import sys
 
 from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment
-from cifar_dist.errors import exit_code_of
+from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.recipes import describe_recipes, recipe_config
 
 RAY_ADDRESS = prepare_environment()
 
-from cifar_dist.train import launch  # noqa: E402 - Ray reads the environment when it is imported
+from cifar_dist.train import launch, plan, preflight  # noqa: E402 - Ray reads the environment when it is imported
 
 EPILOG = f"""recipes:
 {describe_recipes()}
@@ -27,10 +27,23 @@ def add_cluster_options(p: Parser) -> None:
     p.add_argument("--address", default=RAY_ADDRESS, help=cluster)
 
 
+def worker_range(text: str) -> tuple[int, int | None]:
+    """(most, least or None): '4' or '1:4'."""
+    try:
+        low, colon, high = text.partition(":")
+        return (int(high), int(low)) if colon else (int(low), None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of workers nor a range such as 1:4") from None
+
+
 def add_launch_options(p: Parser) -> None:
-    p.add_argument("--workers", type=int, default=1, metavar="N", help="data-parallel workers (default 1)")
+    elastic = "data-parallel workers (default 1); MIN:MAX goes on with what the cluster has and grows again"
+    p.add_argument("--workers", type=worker_range, default=(1, None), metavar="N|MIN:MAX", help=elastic)
     p.add_argument("--max-failures", type=int, default=3, help="worker failures survived before giving up (default 3)")
-    p.add_argument("--collective-timeout-seconds", type=int, default=300, help="a worker that hangs longer has failed")
+    hang = "a worker that hangs longer than this has failed (default 120)"
+    p.add_argument("--collective-timeout-seconds", type=int, default=120, help=hang)
+    look = "MIN:MAX: how often more workers are looked for (default 60)"
+    p.add_argument("--resize-seconds", type=float, default=60.0, help=look)
     add_cluster_options(p)
 
 
@@ -40,30 +53,43 @@ def parser() -> Parser:
     p.add_argument("--data", required=True, metavar="URI", help="the prepared data set")
     p.add_argument("--storage", required=True, metavar="URI", help="shared folder of all runs")
     p.add_argument("--name", required=True, metavar="RUN", help="the run, a folder under --storage")
+    p.add_argument("--preflight-only", action="store_true", help="check cluster, storage and data, print a table, stop")
+    p.add_argument("--explain-resume", action="store_true", help="print what would be loaded and why, run nothing")
     add_launch_options(p)
     add_config_options(p)
     return p
 
 
-def settings(args: argparse.Namespace, recipe: str, data: str, storage: str, name: str) -> tuple[Config, launch.Launch]:
+def settings(args: argparse.Namespace, recipe: str, data: str, storage: str, name: str) -> tuple[Config, plan.Launch]:
     """The run's configuration and launch, checked."""
-    config = recipe_config(recipe, **config_overrides(args))
-    limits = args.max_failures, args.collective_timeout_seconds
-    where = args.staging_folder, args.address
-    return config, launch.Launch(data, storage, name, args.workers, recipe, args.device, *limits, *where)
+    (num_workers, min_workers), limits = args.workers, (args.max_failures, args.collective_timeout_seconds)
+    where = args.device, *limits, args.resize_seconds, args.staging_folder, args.address
+    launched = plan.Launch(data, storage, name, num_workers, min_workers, recipe, *where)
+    return recipe_config(recipe, **config_overrides(args)), launched
 
 
-def train(config: Config, where: launch.Launch) -> launch.RunResult:
-    result = launch.train(config, where)
+def train(planned: plan.Plan) -> launch.RunResult:
+    result = launch.train(planned)
     metrics, state = result.best.meta["metrics"], "is finished already" if result.was_finished else "finished"
-    print(
-        f"run {where.name} {state}: best {result.best.name}, accuracy {metrics['validation_accuracy']:.2%} (validation)"
-    )
+    name, accuracy = planned.launch.name, metrics["validation_accuracy"]
+    print(f"run {name} {state}: best {result.best.name}, accuracy {accuracy:.2%} (validation)")
     print(f"run folder: {result.run_uri}")
     return result
 
 
+def main(args: argparse.Namespace) -> None:
+    planned = plan.make_plan(*settings(args, args.recipe, args.data, args.storage, args.name))
+    if args.explain_resume:
+        print(plan.explain_resume(planned))
+    elif args.preflight_only:
+        _, findings = launch.check_cluster(planned)
+        print(preflight.table(findings))
+        if any(finding.status == "failed" for finding in findings):
+            raise UserError("preflight failed, see the table")
+    else:
+        train(planned)
+
+
 if __name__ == "__main__":
     options = parser().parse_args()
-    run = lambda: train(*settings(options, options.recipe, options.data, options.storage, options.name))  # noqa: E731
-    sys.exit(exit_code_of(run, options.debug))
+    sys.exit(exit_code_of(lambda: main(options), options.debug))

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from cifar_dist.data import order
-from cifar_dist.data.pipeline import ImagePipeline, ImageSpec, decode
-from cifar_dist.data.store import Manifest, StagedSplit, once_per_node, stage, staging_area
+from cifar_dist.data.pipeline import ImagePipeline, decode
+from cifar_dist.data.spec import ImageSpec
+from cifar_dist.data.store import Manifest, StagedSplit, once_per_node, stage, staging_area, use_decoded
 from cifar_dist.errors import UserError
 
 DECODE_BATCH = 500
@@ -28,7 +29,7 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """images: float32 [n, 3, S, S]; labels: int64 [n]; ids: int64 [n] on the host.
+    """images: float32 [n, 3, S, S]; labels: int64 [n]; ids: int64 [n] on the host; augment: what was done to them.
 
     All images count, or none: a rank whose part of a small last step is empty gets one image and `num_counted` 0.
     """
@@ -38,6 +39,7 @@ class Batch:
     ids: np.ndarray
     num_counted: int
     global_size: int
+    augment: order.Augment | None = None
 
 
 class Loader:
@@ -106,7 +108,7 @@ class Loader:
         labels = torch.from_numpy(self.staged.labels[plan.ids])
         if self.device.type == "cuda":  # from pinned memory the copy waits for nothing
             labels = labels.pin_memory().to(self.device, non_blocking=True)
-        return Batch(images, labels, plan.ids, plan.num_counted, plan.global_size)
+        return Batch(images, labels, plan.ids, plan.num_counted, plan.global_size, plan.augment)
 
     def _decode_all(self, path: Path, num_threads: int) -> None:
         chunks = np.array_split(np.arange(len(self.staged)), -(-len(self.staged) // DECODE_BATCH))
@@ -129,14 +131,6 @@ class Loader:
                     f"image {self.staged.path(i)} (row {i}) cannot be decoded: {text}; prepare the data again"
                 )
         return error
-
-
-def use_decoded(shape: tuple[int, int] | None, num_images: int, cache: str, budget_mib: int) -> bool:
-    """Whether to keep decoded pixels: uint8, num_images x height x width x 3 bytes, against the budget in MiB."""
-    if cache == "decoded" and shape is None:
-        raise UserError("--cache decoded needs images of one size, these differ; use --cache auto or encoded")
-    fits = shape is not None and num_images * shape[0] * shape[1] * 3 <= budget_mib << 20
-    return cache == "decoded" or (cache == "auto" and fits)
 
 
 def train_plans(

@@ -1,7 +1,6 @@
 """The DALI pipeline, one definition for CPU and GPU: decode, flip, resize, crop, cut out, normalize."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,26 +9,13 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from cifar_dist.data.order import Augment, no_augment
+from cifar_dist.data.spec import ImageSpec
 
 # Input range -> (mean, standard deviation) on the 0 to 255 scale of decoded pixels.
 NORMALIZATION = {"0..1": (0.0, 255.0), "-1..1": (127.5, 127.5), "0..255": (0.0, 1.0)}
 
 
 FILL = 127  # grey where a crop leaves the image and where a square is cut out: about CIFAR-10's mean
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """What the model wants: float32 [n, 3, image_size, image_size], in `input_range`, NHWC in memory or not.
-
-    With `crop` images are shifted by the crop's corner; a `cutout_size` above 0 cuts a square of so many pixels out.
-    """
-
-    image_size: int
-    input_range: str
-    channels_last: bool
-    crop: bool = False
-    cutout_size: int = 0
 
 
 @pipeline_def

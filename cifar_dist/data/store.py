@@ -179,6 +179,14 @@ def file_chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
+def use_decoded(shape: tuple[int, int] | None, num_images: int, cache: str, budget_mib: int) -> bool:
+    """Whether to keep decoded pixels: uint8, num_images x height x width x 3 bytes, against the budget in MiB."""
+    if cache == "decoded" and shape is None:
+        raise UserError("--cache decoded needs images of one size, these differ; use --cache auto or encoded")
+    fits = shape is not None and num_images * shape[0] * shape[1] * 3 <= budget_mib << 20
+    return cache == "decoded" or (cache == "auto" and fits)
+
+
 class StagedSplit:
     """One split as memory-mapped Arrow: `encoded(i)` is a zero-copy view of image i's bytes (uint8 [num_bytes])."""
 

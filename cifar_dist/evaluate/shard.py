@@ -76,7 +76,7 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     spec = image_spec(config, device)
     loaded = Checkpoints(shard.run_uri).load(shard.checkpoint, optimizer=False)
     model = build_model(config, manifest.num_classes, spec, device)
-    model.load_state_dict(loaded["average"] or loaded["model"])
+    model.load_state_dict(loaded.average or loaded.model)
     model.eval()
     cache = config.data.cache, config.data.cache_budget_mib, shard.staging_folder
     loaders = {

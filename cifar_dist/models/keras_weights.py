@@ -59,7 +59,7 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> int:
     places = keras_layers(model)
     layers = read_layers(path)
     if isinstance(model, ResNet50V2) and not any(layer.kind == "dense" for layer in layers):
-        places = {name: module for name, module in places.items() if name in base_layers(model.base)}
+        places = base_layers(model.base)
     found = assign(layers, places, path)
     new: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, module in places.items():

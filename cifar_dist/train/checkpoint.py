@@ -1,31 +1,36 @@
 """What a checkpoint holds; write, verify, load, keep.
 
-A checkpoint is the folder RUN/checkpoints/epoch-EEEE-step-SSSSSS: model.safetensors (and average.safetensors),
-optimizer.pt and, written last, meta.json, which names the SHA-256 of the others. A folder without meta.json is no
-checkpoint.
+A checkpoint is the folder RUN/checkpoints/epoch-EEEE-step-SSSSSS-attempt-AAAA: model.safetensors (average.safetensors
+beside it), ranks.safetensors (what each rank has of its own), optimizer.pt, metrics.jsonl (the run's lines up to
+here) and, written last, meta.json, which names the SHA-256 of the others. A folder without meta.json is no checkpoint.
 """
 
+import contextlib
 import json
 import pickle
-import platform
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pyarrow import fs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, file_sha256, join_uri, to_json
+from cifar_dist.storage import Folder, file_sha256, join_uri, sync, to_json
+from cifar_dist.versions import package_versions
 
-FORMAT_VERSION = 2
-NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}")
+FORMAT_VERSION = 3
+NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}-attempt-\d{4,}")
+LINES = "metrics.jsonl"
+NEEDED = {"model.safetensors", "optimizer.pt", LINES}
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read; the one before it may be."""
 
 
 class Cursor(NamedTuple):
@@ -47,58 +52,76 @@ class Checkpoint:
         return Cursor(self.meta["epoch"], self.meta["step"])
 
     @property
+    def age(self) -> tuple[int, Cursor]:
+        """Newer ones are greater: a later attempt has gone on from what was whole when it started."""
+        return self.meta["attempt"], self.cursor
+
+    @property
     def score(self) -> tuple[float, float]:
         """For `best`: validation accuracy, then the lower loss. Checkpoints inside an epoch have none."""
         metrics = self.meta["metrics"]
         return (metrics["validation_accuracy"], -metrics["validation_loss"]) if metrics else (-1.0, 0.0)
 
 
-def package_versions() -> dict[str, str]:
-    names = ("torch", "ray", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pyarrow", "numpy", "cifar-dist")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except ImportError:  # one of the two DALI builds, or run from a folder without being installed
-            continue
-    return found
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint holds beside meta.json, on any device.
+
+    ranks: [world, n] each, by the name of the model that the rows belong to. lines: those of metrics.jsonl so far.
+    """
+
+    model: Mapping[str, torch.Tensor]
+    average: Mapping[str, torch.Tensor] | None
+    ranks: Mapping[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    lines: list[dict[str, Any]]
 
 
 def best_first(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
-    return sorted(checkpoints, key=lambda c: (c.score, c.cursor), reverse=True)
+    return sorted(checkpoints, key=lambda c: (c.score, c.age), reverse=True)
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, run_uri: str) -> None:
-        self.folder = Folder(join_uri(run_uri, "checkpoints"))
+    def __init__(self, run_uri: str, retry_seconds: float = 0.0) -> None:
+        self.folder = Folder(join_uri(run_uri, "checkpoints"), retry_seconds)
 
     def _names(self) -> list[str]:
         """The folders that write() made; other things beside them are nobody's business here."""
         return [name for name in self.folder.names() if NAME.fullmatch(name)]
 
-    def all(self) -> list[Checkpoint]:
-        """Every whole checkpoint, oldest first. Raises UserError for one with a damaged meta.json."""
-        found = []
+    def scan(self) -> tuple[list[Checkpoint], dict[str, Damaged]]:
+        """(every whole checkpoint, oldest first; name -> what is wrong with it). What was cut off is neither."""
+        found, damaged = [], {}
         for name in self._names():
+            where = self.where(name)
             try:
                 meta = json.loads(self.folder.read(f"{name}/meta.json"))
                 if meta["format_version"] != FORMAT_VERSION:
-                    raise UserError(
-                        f"{self.where(name)} has format version {meta['format_version']}, not {FORMAT_VERSION}"
-                    )
+                    version = f"format version {meta['format_version']}, this program reads {FORMAT_VERSION}"
+                    damaged[name] = Damaged(f"{where} has {version}; use another --name, or that program")
+                    continue
                 checkpoint = Checkpoint(name, meta)
-                _ = checkpoint.cursor, checkpoint.score, meta["files"]  # a KeyError here, not later
+                _ = checkpoint.age, checkpoint.score  # a KeyError here, not later
+                if not meta["files"].keys() >= NEEDED:
+                    raise KeyError("files")
                 found.append(checkpoint)
             except FileNotFoundError:
                 continue  # cut off while it was written
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.where(name)}/meta.json is damaged; remove that folder") from error
+                damaged[name] = Damaged(f"{where}/meta.json is damaged ({error!r}); remove that folder")
+        return sorted(found, key=lambda c: c.age), damaged
+
+    def all(self) -> list[Checkpoint]:
+        """Every whole checkpoint, oldest first. Raises Damaged if there are none but damaged ones."""
+        found, damaged = self.scan()
+        if damaged and not found:
+            raise next(iter(damaged.values()))
         return found
 
     def latest(self) -> Checkpoint | None:
-        return max(self.all(), key=lambda c: c.cursor, default=None)
+        return next(reversed(self.all()), None)
 
     def best(self) -> Checkpoint | None:
         """The one with the best validation accuracy; the latest if none was validated."""
@@ -108,39 +131,45 @@ class Checkpoints:
         return join_uri(self.folder.uri, name)
 
     def write(
-        self,
-        cursor: Cursor,
-        model: Mapping[str, torch.Tensor],
-        average: Mapping[str, torch.Tensor] | None,
-        optimizer: dict[str, Any],
-        meta: dict[str, Any],
+        self, cursor: Cursor, attempt: int, state: State, meta: dict[str, Any], fence: Callable[[], None] = lambda: None
     ) -> Checkpoint:
-        """Writes a checkpoint; it exists from the moment its meta.json does."""
-        name = f"epoch-{cursor.epoch:04d}-step-{cursor.step:06d}"
+        """Writes a checkpoint; it exists from the moment its meta.json does. `fence` raises where it must not."""
+        name = f"epoch-{cursor.epoch:04d}-step-{cursor.step:06d}-attempt-{attempt:04d}"
+        fence()
         self.folder.delete(f"{name}/meta.json")
         self.folder.create(name)
         with tempfile.TemporaryDirectory() as temporary:
             # On a local file system straight into the checkpoint's folder, elsewhere by way of a local file.
-            local = isinstance(self.folder.fs, fs.LocalFileSystem)
-            target = Path(self.folder.at(name)) if local else Path(temporary)
+            target = Path(self.folder.at(name)) if self.folder.is_local else Path(temporary)
             hashes = {}
             try:
-                for file, tensors in {"model": model, "average": average}.items():
-                    if tensors is not None:
-                        host = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-                        save_file(host, target / f"{file}.safetensors")
-                        hashes[f"{file}.safetensors"] = file_sha256(target / f"{file}.safetensors")
-                torch.save(optimizer, target / "optimizer.pt")
+                tensors = {"model": state.model, "average": state.average, "ranks": state.ranks}
+                for stem, values in tensors.items():
+                    if values:
+                        host = {key: tensor.detach().cpu().contiguous() for key, tensor in values.items()}
+                        save_file(host, target / f"{stem}.safetensors")
+                        hashes[f"{stem}.safetensors"] = ""
+                torch.save(state.optimizer, target / "optimizer.pt")
+                (target / LINES).write_text("".join(json.dumps(line) + "\n" for line in state.lines))
+                for file in [*hashes, "optimizer.pt", LINES]:
+                    hashes[file] = file_sha256(target / file)
+                    if self.folder.is_local:
+                        sync(target / file)
             except (OSError, RuntimeError, SafetensorError) as error:
-                raise UserError(f"cannot write the checkpoint {self.where(name)}: {error}") from error
-            hashes["optimizer.pt"] = file_sha256(target / "optimizer.pt")
-            if not local:
+                self._give_up(name)
+                raise UserError(
+                    f"cannot write the checkpoint {self.where(name)}: {str(error).splitlines()[0]}; the ones before it "
+                    "are kept. Make room, then run the same command to go on"
+                ) from error
+            if not self.folder.is_local:
                 for file in hashes:
                     self.folder.upload(target / file, f"{name}/{file}")
+        fence()
         whole = {
             "format_version": FORMAT_VERSION,
             "epoch": cursor.epoch,
             "step": cursor.step,
+            "attempt": attempt,
             "packages": package_versions(),
             "files": hashes,
             **meta,
@@ -148,28 +177,58 @@ class Checkpoints:
         self.folder.write(f"{name}/meta.json", to_json(whole))
         return Checkpoint(name, whole)
 
-    def keep(self, num_newest: int) -> None:
-        """Deletes all but the newest ones and the best one, and what was cut off while it was written."""
-        found = sorted(self.all(), key=lambda c: c.cursor)
+    def _give_up(self, name: str) -> None:
+        """Frees what a failed write left; where that fails too it is removed with the next checkpoint."""
+        with contextlib.suppress(UserError, FileNotFoundError):
+            self.folder.delete(name)
+
+    def keep(self, num_newest: int, attempt: int) -> None:
+        """Deletes all but the newest ones and the best one, and what attempts up to `attempt` left unfinished."""
+        found, _ = self.scan()
         names = {c.name for c in [*found[-num_newest:], *best_first(found)[:1]]}
         for name in self._names():
-            if name not in names:
+            if name not in names and int(name.rpartition("-")[2]) <= attempt:
                 self.folder.delete(f"{name}/meta.json")
                 self.folder.delete(name)
 
-    def load(
-        self, checkpoint: Checkpoint, expect: Mapping[str, Any] | None = None, optimizer: bool = True
-    ) -> dict[str, Any]:
-        """{'model': state, 'average': state or None, 'optimizer': state}, all on the CPU, verified.
+    def load_newest(
+        self, expect: Mapping[str, Any], note: Callable[[str, str], None] = lambda *_: None
+    ) -> tuple[Checkpoint, State] | None:
+        """The newest checkpoint that can be read; None if there are none at all.
 
-        Raises UserError if a file is missing or does not match its SHA-256, or if meta.json differs from `expect` (the
-        model, the data set). Nothing is unpickled but tensors and plain values, and only after its checksum held.
+        `note` is told (name, what is wrong) of those passed over and (name, '') of the one that is loaded. Raises
+        Damaged if none can be read, UserError for one of another model or data set.
+        """
+        found, damaged = self.scan()
+        for name, error in damaged.items():
+            note(name, str(error))
+        for checkpoint in reversed(found):
+            try:
+                state = self.load(checkpoint, expect)
+            except Damaged as error:
+                damaged[checkpoint.name] = error
+                note(checkpoint.name, str(error))
+                continue
+            note(checkpoint.name, "")
+            return checkpoint, state
+        if damaged:
+            *_, last = damaged.values()
+            raise Damaged(f"no checkpoint of the run can be read: {last}, or use another --name to start again")
+        return None
+
+    def load(self, checkpoint: Checkpoint, expect: Mapping[str, Any] | None = None, optimizer: bool = True) -> State:
+        """The checkpoint's tensors, on the CPU, verified.
+
+        Raises Damaged if a file is missing, does not match its SHA-256 or was not written by this program, and
+        UserError if meta.json differs from `expect` (the model, the data set). Nothing is unpickled but tensors and
+        plain values, and only after its checksum held.
         """
         where = self.where(checkpoint.name)
         for key, value in (expect or {}).items():
             if checkpoint.meta.get(key) != value:
-                raise UserError(f"{where} was made with {key} {checkpoint.meta.get(key)!r}, this run has {value!r}")
-        loaded: dict[str, Any] = {"average": None}
+                made = checkpoint.meta.get(key)
+                raise UserError(f"{where} was made with {key} {made!r}, this run has {value!r}; use another --name")
+        loaded: dict[str, Any] = {"average": None, "ranks": {}, "optimizer": {}}
         with tempfile.TemporaryDirectory() as temporary:
             for file, sha256 in checkpoint.meta["files"].items():
                 if file == "optimizer.pt" and not optimizer:
@@ -178,21 +237,25 @@ class Checkpoints:
                 try:
                     found = self.folder.download(f"{checkpoint.name}/{file}", path)
                 except FileNotFoundError:
-                    raise UserError(
-                        f"the checkpoint {where} lacks {file}; remove that folder to go on without it"
-                    ) from None
+                    raise Damaged(f"the checkpoint {where} is damaged: it lacks {file}; remove that folder") from None
                 if found != sha256:
-                    raise UserError(
-                        f"the checkpoint {where} is damaged: {file} does not match its checksum; remove that folder "
-                        "to go on from the one before"
+                    raise Damaged(
+                        f"the checkpoint {where} is damaged: {file} does not match its checksum; remove that folder"
                     )
                 try:
-                    is_weights = file.endswith(".safetensors")
-                    state = load_file(path) if is_weights else torch.load(path, map_location="cpu", weights_only=True)
+                    loaded[file.split(".")[0]] = read_state_file(path)
                 except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-                    raise UserError(
+                    raise Damaged(
                         f"{file} of the checkpoint {where} was not written by this program; remove that folder"
                     ) from error
-                loaded[file.split(".")[0]] = state
                 path.unlink()
-        return loaded
+        fields = ("model", "average", "ranks", "optimizer")
+        return State(**{name: loaded[name] for name in fields}, lines=loaded["metrics"])
+
+
+def read_state_file(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,63 +1,32 @@
-"""Starts a run on Ray Train: checks, scaling, failures, storage, progress."""
+"""Starts a run on Ray Train: preflight, scaling, failures, progress."""
 
-import json
+import contextlib
 import logging
 import os
-import re
-import subprocess
+import time
+import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
-import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cifar_dist.config import FREE_ON_RESUME, Config
-from cifar_dist.data import order
-from cifar_dist.data.loader import use_decoded
-from cifar_dist.data.store import Manifest, read_manifest
+from cifar_dist.data.store import use_decoded
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, absolute_uri, join_uri, open_uri, to_json
+from cifar_dist.storage import Folder, open_uri, to_json
+from cifar_dist.train import preflight
+from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
+from cifar_dist.train.plan import Job, Plan
 from cifar_dist.train.progress import Display
-from cifar_dist.train.setup import build_model, image_spec, load_start_weights
-from cifar_dist.train.worker import Job, train_worker
+from cifar_dist.versions import git_commit
 
-
-@dataclass(frozen=True)
-class Launch:
-    """Where and how a run is launched: workers, storage and limits. Nothing here changes what is learned."""
-
-    data_uri: str
-    storage_uri: str
-    name: str
-    num_workers: int = 1
-    recipe: str = ""
-    device: str = "auto"  # auto, cpu or gpu
-    max_failures: int = 3
-    collective_timeout_seconds: int = 300
-    staging_folder: str | None = None
-    address: str | None = None  # of a Ray cluster; None starts one on this machine
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise UserError(f"--workers must be 1 or more, not {self.num_workers}")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise UserError(
-                f"--name {self.name!r} is no run name: up to 100 letters, digits, dots, dashes and underscores, "
-                "beginning with a letter or digit; a folder goes into --storage"
-            )
-        if self.max_failures < 0:
-            raise UserError(f"--max-failures must be 0 or more, not {self.max_failures}")
-
-    @property
-    def run_uri(self) -> str:
-        return join_uri(absolute_uri(self.storage_uri), self.name)
+NODE_SECONDS = 60.0  # for a node to answer preflight's questions
 
 
 @dataclass(frozen=True)
@@ -75,6 +44,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
+        self.num_starts = 0
 
     def update(self, values: dict[str, Any]) -> None:
         self.events.append(values)
@@ -82,9 +52,41 @@ class Progress:
     def say(self, message: str) -> None:
         self.events.append({"message": message})
 
+    def started(self) -> int:
+        """How often workers were started under this driver, this time included."""
+        self.num_starts += 1
+        return self.num_starts
+
     def drain(self) -> list[dict[str, Any]]:
         events, self.events = self.events, []
         return events
+
+
+def train_function(settings: dict[str, Any]) -> None:
+    """Ray Train's train function, on each worker."""
+    # Not above: the driver and Ray Train's controller load this module, and have no use for DALI, which takes seconds.
+    from cifar_dist.train.worker import train_worker  # noqa: PLC0415
+
+    train_worker(settings["job"])
+
+
+class StopOnUserError(UserCallback):
+    """Runs in Ray Train's controller when workers have failed."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Ends the run at an error that would come again."""
+        for error in worker_exceptions.values():
+            if isinstance(error, UserError):
+                raise error
+        look_for_nodes()
+
+
+def look_for_nodes() -> None:
+    """Has Ray's elastic policy count the nodes now: by itself it counts on what a dead one had for up to 20 s, and then
+    waits in vain for it."""
+    with contextlib.suppress(ray.exceptions.RayError):  # then it is as slow as without
+        coordinator = get_or_create_autoscaling_coordinator()
+        ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=5)
 
 
 def connect(address: str | None, num_workers: int) -> None:
@@ -119,139 +121,123 @@ def uses_gpu(device: str, num_tasks: int = 1) -> bool:
     return gpu
 
 
-def resources_per_worker(num_workers: int, device: str) -> dict[str, float]:
+def resources_per_worker(plan: Plan) -> dict[str, float]:
     """CPUs (as many as fit evenly) and GPUs for each worker. Raises UserError if the cluster cannot hold them."""
+    launch = plan.launch
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    gpu = uses_gpu(device, num_workers)
+    least = launch.min_workers or launch.num_workers
+    gpu = uses_gpu(launch.device, least)
 
     def places(cpus: int) -> int:
-        return sum(min(int(n.get("CPU", 0)) // cpus, int(n.get("GPU", 0)) if gpu else num_workers) for n in nodes)
+        return sum(min(int(n.get("CPU", 0)) // cpus, int(n.get("GPU", 0)) if gpu else 1 << 20) for n in nodes)
 
     most = max((int(n.get("CPU", 0)) for n in nodes), default=0)
-    for cpus in range(most, 0, -1):
-        if places(cpus) >= num_workers:
-            return {"CPU": cpus, **({"GPU": 1} if gpu else {})}
+    for wanted in range(launch.num_workers, least - 1, -1):  # all of them if they fit, else as many as do
+        for cpus in range(most, 0, -1):
+            if places(cpus) >= wanted:
+                return {"CPU": cpus, **({"GPU": 1} if gpu else {})}
     total = sum(int(n.get("CPU", 0)) for n in nodes)
-    raise UserError(
-        f"{num_workers} workers need a CPU each, the cluster has {total} on {len(nodes)} nodes; lower --workers"
-    )
+    raise UserError(f"{least} workers need a CPU each, the cluster has {total} on {len(nodes)} nodes; lower --workers")
 
 
-def check_run(config: Config, launch: Launch, manifest: Manifest) -> bool:
-    """Checks settings, data and stored run against each other; returns whether the run is finished already."""
-    batch = config.loop.global_batch_size
-    if batch < launch.num_workers:
-        raise UserError(f"--global-batch-size {batch} is less than one image for each of {launch.num_workers} workers")
-    num_train = manifest.num_rows("train")
-    # As the split does: the labels alone decide how many images validate.
-    labels = np.repeat(np.arange(manifest.num_classes), manifest.splits["train"]["num_rows_per_class"])
-    rest, validation = (len(ids) for ids in order.train_validation_ids(labels, config.data.validation_fraction, 0, 0))
-    if not validation:
-        raise UserError(f"no class of {launch.data_uri} has the 2 train images that a validation split needs")
-    if config.data.train_images > rest:
+def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
+    """Preflight on every node that can hold a worker: here at once on a cluster of our own, else by a task on each."""
+    launch, run, token = plan.launch, Folder(plan.launch.run_uri), uuid.uuid4().hex
+    run.create(preflight.FOLDER)
+    run.write(f"{preflight.FOLDER}/token", token.encode())
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    where = launch.run_uri, plan.data_uri, launch.staging_folder, token
+    try:
+        if launch.address is None:
+            seen = [preflight.look(node, *where) for node in nodes]
+        else:
+            look = ray.remote(num_cpus=0)(preflight.look)
+            pins = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+            tasks = [look.options(scheduling_strategy=p).remote(n, *where) for n, p in zip(nodes, pins, strict=True)]
+            seen = ray.get(tasks, timeout=NODE_SECONDS)
+        written = run.names(preflight.FOLDER)
+    except ray.exceptions.RayError as error:
         raise UserError(
-            f"--train-images is {config.data.train_images}, the data set has {num_train} train images, of which "
-            f"{validation} are held out for validation"
-        )
-    use_decoded(manifest.image_shape("train"), num_train, config.data.cache, config.data.cache_budget_mib)
-    weights = None
-    if config.model.weights:  # into a network of its own: what does not fit is found before anything is stored
-        cpu = torch.device("cpu")
-        weights = load_start_weights(config, build_model(config, manifest.num_classes, image_spec(config, cpu), cpu))
-    run = Folder(launch.run_uri)
-    mine: dict[str, Any] = {"config": config.to_dict(), "manifest_sha256": manifest.sha256}
-    try:
-        stored = json.loads(run.read("config.json"))
-        old_config, old_data = (stored[key] for key in mine)
-        old_weights = stored.get("weights") or {}
-    except FileNotFoundError:
-        stored = None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{launch.run_uri}/config.json is damaged ({error!r}); use another --name") from error
-    if stored:
-        if old_data != manifest.sha256:
-            raise UserError(f"the run {launch.name} was started on another data set; use another --name")
-        if old_weights.get("sha256") != (weights or {}).get("sha256"):
-            raise UserError(
-                f"the run {launch.name} was started from {old_weights.get('uri', 'random weights')}, which --weights "
-                f"{config.model.weights or 'that is not given'} is not; name the same file, or use another --name"
-            )
-        for section, values in mine["config"].items():
-            for name, value in values.items():
-                old = old_config.get(section, {}).get(name)
-                if old != value and name not in FREE_ON_RESUME:
-                    raise UserError(
-                        f"the run {launch.name} was started with {name}={old}, not {value}; use the same setting to "
-                        "continue it, or another --name"
-                    )
-    latest = Checkpoints(launch.run_uri).latest()
-    if latest and latest.cursor.epoch >= config.loop.epochs:
-        return True
-    run.create()
-    card = {
-        **mine,
-        "weights": weights,
-        "recipe": launch.recipe,
-        "data_uri": launch.data_uri,
-        "num_workers": launch.num_workers,
-    }
-    run.write("config.json", to_json(card))
-    return False
+            f"a node of the cluster does not answer preflight's questions: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        run.delete(preflight.FOLDER)
+    data = plan.config.data
+    decoded = use_decoded(
+        plan.manifest.image_shape("train"), plan.manifest.num_rows("train"), data.cache, data.cache_budget_mib
+    )
+    return preflight.judge(seen, plan.manifest, token, decoded, use_gpu, written)
 
 
-def git_commit() -> str:
-    """The commit of the source tree, with '+' if it was changed; 'unknown' outside a checkout."""
-
-    def git(*words: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", ".")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+" if changed else "")
+def check_cluster(plan: Plan) -> tuple[dict[str, float], list[preflight.Finding]]:
+    """Connects; returns each worker's resources and preflight's findings. Raises UserError if workers do not fit."""
+    connect(plan.launch.address, plan.launch.num_workers)
+    resources = resources_per_worker(plan)
+    text = f"{plan.launch.num_workers} of " + ", ".join(f"{v:g} {k}" for k, v in resources.items())
+    fits = preflight.Finding("workers", "cluster", "ok", text)
+    return resources, [fits, *check_nodes(plan, "GPU" in resources)]
 
 
-def train(config: Config, launch: Launch) -> RunResult:
-    """Runs or continues a run to its last epoch; connects to the Ray cluster once all else is checked.
+def train(plan: Plan) -> RunResult:
+    """Runs or continues a run to its last epoch.
 
-    Raises UserError for settings, data or storage that do not fit, a loss that is not finite, and workers that died
-    more than `max_failures` times.
+    Raises UserError for nodes that preflight finds unfit, data or storage that fail, a loss that is not finite, and
+    workers that died more than `max_failures` times.
     """
-    data_uri = absolute_uri(launch.data_uri)
-    if config.model.weights:
-        config = config.replace(weights=absolute_uri(config.model.weights))
-    manifest = read_manifest(data_uri)
-    if check_run(config, launch, manifest):
-        return finished(launch, was_finished=True)
-    connect(launch.address, launch.num_workers)
-    resources = resources_per_worker(launch.num_workers, launch.device)
-    use_gpu = "GPU" in resources
-    progress = Progress.remote()  # type: ignore[attr-defined]
+    config, launch = plan.config, plan.launch
+    if plan.is_finished:
+        return finished(plan)
+    start = time.monotonic()
+    resources, findings = check_cluster(plan)
+    if wrong := [f for f in findings if f.status != "ok"]:
+        print(preflight.table(wrong), flush=True)
+    if faults := [f"{f.check} on {f.node}: {f.text}" for f in findings if f.status == "failed"]:
+        raise UserError(f"preflight failed: {'; '.join(faults)}")
+    print(f"preflight: {len(findings)} checks in {time.monotonic() - start:.1f} s, cluster included", flush=True)
+    run = Folder(launch.run_uri)
+    driver = uuid.uuid4().hex[:8]
+    attempt = Attempts(run, driver).claim(takeover=True)
+    for name in run.names():
+        if name.endswith(".tmp"):
+            run.delete(name)  # of a driver that was killed while it wrote
+    run.write("config.json", to_json(plan.card))
+    run.delete("ray")  # Ray Train's own bookkeeping: our checkpoints do not need it, and a damaged one blocks a resume
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    progress = Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     job = Job(
         config,
-        data_uri,
-        manifest.sha256,
+        plan.data_uri,
+        plan.manifest.sha256,
         launch.run_uri,
         launch.staging_folder,
         int(resources["CPU"]),
         git_commit(),
         progress,
+        driver,
+        attempt,
+        plan.weights,
     )
-    run = Folder(launch.run_uri)
-    run.delete("status.json")
-    run.delete("ray")  # Ray Train's own bookkeeping: our checkpoints do not need it, and a damaged one blocks a resume
+    if launch.min_workers:
+        look_for_nodes()
+    use_gpu = "GPU" in resources
     filesystem, path = open_uri(launch.run_uri)
     trainer = TorchTrainer(
-        train_worker,
+        train_function,
         train_loop_config={"job": job},
-        scaling_config=ScalingConfig(num_workers=launch.num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=(launch.min_workers, launch.num_workers)  # type: ignore[arg-type]
+            if launch.min_workers
+            else launch.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=launch.resize_seconds,
+        ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name="ray",
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=launch.max_failures),
+            callbacks=[StopOnUserError()],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
             if config.loop.deterministic
             else None,
@@ -265,15 +251,25 @@ def train(config: Config, launch: Launch) -> RunResult:
         except ray.exceptions.RayError:  # only the display is lost; fit() reports what failed
             return []
 
+    def why_quiet() -> str:
+        least = launch.min_workers or launch.num_workers
+        for name, each in resources.items():
+            if (total := count_resource(name)) < least * each:
+                return f"waiting for nodes: {least} workers need {least * each:g} {name}, the cluster has {total} now"
+        return ""
+
     try:
-        with Display(drain, config.loop.epochs):
+        with Display(drain, config.loop.epochs, why_quiet):
             trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
+        cause = getattr(error, "controller_failure", None)
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from error
         raise UserError(
             f"the workers of run {launch.name} failed more than {launch.max_failures} times: {first_cause(error)}; "
             "what was stored is kept, run the same command to go on"
         ) from error
-    return finished(launch, was_finished=False)
+    return finished(plan)
 
 
 def first_cause(error: Exception) -> str:
@@ -281,16 +277,10 @@ def first_cause(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = min(failures.items())
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    text = lines[-1] if lines else type(cause).__name__
-    return f"rank {rank}: {text.removeprefix('cifar_dist.errors.UserError: ')}"
+    return f"rank {rank}: {lines[-1] if lines else type(cause).__name__}"
 
 
-def finished(launch: Launch, was_finished: bool) -> RunResult:
-    run = Folder(launch.run_uri)
-    if not was_finished:
-        status = json.loads(run.read("status.json"))
-        if status["status"] != "finished":
-            raise UserError(status["message"])
-    best = Checkpoints(launch.run_uri).best()
+def finished(plan: Plan) -> RunResult:
+    best = Checkpoints(plan.launch.run_uri).best()
     assert best is not None  # a finished run has one
-    return RunResult(launch.run_uri, best, was_finished)
+    return RunResult(plan.launch.run_uri, best, plan.is_finished)

@@ -76,13 +76,10 @@ class TrainState:
         return self.cursor.epoch * self.steps_per_epoch + self.cursor.step
 
 
-def train_epoch(
-    state: TrainState, batches: Iterable[Batch], on_log: Callable[[Clock], None], on_checkpoint: Callable[[], None]
-) -> Clock:
-    """Trains from the cursor to the end of its epoch. Nothing here waits for the device but the two callbacks."""
+def train_epoch(state: TrainState, batches: Iterable[Batch], after_step: Callable[[Clock], None]) -> Clock:
+    """Trains from the cursor to the end of its epoch. Nothing here waits for the device but `after_step`."""
     config, seed = state.config, state.config.loop.seed
     num_steps = config.loop.epochs * state.steps_per_epoch
-    every = config.checkpoint.checkpoint_every_steps
     state.wrapped.train()
     clock = Clock()
     for batch in clock.waiting(batches):
@@ -93,10 +90,7 @@ def train_epoch(
         if state.average is not None:
             state.average.update_parameters(state.model)
         state.cursor = Cursor(state.cursor.epoch, state.cursor.step + 1)
-        if state.global_step % config.loop.log_every_steps == 0:
-            on_log(clock)
-        if every and state.global_step % every == 0 and state.cursor.step < state.steps_per_epoch:
-            on_checkpoint()
+        after_step(clock)
     return clock
 
 
@@ -192,13 +186,39 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], num_batche
     average_batchnorm_over_ranks(model)
 
 
+def statistics_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The moving statistics of trained BatchNorms, by their names in the state dict: what each rank has of its own."""
+    trained = set(trained_batchnorms(model))
+    places = [(name, module) for name, module in model.named_modules() if module in trained]
+    return {f"{name}.{key}": buffer for name, module in places for key, buffer in module.named_buffers()}
+
+
+def gather_statistics(model: nn.Module) -> torch.Tensor:
+    """Float32 [world, n]: every rank's moving statistics, each flattened to a row."""
+    buffers = [buffer.flatten() for buffer in statistics_of(model).values()]
+    row = torch.cat(buffers) if buffers else torch.zeros(0)
+    if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
+
+
+def split_statistics(model: nn.Module, row: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The row [n] by name, in the buffers' shapes."""
+    buffers = statistics_of(model)
+    parts = row.split([buffer.numel() for buffer in buffers.values()])
+    return {name: part.view_as(buffers[name]).clone() for name, part in zip(buffers, parts, strict=True)}
+
+
+@torch.no_grad()
+def set_statistics(model: nn.Module, row: torch.Tensor) -> None:
+    """Makes the row [n] this rank's moving statistics."""
+    values = split_statistics(model, row)
+    for name, buffer in statistics_of(model).items():
+        buffer.copy_(values[name])
+
+
 def average_batchnorm_over_ranks(model: nn.Module) -> None:
     """Each rank saw its own part of every batch: the moving statistics of trained BatchNorms become the ranks' mean."""
-    buffers = [b for layer in trained_batchnorms(model) for b in (layer.running_mean, layer.running_var)]
-    if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    flat = torch.cat(buffers)
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean)
+    set_statistics(model, gather_statistics(model).mean(0))

@@ -1,4 +1,4 @@
-"""A run's record: metrics.jsonl and TensorBoard events, rewritten whole so that both match the checkpoints."""
+"""A run's record: metrics.jsonl and TensorBoard events, rewritten whole; each checkpoint holds its lines so far."""
 
 import json
 import math
@@ -18,19 +18,20 @@ FLUSH_SECONDS = 10.0
 
 
 class RunLog:
-    """Lines of a run from `global_step` on; later lines of an earlier attempt are dropped, so none repeats.
+    """Lines of a run that goes on at `global_step` after `lines`, those of the checkpoint that it resumes from.
 
-    Each line is a JSON object with `kind` (step, epoch or warning), `epoch`, `global_step` and what was measured.
+    Each line is a JSON object with `kind` (step, epoch, warning or samples), `epoch`, `global_step` and what was
+    measured.
     """
 
-    def __init__(self, run_uri: str, global_step: int) -> None:
-        self.run = Folder(run_uri)
-        self.lines = [line for line in read_lines(self.run) if line["global_step"] <= global_step]
+    def __init__(self, run_uri: str, global_step: int, lines: list[dict[str, Any]], retry_seconds: float = 0.0) -> None:
+        self.run = Folder(run_uri, retry_seconds)
+        self.lines = list(lines)
         self._events = tempfile.TemporaryDirectory(prefix="cifar_dist-events-")
         # Not SummaryWriter: it writes from a thread, and its flush does not wait for that.
         self._writer = EventsWriter(f"{self._events.name}/events", f".{global_step}")
         self._writer.write_event(Event(step=global_step + 1, session_log=SessionLog(status=SessionLog.START)))
-        self._flushed = time.monotonic()
+        self._taken = time.monotonic()
 
     def add(self, kind: str, epoch: int, global_step: int, **values: Any) -> None:
         self.lines.append({"kind": kind, "epoch": epoch, "global_step": global_step, **values})
@@ -38,17 +39,24 @@ class RunLog:
             if isinstance(value, int | float):
                 summary = scalar(f"{kind}/{name}", value)
                 self._writer.write_event(Event(wall_time=time.time(), step=global_step, summary=summary))
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
 
-    def flush(self) -> None:
-        """Stores what was added so far; called before each checkpoint."""
-        self.run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+    @property
+    def is_due(self) -> bool:
+        """Whether the lines were last taken FLUSH_SECONDS ago."""
+        return time.monotonic() - self._taken > FLUSH_SECONDS
+
+    def take(self) -> list[dict[str, Any]]:
+        """The lines so far, to be stored or put into a checkpoint, in any thread."""
         self._writer.flush()
+        self._taken = time.monotonic()
+        return list(self.lines)
+
+    def store(self, lines: list[dict[str, Any]]) -> None:
+        """Writes what was taken, and the events."""
+        self.run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
         self.run.create("tensorboard")
         for file in Path(self._events.name).iterdir():
             self.run.upload(file, f"tensorboard/{file.name}")
-        self._flushed = time.monotonic()
 
 
 def read_lines(run: Folder) -> list[dict[str, Any]]:

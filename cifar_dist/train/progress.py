@@ -1,6 +1,5 @@
 """Live progress on the driver's terminal: a bar with ETA, or plain lines where there is no terminal."""
 
-import math
 import sys
 import threading
 import time
@@ -20,10 +19,15 @@ def format_line(values: dict[str, Any]) -> str:
 
 
 class Display:
-    """Shows the events that `poll` returns (step values, epoch summaries, messages), in a thread until it is closed."""
+    """Shows the events that `poll` returns (step values, epoch summaries, messages), in a thread until it is closed.
 
-    def __init__(self, poll: Callable[[], list[dict[str, Any]]], num_epochs: int) -> None:
-        self._poll, self._num_epochs = poll, num_epochs
+    Where nothing comes for QUIET_SECONDS it shows what `why_quiet` has to say, if anything.
+    """
+
+    def __init__(
+        self, poll: Callable[[], list[dict[str, Any]]], num_epochs: int, why_quiet: Callable[[], str] = lambda: ""
+    ) -> None:
+        self._poll, self._num_epochs, self._why_quiet = poll, num_epochs, why_quiet
         self._bar = tqdm(total=0, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self._plain_at = 0.0
         self._started: tuple[float, int] | None = None
@@ -40,15 +44,17 @@ class Display:
         self._bar.close()
 
     def _follow(self) -> None:
-        stopping, quiet_until = False, time.monotonic() + QUIET_SECONDS
+        stopping, has_started, quiet_until = False, False, time.monotonic() + QUIET_SECONDS
         while not stopping:
             stopping = self._stop.wait(0.5)
             for values in self._poll():
-                quiet_until = math.inf
+                has_started, quiet_until = True, time.monotonic() + QUIET_SECONDS
                 self._show(values)
             if time.monotonic() > quiet_until:
-                quiet_until = math.inf
-                self._print(f"no worker has started within {QUIET_SECONDS:g} s: is the cluster busy with other jobs?")
+                quiet_until = time.monotonic() + QUIET_SECONDS
+                busy = f"no worker has started within {QUIET_SECONDS:g} s: is the cluster busy with other jobs?"
+                if why := self._why_quiet() or (busy if not has_started else ""):
+                    self._print(why)
 
     def _show(self, values: dict[str, Any]) -> None:
         if "message" in values:

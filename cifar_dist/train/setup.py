@@ -11,7 +11,8 @@ import torch
 from cifar_dist import models
 from cifar_dist.config import Config
 from cifar_dist.data import order
-from cifar_dist.data.pipeline import ImageSpec
+from cifar_dist.data.spec import ImageSpec
+from cifar_dist.data.store import Manifest
 from cifar_dist.errors import UserError
 from cifar_dist.models import keras_weights
 from cifar_dist.storage import Folder
@@ -45,6 +46,11 @@ def build_model(config: Config, num_classes: int, spec: ImageSpec, device: torch
     )
     memory_format = torch.channels_last if spec.channels_last else torch.contiguous_format
     return model.to(device).to(memory_format=memory_format)
+
+
+def expected_of(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """What the meta.json of a checkpoint must say for a run to go on from it."""
+    return {"model": config.model.model, "num_classes": manifest.num_classes, "manifest_sha256": manifest.sha256}
 
 
 def load_start_weights(config: Config, model: torch.nn.Module) -> dict[str, Any] | None:

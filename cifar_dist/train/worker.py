@@ -4,92 +4,75 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from cifar_dist.config import Config
 from cifar_dist.data import order
 from cifar_dist.data.loader import Batch, Loader, eval_plans, train_plans
 from cifar_dist.data.store import read_manifest
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, to_json
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor
+from cifar_dist.storage import Folder
+from cifar_dist.train.attempt import Attempts
+from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
 from cifar_dist.train.loop import (
     Clock,
     TrainState,
     average_batchnorm_over_ranks,
+    gather_statistics,
     recalibrate_batchnorm,
+    set_statistics,
+    split_statistics,
     sum_over_ranks,
     train_epoch,
     validate,
 )
-from cifar_dist.train.metrics import RunLog, chance_warning, validation_lags, validation_warning
+from cifar_dist.train.metrics import chance_warning, validation_lags, validation_warning
 from cifar_dist.train.optim import average_of, make_optimizers
+from cifar_dist.train.plan import Job
 from cifar_dist.train.precision import Precision
-from cifar_dist.train.setup import augmentation, build_model, image_spec, load_start_weights, split_ids, weights_notice
+from cifar_dist.train.saver import Saver
+from cifar_dist.train.setup import (
+    augmentation,
+    build_model,
+    expected_of,
+    image_spec,
+    load_start_weights,
+    split_ids,
+    weights_notice,
+)
 
 EVAL_BATCH = 100
 DIAGNOSIS_BATCHES = 20  # of training images, when validation lags behind training
+AGREE_SECONDS = 2.0  # between the points where all ranks agree whether a checkpoint is due; one costs some milliseconds
+NOTICE_SECONDS = 10.0  # between checkpoints while a node is about to be taken away
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker. `progress` is a Ray actor handle."""
+def train_worker(job: Job) -> None:
+    """Trains as one rank of a run.
 
-    config: Config
-    data_uri: str
-    manifest_sha256: str
-    run_uri: str
-    staging_folder: str | None
-    num_cpus_per_worker: int
-    git_commit: str
-    progress: Any
-
-
-class Diverged(Exception):
-    """The loss or the weights are no longer finite; raised on all ranks at once."""
-
-
-def train_worker(settings: dict[str, Any]) -> None:
-    """Ray Train's train function.
-
-    A fault while a rank is set up, or a loss that is not finite, ends the run on every rank with a status. Any other
-    error is raised: Ray Train stops the other ranks and starts the group again.
+    A UserError on any rank ends the run: the controller stops all ranks (launch.StopOnUserError). Any other error, or
+    the death of a worker, makes Ray Train start the group again, which resumes from the newest checkpoint.
     """
-    job: Job = settings["job"]
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL's object collectives use the current device
-    fault = None
-    try:
-        worker = Worker(job, device)
-    except UserError as error:
-        fault = str(error)
-    # Before the first collective of DDP: so no rank waits for one that gave up, and all resume from the same place.
-    ready: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ready, (fault, None if fault else worker.state.cursor))
-    fault = next((f for f, _ in ready if f), None)
-    if fault is None and len({cursor for _, cursor in ready}) > 1:
-        fault = f"the workers do not see the same checkpoints in {job.run_uri}; is the storage shared by all nodes?"
-    try:
-        if fault is None:
-            worker.run()
-    except Diverged as error:
-        fault = str(error)
-    if ray.train.get_context().get_world_rank() == 0:
-        status = {"status": "failed", "message": fault} if fault else {"status": "finished"}
-        Folder(job.run_uri).write("status.json", to_json(status))
+    worker = Worker(job, device)
+    # Staging may take some ranks minutes: Ray's barrier has no time limit, the first torch collective has.
+    ray.train.collective.barrier()
+    worker.resume()
+    worker.run()
 
 
 class Worker:
-    """One rank of a run, set up and resumed from the newest checkpoint."""
+    """One rank of a run."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, config = job, job.config
@@ -110,7 +93,6 @@ class Worker:
         self.loader = Loader(job.data_uri, self.manifest, "train", spec, device, threads, batch_size, *cache)
         self.train_ids, self.validation_ids = split_ids(config, self.loader.staged.labels)
         model = build_model(config, self.manifest.num_classes, spec, device)
-        self.weights = load_start_weights(config, model)
         self.state = TrainState(
             config,
             model,
@@ -124,13 +106,80 @@ class Worker:
             order.num_steps(len(self.train_ids), config.loop.global_batch_size),
             totals=torch.zeros(3, dtype=torch.float64, device=device),
         )
-        self.checkpoints, self.attempt, self.warned = Checkpoints(job.run_uri), 1, set[str]()
-        self.diagnosed = False
-        resumed = self.checkpoints.latest()
-        if resumed:
-            self._resume(resumed)
-            self._say(f"continuing from {resumed.name} (attempt {self.attempt})")
-        self.log = RunLog(job.run_uri, self.state.global_step) if self.rank == 0 else None
+        self.retry_seconds = config.checkpoint.storage_retry_seconds
+        self.checkpoints = Checkpoints(job.run_uri, self.retry_seconds)
+        self.saver: Saver | None = None  # on rank 0
+        self.diagnosed, self.noticed, self.warned = False, False, set[str]()
+        self.steps_to_agree, self.agreed_steps = 1, 1
+        self.agreed_at = self.started_at = time.monotonic()
+        self.logged_stall_seconds = 0.0
+
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint that every rank can read, or from the start weights."""
+        job = self.job
+        attempt = job.attempt
+        if self.rank == 0:
+            attempts = Attempts(Folder(job.run_uri, self.retry_seconds), job.driver)
+            if ray.get(job.progress.started.remote()) > 1:  # Ray Train has started the workers again
+                attempt = attempts.claim(takeover=False)
+            attempts.check(attempt)
+        expect = expected_of(job.config, self.manifest)
+        found = self.checkpoints.load_newest(expect, self._note_checkpoint)
+        ages: list[Any] = [None] * self.world
+        dist.all_gather_object(ages, (found[0].age, found[0].name) if found else None)
+        if None in ages and any(ages):
+            raise UserError(
+                f"the workers do not see the same checkpoints in {job.run_uri}; is the storage shared by all nodes?"
+            )
+        lines: list[dict[str, Any]] = []
+        if found:
+            common = min(ages)[1]
+            if found[0].name != common:
+                checkpoint = next(c for c in self.checkpoints.all() if c.name == common)
+                found = checkpoint, self.checkpoints.load(checkpoint, expect)
+            self._restore(*found)
+            lines = found[1].lines
+            self._say(f"continuing from {common} (attempt {attempt})")
+        elif load_start_weights(job.config, self.state.model) != job.weights:
+            raise UserError(f"{job.config.model.weights} is not the same file on every worker; is it shared?")
+        if self.rank == 0:
+            num_kept, place = job.config.checkpoint.keep_checkpoints, (self.state.device, self.state.global_step)
+            self.saver = Saver(job.run_uri, job.driver, attempt, *place, lines, num_kept, self.retry_seconds)
+
+    def _note_checkpoint(self, _name: str, fault: str) -> None:
+        if fault:
+            self._say(f"WARNING: {fault}; going on from the checkpoint before it")
+
+    def _restore(self, checkpoint: Checkpoint, loaded: State) -> None:
+        state, meta = self.state, checkpoint.meta
+        try:
+            state.model.load_state_dict(loaded.model)
+            if state.average is not None:
+                state.average.module.load_state_dict(loaded.average or {})
+                state.average.n_averaged.fill_(meta["num_averaged"])
+            for optimizer, stored in zip(state.optimizers, loaded.optimizer["optimizers"], strict=True):
+                optimizer.load_state_dict(stored)
+            state.precision.scaler.load_state_dict(loaded.optimizer["scaler"])
+            if (
+                meta["world_size"] == self.world
+            ):  # each rank goes on with its own, another number of ranks with the mean
+                for name, rows in loaded.ranks.items():
+                    set_statistics(self._models()[name], rows[self.rank].to(state.device))
+                if self.job.config.loop.deterministic:
+                    self.num_threads = meta["num_threads_per_worker"]
+                    torch.set_num_threads(self.num_threads)
+        except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
+            raise UserError(
+                f"the checkpoint {self.checkpoints.where(checkpoint.name)} does not fit the network and optimizer of "
+                f"this run ({str(error).splitlines()[0]}); use another --name"
+            ) from error
+        state.cursor = checkpoint.cursor
+        if self.rank == 0:  # the others start from zero: only the sum over ranks is ever used
+            state.totals += torch.tensor(meta["totals"], dtype=torch.float64, device=state.device)
+
+    def _models(self) -> dict[str, torch.nn.Module]:
+        average = {"average": self.state.average.module} if self.state.average is not None else {}
+        return {"model": self.state.model, **average}
 
     def _wrap(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         compile = self.job.config.loop.compile
@@ -142,36 +191,24 @@ class Worker:
         devices = [device] if gpu else None
         return DistributedDataParallel(wrapped, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        state, meta = self.state, checkpoint.meta
-        expect = {"model": self.job.config.model.model, "manifest_sha256": self.manifest.sha256}
-        loaded = self.checkpoints.load(checkpoint, expect)
-        state.model.load_state_dict(loaded["model"])
-        if state.average is not None:
-            state.average.module.load_state_dict(loaded["average"])
-            state.average.n_averaged.fill_(meta["num_averaged"])
-        for optimizer, stored in zip(state.optimizers, loaded["optimizer"]["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
-        state.precision.scaler.load_state_dict(loaded["optimizer"]["scaler"])
-        state.cursor = checkpoint.cursor
-        if self.rank == 0:  # the others start from zero: only the sum over ranks is ever used
-            state.totals += torch.tensor(meta["totals"], dtype=torch.float64, device=state.device)
-        self.attempt = meta["attempt"] + 1
-
     def run(self) -> None:
-        """Trains from the cursor to the last epoch. Raises Diverged on all ranks."""
+        """Trains from the cursor to the last epoch. Raises UserError on all ranks where the loss is not finite."""
         config, state = self.job.config, self.state
         state.wrapped = self._wrap(state.model, state.device)
         self._say(
             f"training {config.model.model} on {len(self.train_ids)} images, validating on {len(self.validation_ids)}: "
             f"{self.world} workers of {self.num_threads} CPU threads each, {state.device.type}, {state.precision.name}"
         )
-        if notice := weights_notice(config, self.weights):
+        if notice := weights_notice(config, self.job.weights):
             self._say(f"WARNING: {notice}")
         while state.cursor.epoch < config.loop.epochs:
             batches = self._train_batches(state.cursor)
-            clock = train_epoch(state, batches, self._on_log, self._write_checkpoint)
+            clock = train_epoch(state, self._recorded(batches), self._after_step)
             self._end_epoch(clock)
+        if self.saver:
+            stall, seconds = self.saver.stall_seconds, time.monotonic() - self.started_at
+            self.saver.wait()
+            self._say(f"checkpoints held up training for {stall:.2f} s of {seconds:.1f} s, {stall / seconds:.2%}")
 
     def _train_batches(self, cursor: Cursor) -> Iterator[Batch]:
         config = self.job.config
@@ -207,8 +244,11 @@ class Worker:
         epoch, global_step = state.cursor.epoch, state.global_step
         state.cursor = Cursor(epoch + 1, 0)
         state.totals.zero_()
-        if self.log:
-            self.log.add("epoch", epoch, global_step, **metrics)
+        if self.saver:
+            stall = self.saver.stall_seconds
+            metrics["checkpoint_stall_seconds"] = round(stall - self.logged_stall_seconds, 3)
+            self.logged_stall_seconds = stall
+            self.saver.log.add("epoch", epoch, global_step, **metrics)
             self._send({"epoch_done": epoch, **metrics})
         self._write_checkpoint(metrics)
         ray.train.report({"epoch": epoch, **metrics})
@@ -231,16 +271,18 @@ class Worker:
         return self.state.average.module
 
     def _finite_totals(self) -> list[float]:
-        """The epoch's totals over all ranks. Raises Diverged on every rank if the loss is not finite."""
+        """The epoch's totals over all ranks. Raises UserError on every rank if the loss is not finite."""
         totals = sum_over_ranks(self.state.totals).tolist()
         if not math.isfinite(totals[0]):
             self._diverged("the training loss")
         return totals
 
     def _diverged(self, what: str) -> None:
+        if self.saver:
+            self.saver.wait()
         kept = self.checkpoints.latest()
         good = f"its last good checkpoint {kept.name} is kept" if kept else "it had no checkpoint yet"
-        raise Diverged(
+        raise UserError(
             f"{what} became infinite or not a number by step {self.state.global_step}; the run stopped, {good}. Lower "
             "--learning-rate, set --clip-norm, or use another --precision, under another --name"
         )
@@ -255,27 +297,74 @@ class Worker:
             "learning_rate": state.learning_rate,
             **clock.rates(),
         }
-        if self.log:
-            self.log.add("step", state.cursor.epoch, state.global_step, **line)
+        if self.saver:
+            self.saver.log.add("step", state.cursor.epoch, state.global_step, **line)
             self._send(line)
         self._check_train_chance(correct / seen, int(seen))
 
+    def _after_step(self, clock: Clock) -> None:
+        state, every = self.state, self.job.config.checkpoint.checkpoint_every_steps
+        if state.global_step % self.job.config.loop.log_every_steps == 0:
+            self._on_log(clock)
+        self.steps_to_agree -= 1
+        due = self.steps_to_agree <= 0 and self._agree()
+        if (due or (every and state.global_step % every == 0)) and state.cursor.step < state.steps_per_epoch:
+            self._write_checkpoint()
+        if self.saver:
+            self.saver.flush_if_due()
+
+    def _agree(self) -> bool:
+        """Whether a checkpoint is due by the clock of rank 0, or because a node is about to be taken away.
+
+        All ranks come here after the same step, and agree after how many steps they come again.
+        """
+        now, config = time.monotonic(), self.job.config.checkpoint
+        seconds_per_step = max((now - self.agreed_at) / self.agreed_steps, 1e-6)
+        notice, plan = ray.train.get_preemption_info(), None
+        if self.saver:
+            waited = now - self.saver.saved_at
+            first, self.noticed = bool(notice) and not self.noticed, bool(notice)
+            due = waited >= config.checkpoint_every_seconds > 0 or (self.noticed and waited >= NOTICE_SECONDS)
+            if first:
+                self._say("a node is about to be taken away: storing a checkpoint")
+            plan = first or due, max(1, min(round(AGREE_SECONDS / seconds_per_step), 1000))
+        due, self.agreed_steps = ray.train.collective.broadcast_from_rank_zero(plan)
+        self.steps_to_agree, self.agreed_at = self.agreed_steps, time.monotonic()
+        return due
+
+    def _recorded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; with --record-samples, ids and flips of each global batch go into metrics.jsonl."""
+        for batch in batches:
+            if self.job.config.loop.record_samples:
+                assert batch.augment is not None
+                parts: list[Any] = [None] * self.world
+                num_mine = len(batch.ids) if batch.num_counted else 0
+                dist.all_gather_object(parts, (batch.ids[:num_mine].tolist(), batch.augment.flips[:num_mine].tolist()))
+                if self.saver:
+                    ids, flips = ([x for part in column for x in part] for column in zip(*parts, strict=True))
+                    self.saver.log.add(
+                        "samples", self.state.cursor.epoch, self.state.global_step + 1, ids=ids, flips=flips
+                    )
+            yield batch
+
     def _write_checkpoint(self, metrics: dict[str, Any] | None = None) -> None:
-        """All ranks call it, rank 0 writes; `metrics` at an epoch's end. Weights that are not finite never are."""
+        """All ranks call it; `metrics` at an epoch's end. Weights that are not finite are never stored.
+
+        Nothing of the run's state changes, so it does not matter to the result when checkpoints are written.
+        """
         state, job = self.state, self.job
         totals = self._finite_totals()
-        if metrics is None:
-            self._average_over_ranks()
         if not math.isfinite(get_total_norm([p.detach() for p in state.model.parameters()])):
             self._diverged("a weight")
-        if self.log is None:
+        rows = {name: gather_statistics(model) for name, model in self._models().items()}
+        if self.saver is None:
             return
-        self.log.flush()
-        average = state.average.module.state_dict() if state.average is not None else None
+        models = {n: dict(m.state_dict()) | split_statistics(m, rows[n].mean(0)) for n, m in self._models().items()}
+        ranks = {name: values for name, values in rows.items() if self.world > 1 and values.numel()}
         optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
         optimizer = {"optimizers": optimizers, "scaler": state.precision.scaler.state_dict()}
         meta = {
-            "model": job.config.model.model,
+            **expected_of(job.config, self.manifest),
             "global_step": state.global_step,
             "metrics": metrics,
             "totals": totals,
@@ -283,18 +372,16 @@ class Worker:
             "config": job.config.to_dict(),
             "precision": state.precision.name,
             "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else "cpu",
-            "weights": self.weights,
+            "weights": job.weights,
             "data_uri": job.data_uri,
-            "manifest_sha256": self.manifest.sha256,
             "class_names": self.manifest.class_names,
             "num_train": len(self.train_ids),
             "world_size": self.world,
             "num_threads_per_worker": self.num_threads,
-            "attempt": self.attempt,
             "git_commit": job.git_commit,
         }
-        self.checkpoints.write(state.cursor, state.model.state_dict(), average, optimizer, meta)
-        self.checkpoints.keep(job.config.checkpoint.keep_checkpoints)
+        lines = self.saver.log.take()
+        self.saver.save(state.cursor, State(models["model"], models.get("average"), ranks, optimizer, lines), meta)
 
     def _check_train_chance(self, accuracy: float, num_seen: int) -> None:
         """Warns of a training accuracy that is still at chance after `chance_warning_steps`."""
@@ -322,12 +409,12 @@ class Worker:
 
     def _warn(self, kind: str, message: str, **values: Any) -> None:
         """Said once per attempt, recorded once per run."""
-        if self.log and kind not in self.warned:
+        if self.saver and kind not in self.warned:
             self.warned.add(kind)
             self._say(f"WARNING: {message}")
-            if not any(line.get("warning") == kind for line in self.log.lines):
+            if not any(line.get("warning") == kind for line in self.saver.log.lines):
                 place = self.state.cursor.epoch, self.state.global_step
-                self.log.add("warning", *place, warning=kind, message=message, **values)
+                self.saver.log.add("warning", *place, warning=kind, message=message, **values)
 
     def _say(self, message: str) -> None:
         if self.rank == 0:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,16 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
+from cifar_dist.train.checkpoint import Checkpoints
+
 ROOT = Path(__file__).parents[2]
 # resnet50v2 with a frozen base is the lighter of the two networks to train and to store.
 SMALL = (
     *("--recipe", "quickstart_resnet50v2", "--train-images", "40", "--global-batch-size", "10"),
-    *("--validation-fraction", "0.3", "--log-every-steps", "1", "--epochs", "2"),
+    *("--validation-fraction", "0.3", "--log-every-steps", "1", "--epochs", "4"),
 )
 
 
@@ -87,6 +93,26 @@ def without_clock(lines: list[dict]) -> list[dict]:
     """The lines without what depends on the clock."""
     clock = {"images_per_second", "data_wait_share"}
     return [{k: v for k, v in line.items() if k not in clock and not k.endswith("seconds")} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    latest = Checkpoints(str(run)).latest()
+    assert latest is not None
+    return load_file(run / "checkpoints" / latest.name / "model.safetensors")
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """Bit for bit the same weights, and the same metrics without gaps or repeats."""
+    assert without_clock(read_metrics(run)) == without_clock(read_metrics(other))
+    mine, theirs = weights(run), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def train_args(data: str, storage: Path | str, name: str, workers: int = 2, *more: str) -> list[str]:

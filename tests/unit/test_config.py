@@ -81,6 +81,7 @@ def test_bounds_are_allowed_and_what_lies_beyond_is_not(name, bound, direction):
         *(("epochs", 0), ("global_batch_size", 0), ("accumulation_steps", 0), ("keep_checkpoints", 0)),
         *(("learning_rate", -0.1), ("validation_fraction", 0.0), ("beta2", 1.0), ("ema_decay", 1.0), ("seed", -1)),
         *(("crop_padding", -1), ("cutout_size", -1), ("muon_learning_rate", -0.1), ("recalibrate_batches", -1)),
+        *(("checkpoint_every_steps", -1), ("checkpoint_every_seconds", -1.0), ("storage_retry_seconds", -1.0)),
     ],
 )
 def test_values_that_make_no_sense_are_refused(name, value):

@@ -15,10 +15,17 @@ PACKAGE = {
 MODULES = JOBS | PACKAGE
 
 # What a module of the package (the longest prefix counts) may import of it besides its own folder.
-BASE = {"config", "errors", "storage"}
-TRAIN = {f"train.{name}" for name in ("checkpoint", "loop", "metrics", "optim", "precision", "progress", "setup")}
+BASE = {"config", "errors", "storage", "versions"}
+TRAIN = {
+    f"train.{name}"
+    for name in (
+        *("attempt", "checkpoint", "loop", "metrics", "optim", "plan", "precision", "preflight", "progress", "saver"),
+        "setup",
+    )
+}
 MAY_IMPORT = {
     "errors": set(),
+    "versions": set(),
     "config": {"errors"},
     "storage": {"errors"},
     "recipes": {"config", "errors"},
@@ -38,6 +45,8 @@ JOBS_MAY_IMPORT = {
     "data.store",
     "evaluate",
     "train.launch",
+    "train.plan",
+    "train.preflight",
     "models",
 }
 RAY = {"cifar_dist.train.launch", "cifar_dist.train.worker", "cifar_dist.evaluate.driver"}

@@ -195,7 +195,7 @@ def test_sums_and_averages_without_a_group_change_nothing():
 
 
 def run(state: TrainState, batches: Iterable[Batch]) -> Clock:
-    return train_epoch(state, batches, lambda _clock: None, lambda: None)
+    return train_epoch(state, batches, lambda _clock: None)
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -256,41 +256,45 @@ def test_clipping_limits_the_norm_over_both_optimizers(limit, clipped, precision
 
 
 def test_learning_rate_follows_the_schedule_of_the_whole_run():
-    state = state_of(plain_model(), schedule="cosine", epochs=3, log_every_steps=1)
+    state = state_of(plain_model(), schedule="cosine", epochs=3)
     state.cursor = Cursor(1, 2)
     rates = []
-    train_epoch(state, [whole(2)] * 3, lambda _clock: rates.append(state.learning_rate), lambda: None)
+    train_epoch(state, [whole(2)] * 3, lambda _clock: rates.append(state.learning_rate))
     assert rates == [schedule_factor(state.config.optim, step, 15) for step in (7, 8, 9)]
 
 
 def test_average_of_weights_is_updated_each_step():
-    state, seen = state_of(plain_model(), ema_decay=0.5, learning_rate=0.1, log_every_steps=1), []
-    train_epoch(state, [whole(4, seed) for seed in range(3)], lambda _clock: seen.append(weights(state.model)), int)
+    state, seen = state_of(plain_model(), ema_decay=0.5, learning_rate=0.1), []
+    train_epoch(state, [whole(4, seed) for seed in range(3)], lambda _clock: seen.append(weights(state.model)))
     expected = 0.5 * (0.5 * seen[0] + 0.5 * seen[1]) + 0.5 * seen[2]
     assert torch.allclose(weights(state.average.module), expected, atol=1e-6)
 
 
-def test_callbacks_come_at_their_steps():
-    """Counted over the run: logs every 2 steps, checkpoints every 3, but not where the epoch ends anyway."""
-    state = state_of(plain_model(), steps_per_epoch=6, log_every_steps=2, checkpoint_every_steps=3, epochs=2)
-    logs, checkpoints = [], []
+def test_callback_comes_after_each_step_when_all_of_it_is_done():
+    state, seen = state_of(plain_model(), steps_per_epoch=3, epochs=2, learning_rate=0.1), []
+    before = weights(state.model)
+
+    def after_step(clock: Clock) -> None:
+        moved = not torch.equal(weights(state.model), before)
+        before.copy_(weights(state.model))
+        seen.append((state.cursor, state.global_step, int(state.totals[2]), clock.num_images, moved))
+
     for epoch in range(2):
         state.cursor = Cursor(epoch, 0)
-        train_epoch(
-            state,
-            [whole(2)] * 6,
-            lambda clock: logs.append((state.global_step, clock.num_images)),
-            lambda: checkpoints.append(state.cursor),
-        )
-    assert logs == [(2, 4), (4, 8), (6, 12), (8, 4), (10, 8), (12, 12)]
-    assert checkpoints == [Cursor(0, 3), Cursor(1, 3)]
+        train_epoch(state, [whole(n, n) for n in (4, 3, 2)], after_step)
+    assert seen == [
+        *((Cursor(0, 1), 1, 4, 4, True), (Cursor(0, 2), 2, 7, 7, True), (Cursor(0, 3), 3, 9, 9, True)),
+        *((Cursor(1, 1), 4, 13, 4, True), (Cursor(1, 2), 5, 16, 7, True), (Cursor(1, 3), 6, 18, 9, True)),
+    ]
 
 
-def test_no_checkpoint_inside_an_epoch_by_default():
-    def fail() -> None:
-        raise AssertionError("a checkpoint was asked for")
-
-    train_epoch(state_of(plain_model()), [whole(2)] * 5, lambda _clock: None, fail)
+def test_epoch_that_was_over_takes_no_step():
+    state = state_of(plain_model())
+    state.cursor = Cursor(0, 5)
+    before = weights(state.model)
+    clock = train_epoch(state, [], pytest.fail)
+    assert torch.equal(weights(state.model), before)
+    assert (state.cursor, clock.num_images) == (Cursor(0, 5), 0)
 
 
 def dropout_model() -> nn.Module:

@@ -24,7 +24,7 @@ from cifar_dist.evaluate import report
 from cifar_dist.evaluate.driver import Evaluation, merge
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
 from cifar_dist.recipes import recipe_config
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor
+from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
 from cifar_dist.train.metrics import RunLog
 
 NUM_TRAIN, NUM_TEST, SIZE = 60, 250, 96  # three batches of test images, so that three shards have one each
@@ -94,16 +94,18 @@ def run(tmp_path_factory) -> Run:
     weights = {name: tensor if "running" in name else tensor * 0 for name, tensor in average.items()}
     run_uri = str(folder / "runs" / "first-run")
     (folder / "runs" / "first-run").mkdir(parents=True)
-    log = RunLog(run_uri, 0)
+    log = RunLog(run_uri, 0, [])
     rates = {"images_per_second": 20.0, "data_wait_share": 0.25, "seconds": 4.0}
     scores = {"train_loss": 2.0, "train_accuracy": 0.3, "validation_loss": 2.1, "validation_accuracy": 0.25}
     log.add("warning", 0, 0, warning="random_weights", message="starts from RANDOM weights <not> ImageNet's")
     log.add("step", 0, 5, step=5, **scores, **rates)
     log.add("epoch", 0, 10, **scores, **rates)
     log.add("epoch", 1, 20, **scores, **{**rates, "images_per_second": 40.0, "data_wait_share": 0.0, "seconds": 12.0})
-    log.flush()
+    log.store(log.take())
     meta = {
         "model": "resnet50v2",
+        "num_classes": 10,
+        "global_step": 20,
         "metrics": scores,
         "config": config.to_dict(),
         "manifest_sha256": store.read_manifest(data_uri).sha256,
@@ -118,7 +120,8 @@ def run(tmp_path_factory) -> Run:
         "num_threads_per_worker": 1,
         "git_commit": "unknown",
     }
-    checkpoint = Checkpoints(run_uri).write(Cursor(2, 0), weights, average, {}, meta)
+    state = State(weights, average, {}, {}, log.take())
+    checkpoint = Checkpoints(run_uri).write(Cursor(2, 0), 1, state, meta)
     return Run(data_uri, run_uri, staging, checkpoint)
 
 
@@ -168,7 +171,7 @@ def test_every_image_of_each_split_comes_once(run, merged):
 def test_predictions_are_those_of_the_averaged_weights(run, merged):
     """Computed again without DALI, the loader and the shard: catches mixed-up ids as well as the wrong weights."""
     model = models.build("resnet50v2")
-    model.load_state_dict(Checkpoints(run.run_uri).load(run.checkpoint)["average"])
+    model.load_state_dict(Checkpoints(run.run_uri).load(run.checkpoint).average)
     model.eval()
     with torch.inference_mode():
         expected = model(pixels(run.data_uri, run.staging, range(95, 110))).softmax(1).numpy()
@@ -204,7 +207,7 @@ def test_flip_tta_adds_the_mean_of_the_logits_of_image_and_mirror_image(run, thi
         assert flipped[split][0].equals(thirds[2][split][0])
         assert flipped[split][1].to_dict() == thirds[2][split][1].to_dict()
     model = models.build("resnet50v2")
-    model.load_state_dict(Checkpoints(run.run_uri).load(run.checkpoint)["average"])
+    model.load_state_dict(Checkpoints(run.run_uri).load(run.checkpoint).average)
     model.eval()
     images = pixels(run.data_uri, run.staging, range(235, 250))
     with torch.inference_mode():

@@ -1,0 +1,64 @@
+"""Which start of a run owns it: every start claims a higher number, and an older one may publish nothing any more.
+
+A claim is the file RUN/attempts/NNNNNN-DRIVER.json. No storage needs locks for it: whoever has the highest (number,
+driver) is the owner, and a claimant looks again after it has written.
+"""
+
+import json
+import os
+import re
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from cifar_dist.errors import UserError
+from cifar_dist.storage import Folder, to_json
+
+CLAIM = re.compile(r"(\d{6,})-([0-9a-f]{8,})\.json")
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """The claims on a run by `driver`, the hex name of one process that starts workers."""
+
+    run: Folder
+    driver: str
+
+    def newest(self) -> tuple[int, str]:
+        """(number, driver) of the owner; (0, '') before the first."""
+        found = [match for name in self.run.names("attempts") if (match := CLAIM.fullmatch(name))]
+        return max(((int(match[1]), match[2]) for match in found), default=(0, ""))
+
+    def claim(self, takeover: bool) -> int:
+        """The number of a new attempt. Raises UserError where another driver owns the run, unless `takeover`."""
+        while True:
+            number, owner = self.newest()
+            if owner != self.driver and not takeover:
+                self.refuse()
+            number += 1
+            self.run.create("attempts")
+            card = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "time": datetime.now(UTC).isoformat("T", "seconds"),
+            }
+            self.run.write(f"attempts/{number:06d}-{self.driver}.json", to_json({"attempt": number, **card}))
+            if self.newest() == (number, self.driver):
+                return number
+
+    def check(self, number: int) -> None:
+        """Raises UserError unless attempt `number` still owns the run."""
+        if self.newest() != (number, self.driver):
+            self.refuse()
+
+    def refuse(self) -> None:
+        number, owner = self.newest()
+        try:
+            card = json.loads(self.run.read(f"attempts/{number:06d}-{owner}.json"))
+            who = f"by process {card['pid']} on {card['host']} at {card['time']}"
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            who = "by another job"
+        raise UserError(
+            f"the run {self.run.uri} was taken over as attempt {number} {who}; this older one stops and stores nothing "
+            "more. Start a run once only, or give each its own --name"
+        )

@@ -1,0 +1,194 @@
+"""What a run is to do: where and how it is launched, held against its settings, its data and what is stored.
+
+Nothing is written here.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cifar_dist.config import FREE_ON_RESUME, Config
+from cifar_dist.data import order
+from cifar_dist.data.store import Manifest, read_manifest, use_decoded
+from cifar_dist.errors import UserError
+from cifar_dist.storage import Folder, absolute_uri, join_uri
+from cifar_dist.train.attempt import Attempts
+from cifar_dist.train.checkpoint import Checkpoints
+from cifar_dist.train.setup import build_model, expected_of, image_spec, load_start_weights
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where and how a run is launched: workers, storage and limits. Nothing here changes what is learned."""
+
+    data_uri: str
+    storage_uri: str
+    name: str
+    num_workers: int = 1  # at most, where min_workers is given
+    min_workers: int | None = None  # None: exactly num_workers
+    recipe: str = ""
+    device: str = "auto"  # auto, cpu or gpu
+    max_failures: int = 3
+    collective_timeout_seconds: int = 120
+    resize_seconds: float = 60.0  # between looks at the cluster for more workers, where min_workers is given
+    staging_folder: str | None = None
+    address: str | None = None  # of a Ray cluster; None starts one on this machine
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1 or (self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers):
+            given = self.num_workers if self.min_workers is None else f"{self.min_workers}:{self.num_workers}"
+            raise UserError(f"--workers must be 1 or more, or a range such as 1:4, not {given}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise UserError(
+                f"--name {self.name!r} is no run name: up to 100 letters, digits, dots, dashes and underscores, "
+                "beginning with a letter or digit; a folder goes into --storage"
+            )
+        limits = {
+            "collective-timeout-seconds": (self.collective_timeout_seconds, 1),
+            "resize-seconds": (self.resize_seconds, 1),
+        }
+        for name, (value, least) in {"max-failures": (self.max_failures, 0), **limits}.items():
+            if not value >= least:
+                raise UserError(f"--{name} must be {least} or more, not {value}")
+
+    @property
+    def run_uri(self) -> str:
+        return join_uri(absolute_uri(self.storage_uri), self.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was found sound. `weights`: the card of --weights; `card`: what config.json is to hold."""
+
+    config: Config
+    launch: Launch
+    data_uri: str
+    manifest: Manifest
+    weights: dict[str, Any] | None
+    card: dict[str, Any]
+    is_finished: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver hands to every worker. `progress` is a Ray actor handle, `weights` the card of --weights.
+
+    `driver` and `attempt` are the driver's claim on the run (attempt.py).
+    """
+
+    config: Config
+    data_uri: str
+    manifest_sha256: str
+    run_uri: str
+    staging_folder: str | None
+    num_cpus_per_worker: int
+    git_commit: str
+    progress: Any
+    driver: str
+    attempt: int
+    weights: dict[str, Any] | None
+
+
+def make_plan(config: Config, launch: Launch) -> Plan:
+    """Raises UserError for settings, data or a stored run that do not fit each other."""
+    data_uri = absolute_uri(launch.data_uri)
+    if config.model.weights:
+        config = config.replace(weights=absolute_uri(config.model.weights))
+    manifest = read_manifest(data_uri)
+    check_data(config, launch, manifest)
+    weights = None
+    if config.model.weights:  # into a network of its own: what does not fit is found before anything is stored
+        cpu = torch.device("cpu")
+        weights = load_start_weights(config, build_model(config, manifest.num_classes, image_spec(config, cpu), cpu))
+    card = {
+        "config": config.to_dict(),
+        "manifest_sha256": manifest.sha256,
+        "weights": weights,
+        "recipe": launch.recipe,
+        "data_uri": launch.data_uri,
+        "num_workers": launch.num_workers,
+    }
+    check_stored(card, launch, config.model.weights)
+    checkpoints = Checkpoints(launch.run_uri)
+    found: Any = checkpoints.latest()
+    if found and found.cursor.epoch >= config.loop.epochs:  # if that one is damaged there is something to do
+        found, _ = checkpoints.load_newest(expected_of(config, manifest)) or (None, None)
+    is_finished = bool(found) and found.cursor.epoch >= config.loop.epochs
+    return Plan(config, launch, data_uri, manifest, weights, card, is_finished)
+
+
+def check_data(config: Config, launch: Launch, manifest: Manifest) -> None:
+    batch = config.loop.global_batch_size
+    if batch < launch.num_workers:
+        raise UserError(f"--global-batch-size {batch} is less than one image for each of {launch.num_workers} workers")
+    num_train = manifest.num_rows("train")
+    # As the split does: the labels alone decide how many images validate.
+    labels = np.repeat(np.arange(manifest.num_classes), manifest.splits["train"]["num_rows_per_class"])
+    rest, validation = (len(ids) for ids in order.train_validation_ids(labels, config.data.validation_fraction, 0, 0))
+    if not validation:
+        raise UserError(f"no class of {launch.data_uri} has the 2 train images that a validation split needs")
+    if config.data.train_images > rest:
+        raise UserError(
+            f"--train-images is {config.data.train_images}, the data set has {num_train} train images, of which "
+            f"{validation} are held out for validation"
+        )
+    use_decoded(manifest.image_shape("train"), num_train, config.data.cache, config.data.cache_budget_mib)
+
+
+def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None:
+    """Holds the card against the one of the stored run of this name, if there is one."""
+    try:
+        stored = json.loads(Folder(launch.run_uri).read("config.json"))
+        old_config, old_data = stored["config"], stored["manifest_sha256"]
+        old_weights = stored.get("weights") or {}
+        old_values = {name: value for section in old_config.values() for name, value in section.items()}
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{launch.run_uri}/config.json is damaged ({error!r}); use another --name") from error
+    if old_data != card["manifest_sha256"]:
+        raise UserError(f"the run {launch.name} was started on another data set; use another --name")
+    if old_weights.get("sha256") != (card["weights"] or {}).get("sha256"):
+        raise UserError(
+            f"the run {launch.name} was started from {old_weights.get('uri', 'random weights')}, which --weights "
+            f"{weights_uri or 'that is not given'} is not; name the same file, or use another --name"
+        )
+    for name, value in [item for section in card["config"].values() for item in section.items()]:
+        old = old_values.get(name)
+        if old != value and name not in FREE_ON_RESUME:
+            raise UserError(
+                f"the run {launch.name} was started with {name}={old}, not {value}; use the same setting to "
+                "continue it, or another --name"
+            )
+
+
+def explain_resume(plan: Plan) -> str:
+    """What the run would load and why, as lines; reads and verifies as a resume does."""
+    run_uri, config = plan.launch.run_uri, plan.config
+    checkpoints = Checkpoints(run_uri)
+    number, _ = Attempts(Folder(run_uri), "").newest()
+    lines = [f"run {run_uri}: {number} attempts so far, {config.loop.epochs} epochs wanted"]
+
+    def note(name: str, fault: str) -> None:
+        lines.append(f"  {name}: {'PASSED OVER: ' + fault if fault else 'whole, the newest that can be read'}")
+
+    found = checkpoints.load_newest(expected_of(config, plan.manifest), note)
+    if found is None:
+        return "\n".join([*lines, "would start from the beginning: there is no checkpoint"])
+    checkpoint, _ = found
+    best = checkpoints.best()
+    for other in reversed(checkpoints.scan()[0]):
+        if other.age < checkpoint.age:
+            lines.append(f"  {other.name}: older{', kept as the best' if other == best else ''}")
+    meta = checkpoint.meta
+    place = (
+        f"{checkpoint.cursor.epoch} epochs and {checkpoint.cursor.step} steps done, global step {meta['global_step']}"
+    )
+    if plan.is_finished:
+        return "\n".join([*lines, f"would do nothing: the run is finished ({place})"])
+    workers = f"written by {meta['world_size']} workers in attempt {meta['attempt']}"
+    return "\n".join([*lines, f"would load {checkpoint.name}: {place}; {workers}"])
