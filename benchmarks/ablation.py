@@ -4,6 +4,7 @@ Accuracy is on validation; the test split is not read. All runs of a seed see th
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -71,16 +72,16 @@ def main() -> None:
     runs: dict[str, dict[int, dict[str, float]]] = {}
     target = Path(__file__).parent / "results" / "ablation.json"
     start = time.monotonic()
-    for seed in range(args.num_seeds):
-        for name in args.variants:
-            if time.monotonic() - start > 60 * args.minutes:
-                return
-            found = validation_accuracy(args.data, seed, args.num_images, [*common, *VARIANTS[name]])
-            runs.setdefault(name, {})[seed] = found
-            print(f"seed {seed} {name:34} validation {found['validation_accuracy']:.2%}", flush=True)
-            hardware = {"processor": platform.processor() or platform.machine(), "options": common}
-            table = {"hardware": hardware, "num_images": args.num_images, "epochs": 1, "results": summary(runs)}
-            target.write_text(json.dumps(table, indent=2) + "\n")
+    target.parent.mkdir(exist_ok=True)
+    for seed, name in itertools.product(range(args.num_seeds), args.variants):
+        if time.monotonic() - start > 60 * args.minutes:
+            break
+        found = validation_accuracy(args.data, seed, args.num_images, [*common, *VARIANTS[name]])
+        runs.setdefault(name, {})[seed] = found
+        print(f"seed {seed} {name:34} validation {found['validation_accuracy']:.2%}", flush=True)
+        hardware = {"processor": platform.processor() or platform.machine(), "options": common}
+        table = {"hardware": hardware, "num_images": args.num_images, "epochs": 1, "results": summary(runs)}
+        target.write_text(json.dumps(table, indent=2) + "\n")
     for row in summary(runs):
         low, high = min(row["differences"]), max(row["differences"])
         print(

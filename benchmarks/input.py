@@ -26,7 +26,7 @@ from cifar_dist.config import Parser
 from cifar_dist.data import sources, store
 from cifar_dist.data.loader import Loader, train_plans
 from cifar_dist.data.order import Augmentation
-from cifar_dist.data.pipeline import ImageSpec
+from cifar_dist.data.spec import ImageSpec
 
 BATCH = 64
 

@@ -115,7 +115,8 @@ def goodput(nodes: Nodes, data: str, minutes: float) -> dict[str, float]:
                     num_kills += 1
                 time.sleep(0.2)
             last = run.newest()
-            assert first is not None and last is not None
+            assert first
+            assert last
             rates.append((last.meta["global_step"] - first.meta["global_step"]) / (time.time() - start))
             run.stop()
     return {
