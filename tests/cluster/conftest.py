@@ -1,9 +1,10 @@
 """Fixtures of the cluster tests: a tiny data set and a whole run of it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from job_process import run_job, train_args
+from job_process import Job, run_job, train_args
 
 from cifar_dist.data import sources, store
 
@@ -12,6 +13,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in Path(item.fspath).parents:
             item.add_marker("cluster")
+
+
+@pytest.fixture(autouse=True)
+def no_job_is_left_running() -> Iterator[None]:
+    yield
+    while Job.started:
+        Job.started.pop().end()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -29,8 +30,11 @@ SMALL = (
 class Job:
     """jobs/SCRIPT as a process, from another folder than the project's; finds the processes that it brought forth."""
 
+    started: ClassVar[list["Job"]] = []
+
     def __init__(self, script: str, *args: str, env: dict[str, str] | None = None) -> None:
         self.tag = f"CIFAR_DIST_TEST={uuid.uuid4()}"
+        Job.started.append(self)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the job has ended
         name, _, value = self.tag.partition("=")
         self.process = subprocess.Popen(
@@ -69,6 +73,13 @@ class Job:
             self.kill()
         self.log.seek(0)
         return code, self.log.read()
+
+    def end(self) -> None:
+        """Kills what is left of it."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.kill()
 
 
 def run_job(script: str, *args: str, env: dict[str, str] | None = None) -> tuple[int, str]:

@@ -47,6 +47,17 @@ def wait_for_attempt(run: Path, attempt: int, job: Job) -> None:
     wait_until(is_there)
 
 
+def wait_for_size(run: Path, num_workers: int, job: Job) -> None:
+    """Until so many workers have written a checkpoint."""
+
+    def is_there() -> bool:
+        assert job.process.poll() is None, job.wait()
+        checkpoint = newest(run)
+        return checkpoint is not None and checkpoint.meta["world_size"] == num_workers
+
+    wait_until(is_there)
+
+
 def assert_every_sample_once(run: Path, data: str, num_steps: int | None = None) -> None:
     """The recorded ids and flips of every step are those that the cursor alone determines, without gaps or repeats."""
     recorded = [line for line in read_metrics(run) if line["kind"] == "samples"]
@@ -111,18 +122,13 @@ def test_elastic_workers_shrink_with_the_cluster_and_grow_again(nodes: Nodes, ti
     args = train_args(tiny_uri, tmp_path, "run", 3, "--address", nodes.address, *more)
     args[args.index("3")] = "1:3"
     job = Job(*args)
-    for attempt, num_workers in enumerate((3, 2, 3), 1):
-        wait_for_attempt(run, attempt, job)
-        checkpoint = newest(run)
-        assert checkpoint is not None
-        assert checkpoint.meta["world_size"] == num_workers
-        if num_workers == 2:
-            nodes.add()
-        elif attempt == 1:
-            nodes.kill(nodes.of_process(nodes.train_workers()[0]))
+    wait_for_size(run, 3, job)
+    nodes.kill(nodes.of_process(nodes.train_workers()[0]))
+    wait_for_size(run, 2, job)
+    nodes.add()
+    wait_for_size(run, 3, job)
     job.process.kill()
-    _, output = job.wait()
-    assert re.findall(r": (\d) workers of", output) == ["3", "2", "3"]
+    job.wait()
     assert_every_sample_once(run, tiny_uri)
 
 
@@ -131,7 +137,7 @@ def test_a_preemption_notice_stores_a_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     job = Job(*train_args(tiny_uri, tmp_path, "run", 2, "--checkpoint-every-steps", "0", "--address", nodes.address))
-    wait_until(lambda: (nodes.train_workers() and read_metrics(run)) or newest(run))
+    wait_until(lambda: newest(run))  # of the first epoch
     node = nodes.of_process(nodes.train_workers()[0])
     nodes.drain(node, deadline_seconds=8)
     code, output = job.wait()

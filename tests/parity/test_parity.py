@@ -12,7 +12,8 @@ from conftest import run_keras
 from torch import nn
 
 from cifar_dist import models
-from cifar_dist.data.pipeline import ImagePipeline, ImageSpec
+from cifar_dist.data.pipeline import ImagePipeline
+from cifar_dist.data.spec import ImageSpec
 from cifar_dist.models.keras_weights import load_keras_weights
 from cifar_dist.recipes import recipe_config
 from cifar_dist.train.optim import make_optimizers, set_step
