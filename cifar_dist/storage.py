@@ -1,9 +1,11 @@
 """Files under a URI, on anything that pyarrow.fs opens: local paths, NFS, S3, GCS."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -22,22 +24,31 @@ Result = TypeVar("Result")
 # Faults that may pass: a file server or network that is away, an object store that is overloaded. pyarrow gives its
 # file systems' errors an errno only where the operating system did.
 PASSING_ERRNOS = {
-    *(errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+    *(
+        errno.ENOTEMPTY,
+        errno.EIO,
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.EINTR,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+    ),
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EREMOTEIO),
 }
-PASSING_WORDS = (
-    "NETWORK_CONNECTION",
-    "SLOW_DOWN",
-    "INTERNAL_FAILURE",
-    "SERVICE_UNAVAILABLE",
-    "REQUEST_TIMEOUT",
-    "curlCode",
+PASSING = re.compile(
+    "NETWORK_CONNECTION|SLOW_DOWN|INTERNAL_FAILURE|UNAVAILABLE|REQUEST_TIMEOUT|THROTTLING|DEADLINE_EXCEEDED|curlCode"
+    r"|HTTP status (429|5\d\d)"
 )
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, then run the same command to go on"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check that this user may write there"),
+}
 
 
 def may_pass(error: OSError) -> bool:
     """Whether the same call may succeed a little later; a full disk or a denied access does not pass by itself."""
-    return error.errno in PASSING_ERRNOS or any(word in str(error) for word in PASSING_WORDS)
+    return error.errno in PASSING_ERRNOS or bool(PASSING.search(str(error)))
 
 
 def absolute_uri(uri: str) -> str:
@@ -83,7 +94,8 @@ class Folder:
     def at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
 
-    def _try(self, verb: str, name: str, action: Callable[[], Result]) -> Result:
+    def tried(self, verb: str, name: str, action: Callable[[], Result]) -> Result:
+        """What the action returns; its OSErrors are tried again or become UserErrors, but for FileNotFoundError."""
         end, wait = time.monotonic() + self.retry_seconds, 0.5
         while True:
             try:
@@ -91,31 +103,35 @@ class Folder:
             except FileNotFoundError:
                 raise
             except OSError as error:
-                left = end - time.monotonic()
+                left, where = end - time.monotonic(), join_uri(self.uri, name)
                 if not may_pass(error) or left <= 0:
-                    tried = (
-                        f" (tried again for {self.retry_seconds:g} s)" if may_pass(error) and self.retry_seconds else ""
-                    )
-                    raise UserError(f"cannot {verb} {join_uri(self.uri, name)}: {error}{tried}") from error
-                print(f"cannot {verb} {join_uri(self.uri, name)}: {error}; trying again", file=sys.stderr, flush=True)
+                    advice = ADVICE.get(error.errno or 0) or (may_pass(error) and "run the same command again later")
+                    raise UserError(f"cannot {verb} {where}: {error}" + (f"; {advice}" if advice else "")) from error
+                print(f"cannot {verb} {where}: {error}; trying again", file=sys.stderr, flush=True)
                 time.sleep(min(wait, left))
                 wait = min(2 * wait, 10.0)
 
     def exists(self, name: str = "") -> bool:
-        info = self._try("look at", name, lambda: self.fs.get_file_info(self.at(name)))
+        info = self.tried("look at", name, lambda: self.fs.get_file_info(self.at(name)))
         return info.type != fs.FileType.NotFound
 
     def names(self, name: str = "") -> list[str]:
         """Sorted base names in the folder or in one of its folders; empty if it is not there."""
         selector = fs.FileSelector(self.at(name), allow_not_found=True)
-        return sorted(info.base_name for info in self._try("list", name, lambda: self.fs.get_file_info(selector)))
+
+        def act() -> list[fs.FileInfo]:
+            with contextlib.suppress(FileNotFoundError):  # made or changed by another process while it was listed
+                return self.fs.get_file_info(selector)
+            return self.fs.get_file_info(selector)
+
+        return sorted(info.base_name for info in self.tried("list", name, act))
 
     def create(self, name: str = "") -> None:
-        self._try("create", name, lambda: self.fs.create_dir(self.at(name), recursive=True))
+        self.tried("create", name, lambda: self.fs.create_dir(self.at(name), recursive=True))
 
     def read(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError if it is not there."""
-        return self._try("read", name, lambda: self.fs.open_input_stream(self.at(name)).read())
+        return self.tried("read", name, lambda: self.fs.open_input_stream(self.at(name)).read())
 
     def write(self, name: str, content: bytes) -> None:
         """A reader sees the old file or the new one, never a part: object stores do so by themselves, elsewhere it is
@@ -133,22 +149,24 @@ class Folder:
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(self.at(name))
+                sync(temporary.parent)
             except OSError:
                 temporary.unlink(missing_ok=True)
                 raise
 
-        self._try("write", name, act)
+        self.tried("write", name, act)
 
     def move(self, name: str, new_name: str) -> None:
-        self._try("write", new_name, lambda: self.fs.move(self.at(name), self.at(new_name)))
+        self.tried("write", new_name, lambda: self.fs.move(self.at(name), self.at(new_name)))
 
     def delete(self, name: str) -> None:
         """Deletes a file or a folder with all that is in it; what is not there is fine."""
-        kind = self._try("look at", name, lambda: self.fs.get_file_info(self.at(name))).type
-        if kind == fs.FileType.Directory:
-            self._try("delete", name, lambda: self.fs.delete_dir(self.at(name)))
-        elif kind == fs.FileType.File:
-            self._try("delete", name, lambda: self.fs.delete_file(self.at(name)))
+        kind = self.tried("look at", name, lambda: self.fs.get_file_info(self.at(name))).type
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile
+            if kind == fs.FileType.Directory:
+                self.tried("delete", name, lambda: self.fs.delete_dir(self.at(name)))
+            elif kind == fs.FileType.File:
+                self.tried("delete", name, lambda: self.fs.delete_file(self.at(name)))
 
     def download(self, name: str, target: Path) -> str:
         """Copies a file to a local path; returns the SHA-256 of what was copied (hex)."""
@@ -161,7 +179,7 @@ class Folder:
                     copy.write(chunk)
             return digest.hexdigest()
 
-        return self._try("copy", name, act)
+        return self.tried("copy", name, act)
 
     def upload(self, source: Path, name: str) -> None:
         """Copies a local file here, under its own name at once: publish it by writing an index file last."""
@@ -171,13 +189,16 @@ class Folder:
                 while chunk := stream.read(1 << 22):
                     copy.write(chunk)
 
-        self._try("write", name, act)
+        self.tried("write", name, act)
 
 
 def sync(path: Path) -> None:
-    """Makes a local file's bytes survive a crash of the machine."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Makes a local file's bytes, or the names in a folder, survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

@@ -64,7 +64,7 @@ def read_manifest(uri: str) -> Manifest:
         if version == FORMAT_VERSION:
             manifest = Manifest(**values)
             damaged = manifest.sha256 != manifest.digest()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise UserError(f"{uri} is no data set: it has no manifest.json; make one with jobs/prepare.py") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where} is damaged ({error}); prepare the data set again") from error

@@ -6,8 +6,8 @@ here) and, written last, meta.json, which names the SHA-256 of the others. A fol
 """
 
 import contextlib
+import errno
 import json
-import pickle
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from cifar_dist.storage import Folder, file_sha256, join_uri, sync, to_json
 from cifar_dist.versions import package_versions
 
 FORMAT_VERSION = 3
-NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}-attempt-\d{4,}")
+NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-attempt-(\d{4,}))?")  # format 2 had no attempt
 LINES = "metrics.jsonl"
 NEEDED = {"model.safetensors", "optimizer.pt", LINES}
 
@@ -77,6 +77,10 @@ class State:
     lines: list[dict[str, Any]]
 
 
+def name_of(cursor: Cursor, attempt: int) -> str:
+    return f"epoch-{cursor.epoch:04d}-step-{cursor.step:06d}-attempt-{attempt:04d}"
+
+
 def best_first(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     return sorted(checkpoints, key=lambda c: (c.score, c.age), reverse=True)
 
@@ -103,13 +107,13 @@ class Checkpoints:
                     damaged[name] = Damaged(f"{where} has {version}; use another --name, or that program")
                     continue
                 checkpoint = Checkpoint(name, meta)
-                _ = checkpoint.age, checkpoint.score  # a KeyError here, not later
-                if not meta["files"].keys() >= NEEDED:
-                    raise KeyError("files")
+                _ = checkpoint.score  # a KeyError here, not later
+                if not meta["files"].keys() >= NEEDED or name != name_of(checkpoint.cursor, meta["attempt"]):
+                    raise KeyError("files, epoch, step or attempt")
                 found.append(checkpoint)
             except FileNotFoundError:
                 continue  # cut off while it was written
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 damaged[name] = Damaged(f"{where}/meta.json is damaged ({error!r}); remove that folder")
         return sorted(found, key=lambda c: c.age), damaged
 
@@ -134,33 +138,19 @@ class Checkpoints:
         self, cursor: Cursor, attempt: int, state: State, meta: dict[str, Any], fence: Callable[[], None] = lambda: None
     ) -> Checkpoint:
         """Writes a checkpoint; it exists from the moment its meta.json does. `fence` raises where it must not."""
-        name = f"epoch-{cursor.epoch:04d}-step-{cursor.step:06d}-attempt-{attempt:04d}"
+        name = name_of(cursor, attempt)
         fence()
         self.folder.delete(f"{name}/meta.json")
         self.folder.create(name)
         with tempfile.TemporaryDirectory() as temporary:
             # On a local file system straight into the checkpoint's folder, elsewhere by way of a local file.
             target = Path(self.folder.at(name)) if self.folder.is_local else Path(temporary)
-            hashes = {}
             try:
-                tensors = {"model": state.model, "average": state.average, "ranks": state.ranks}
-                for stem, values in tensors.items():
-                    if values:
-                        host = {key: tensor.detach().cpu().contiguous() for key, tensor in values.items()}
-                        save_file(host, target / f"{stem}.safetensors")
-                        hashes[f"{stem}.safetensors"] = ""
-                torch.save(state.optimizer, target / "optimizer.pt")
-                (target / LINES).write_text("".join(json.dumps(line) + "\n" for line in state.lines))
-                for file in [*hashes, "optimizer.pt", LINES]:
-                    hashes[file] = file_sha256(target / file)
-                    if self.folder.is_local:
-                        sync(target / file)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                self._give_up(name)
-                raise UserError(
-                    f"cannot write the checkpoint {self.where(name)}: {str(error).splitlines()[0]}; the ones before it "
-                    "are kept. Make room, then run the same command to go on"
-                ) from error
+                hashes = self.folder.tried("write", name, lambda: write_files(state, target))
+            except UserError:
+                with contextlib.suppress(UserError):  # what is left goes with the next checkpoint
+                    self.folder.delete(name)
+                raise
             if not self.folder.is_local:
                 for file in hashes:
                     self.folder.upload(target / file, f"{name}/{file}")
@@ -177,17 +167,16 @@ class Checkpoints:
         self.folder.write(f"{name}/meta.json", to_json(whole))
         return Checkpoint(name, whole)
 
-    def _give_up(self, name: str) -> None:
-        """Frees what a failed write left; where that fails too it is removed with the next checkpoint."""
-        with contextlib.suppress(UserError, FileNotFoundError):
-            self.folder.delete(name)
-
     def keep(self, num_newest: int, attempt: int) -> None:
-        """Deletes all but the newest ones and the best one, and what attempts up to `attempt` left unfinished."""
-        found, _ = self.scan()
-        names = {c.name for c in [*found[-num_newest:], *best_first(found)[:1]]}
+        """Deletes all but the newest ones and the best one, and what attempts up to `attempt` left unfinished.
+
+        Damaged ones, and those of another version of this program, are left to whoever can read them.
+        """
+        found, damaged = self.scan()
+        names = {c.name for c in [*found[-num_newest:], *best_first(found)[:1]]} | damaged.keys()
         for name in self._names():
-            if name not in names and int(name.rpartition("-")[2]) <= attempt:
+            match = NAME.fullmatch(name)
+            if match and name not in names and int(match[2] or 0) <= attempt:
                 self.folder.delete(f"{name}/meta.json")
                 self.folder.delete(name)
 
@@ -244,13 +233,37 @@ class Checkpoints:
                     )
                 try:
                     loaded[file.split(".")[0]] = read_state_file(path)
-                except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+                except OSError:
+                    raise
+                except Exception as error:  # a forged file makes the unpickler fail in any way
                     raise Damaged(
                         f"{file} of the checkpoint {where} was not written by this program; remove that folder"
                     ) from error
                 path.unlink()
         fields = ("model", "average", "ranks", "optimizer")
         return State(**{name: loaded[name] for name in fields}, lines=loaded["metrics"])
+
+
+def write_files(state: State, folder: Path) -> dict[str, str]:
+    """Writes the state's files; returns their SHA-256 by name. Raises OSError, with the number where it is known."""
+    tensors = {"model": state.model, "average": state.average, "ranks": state.ranks}
+    names = [f"{stem}.safetensors" for stem, values in tensors.items() if values]
+    for name in names:
+        host = {key: t.detach().cpu().contiguous() for key, t in (tensors[name.split(".")[0]] or {}).items()}
+        try:
+            save_file(host, folder / name)
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EINVAL, str(error)) from error
+    try:
+        with open(folder / "optimizer.pt", "wb") as file:  # of Python: torch's own does not say what went wrong
+            torch.save(state.optimizer, file)
+    except RuntimeError as error:  # torch's complaint that the file is not whole
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    (folder / LINES).write_text("".join(json.dumps(line) + "\n" for line in state.lines))
+    for name in [*names, "optimizer.pt", LINES]:
+        sync(folder / name)
+    return {name: file_sha256(folder / name) for name in [*names, "optimizer.pt", LINES]}
 
 
 def read_state_file(path: Path) -> Any:

@@ -162,6 +162,8 @@ def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
         ) from error
     finally:
         run.delete(preflight.FOLDER)
+        if not run.names():
+            run.delete("")
     data = plan.config.data
     decoded = use_decoded(
         plan.manifest.image_shape("train"), plan.manifest.num_rows("train"), data.cache, data.cache_budget_mib
@@ -253,9 +255,12 @@ def train(plan: Plan) -> RunResult:
 
     def why_quiet() -> str:
         least = launch.min_workers or launch.num_workers
-        for name, each in resources.items():
-            if (total := count_resource(name)) < least * each:
-                return f"waiting for nodes: {least} workers need {least * each:g} {name}, the cluster has {total} now"
+        with contextlib.suppress(ray.exceptions.RayError, ConnectionError):  # as above
+            for name, each in resources.items():
+                if (total := count_resource(name)) < least * each:
+                    return (
+                        f"waiting for nodes: {least} workers need {least * each:g} {name}, the cluster has {total} now"
+                    )
         return ""
 
     try:

@@ -4,6 +4,7 @@ Nothing is written here.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class Launch:
             "resize-seconds": (self.resize_seconds, 1),
         }
         for name, (value, least) in {"max-failures": (self.max_failures, 0), **limits}.items():
-            if not value >= least:
+            if not least <= value < math.inf:
                 raise UserError(f"--{name} must be {least} or more, not {value}")
 
     @property
@@ -142,19 +143,23 @@ def check_data(config: Config, launch: Launch, manifest: Manifest) -> None:
 def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None:
     """Holds the card against the one of the stored run of this name, if there is one."""
     try:
-        stored = json.loads(Folder(launch.run_uri).read("config.json"))
-        old_config, old_data = stored["config"], stored["manifest_sha256"]
-        old_weights = stored.get("weights") or {}
-        old_values = {name: value for section in old_config.values() for name, value in section.items()}
-    except FileNotFoundError:
-        return
+        try:
+            stored = json.loads(Folder(launch.run_uri).read("config.json"))
+        except FileNotFoundError:
+            latest = Checkpoints(launch.run_uri).latest()
+            if latest is None:
+                return
+            stored = latest.meta  # it says the same
+        old_data, weights = stored["manifest_sha256"], stored.get("weights") or {}
+        old_start, old_sha = weights.get("uri", "random weights"), weights.get("sha256")
+        old_values = {name: value for section in stored["config"].values() for name, value in section.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{launch.run_uri}/config.json is damaged ({error!r}); use another --name") from error
     if old_data != card["manifest_sha256"]:
         raise UserError(f"the run {launch.name} was started on another data set; use another --name")
-    if old_weights.get("sha256") != (card["weights"] or {}).get("sha256"):
+    if old_sha != (card["weights"] or {}).get("sha256"):
         raise UserError(
-            f"the run {launch.name} was started from {old_weights.get('uri', 'random weights')}, which --weights "
+            f"the run {launch.name} was started from {old_start}, which --weights "
             f"{weights_uri or 'that is not given'} is not; name the same file, or use another --name"
         )
     for name, value in [item for section in card["config"].values() for item in section.items()]:

@@ -47,17 +47,18 @@ def look(node: str, run_uri: str, data_uri: str, staging_folder: str | None, tok
 
     def storage() -> str:
         run = Folder(run_uri)
-        run.write(f"{FOLDER}/{node}", token.encode())
         try:
-            return run.read(f"{FOLDER}/token").decode()
+            run.write(f"{FOLDER}/{node}", token.encode())
+            same = run.read(f"{FOLDER}/token") == token.encode()
         except FileNotFoundError:
-            return "fault: it does not see what the driver has written there"
+            same = False
+        return token if same else f"fault: it does not see what the driver has written to {run_uri}; is it shared?"
 
     manifest_sha256 = tried(lambda: read_manifest(data_uri).sha256)
     folder = Path(staging_folder or default_staging_folder())
     with contextlib.suppress(OSError):  # said by is_writable
         folder.mkdir(parents=True, exist_ok=True)
-    there = next(f for f in (folder, *folder.parents) if f.exists())
+    there = next(f for f in (folder, *folder.parents) if os.access(f, os.F_OK))
     shm = Path("/dev/shm")
     return {
         "node": node,
@@ -66,7 +67,7 @@ def look(node: str, run_uri: str, data_uri: str, staging_folder: str | None, tok
         "manifest_sha256": manifest_sha256,
         "storage": tried(storage),
         "staging_folder": str(folder),
-        "is_staged": (folder / manifest_sha256[:16] / "train.arrow").exists(),
+        "is_staged": os.access(folder / manifest_sha256[:16] / "train.arrow", os.F_OK),
         "is_writable": os.access(folder, os.W_OK),
         "disk_free_bytes": shutil.disk_usage(there).free,
         "shm_free_bytes": shutil.disk_usage(shm).free if shm.exists() else 0,
@@ -75,11 +76,14 @@ def look(node: str, run_uri: str, data_uri: str, staging_folder: str | None, tok
 
 
 def gpus() -> str:
-    """'driver version, name' of each GPU, a line each; empty without nvidia-smi."""
+    """'driver version, name' of each GPU, a line each; empty without nvidia-smi, its complaint where it has one."""
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     if shutil.which(command[0]) is None:
         return ""
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=30).stdout.strip()
+    try:
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=30).stdout.strip()
+    except subprocess.TimeoutExpired:
+        return "nvidia-smi does not answer"
 
 
 def num_bytes_to_stage(manifest: Manifest, decoded: bool) -> int:
@@ -106,15 +110,24 @@ def judge(
 
         found = facts["packages"]
         differ = [f"{n} {found.get(n)} here, {v} at the driver" for n, v in wanted.items() if found.get(n) != v]
-        add("versions", ", ".join(f"{n} {v}" for n, v in found.items()), "; ".join(differ))
-        sees = "" if facts["node"] in written else "the driver does not see what this node has written there"
+        same = "; give all nodes the same environment" if differ else ""
+        add("versions", ", ".join(f"{n} {v}" for n, v in found.items()), ", ".join(differ) + same)
+        sees = "" if facts["node"] in written else "the driver does not see what this node has written; is it shared?"
         add("storage", "read and written", sees if facts["storage"] == token else facts["storage"])
         sha = facts["manifest_sha256"]
-        other = "" if sha == manifest.sha256 else f"{sha[:300]}, where the driver sees {manifest.sha256[:16]}"
+        other = (
+            ""
+            if sha == manifest.sha256
+            else f"{sha[:300]}, where the driver sees {manifest.sha256[:16]}; is it shared?"
+        )
         add("data set", f"sha256 {sha[:16]}", other)
         free, folder = facts["disk_free_bytes"], facts["staging_folder"]
         enough = free >= need or facts["is_staged"]
-        lacks = "" if enough else f"{folder} has {free // MIB} MiB free, staging needs {need // MIB} MiB"
+        lacks = (
+            ""
+            if enough
+            else f"{folder} has {free // MIB} MiB free, staging needs {need // MIB + 1} MiB; set --staging-folder"
+        )
         locked = "" if facts["is_writable"] else f"{folder} cannot be written; set --staging-folder"
         add("disk", f"{free // MIB} MiB free in {folder}, {need // MIB} MiB needed", locked or lacks)
         shm = facts["shm_free_bytes"]
@@ -130,7 +143,8 @@ def driver_fault(gpus: str, packages: dict[str, str]) -> str:
     least = min((LEAST_DRIVER[name] for name in packages if name in LEAST_DRIVER), default=0)
     version = gpus.split(",", maxsplit=1)[0].strip()
     if not version.split(".")[0].isdigit():
-        return f"nvidia-smi names no driver ({gpus or 'it is not there'}); install NVIDIA's driver, or use --device cpu"
+        said = "; ".join(gpus.splitlines()) or "it is not there"
+        return f"nvidia-smi names no driver ({said}); install NVIDIA's driver, or use --device cpu"
     if int(version.split(".")[0]) < least:
         return f"driver {version} is older than {least}, which this build of DALI and torch needs; see README, GPUs"
     return ""

@@ -52,8 +52,8 @@ class Display:
                 self._show(values)
             if time.monotonic() > quiet_until:
                 quiet_until = time.monotonic() + QUIET_SECONDS
-                busy = f"no worker has started within {QUIET_SECONDS:g} s: is the cluster busy with other jobs?"
-                if why := self._why_quiet() or (busy if not has_started else ""):
+                busy = "" if has_started else "no worker has started yet: is the cluster busy with other jobs?"
+                if why := self._why_quiet() or busy:
                     self._print(why)
 
     def _show(self, values: dict[str, Any]) -> None:

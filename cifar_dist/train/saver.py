@@ -83,6 +83,7 @@ class Saver:
                 state = State(**copied(vars(state), torch.Tensor.cpu))
         self._store_log(state.lines)
         self.checkpoints.write(cursor, self.attempt, state, meta, self._fence)
+        self._fence()
         self.checkpoints.keep(self.num_kept, self.attempt)
 
     def _store_log(self, lines: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 from job_process import Job, assert_same_run, free_port, read_metrics, run_job, train_args, wait_until
 from ray_cluster import Nodes
@@ -189,8 +190,6 @@ SECRET = "very-secret-key"
 @pytest.fixture
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[subprocess.Popen, str]]:
     """(process, URI of a bucket): a server that speaks S3, on loopback, as a process that can be stopped."""
-    import pyarrow.fs
-
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a-key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -218,7 +217,7 @@ def test_object_storage_that_is_away_for_a_while_costs_nothing(
     """The server is frozen in the middle of a run, then the driver is killed and the run continued."""
     server, storage = s3_server
     uri = storage.replace("/runs", "/runs/run")
-    args = train_args(tiny_uri, storage, "run", 2, "--checkpoint-every-steps", "1")
+    args = train_args(tiny_uri, storage, "run", 2, "--checkpoint-every-steps", "0")
     job = Job(*args)
     wait_until(lambda: Checkpoints(uri).latest())
     server.send_signal(signal.SIGSTOP)
@@ -236,7 +235,7 @@ def test_object_storage_that_is_away_for_a_while_costs_nothing(
     copy = tmp_path / "run"
     checkpoints = Checkpoints(uri)
     run = checkpoints.folder.fs
-    for info in run.get_file_info(__import__("pyarrow").fs.FileSelector("bucket/runs/run", recursive=True)):
+    for info in run.get_file_info(pyarrow.fs.FileSelector("bucket/runs/run", recursive=True)):
         if info.is_file:
             target = tmp_path / Path(info.path).relative_to("bucket/runs")
             target.parent.mkdir(parents=True, exist_ok=True)

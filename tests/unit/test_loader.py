@@ -12,7 +12,7 @@ from PIL import Image
 
 from cifar_dist.data import order, sources, store
 from cifar_dist.data.loader import Batch, Loader, Plan, eval_plans, train_plans, use_decoded
-from cifar_dist.data.pipeline import ImageSpec
+from cifar_dist.data.spec import ImageSpec
 from cifar_dist.errors import UserError
 from cifar_dist.recipes import recipe_config
 from cifar_dist.train.setup import augmentation, image_spec, split_ids

@@ -1,9 +1,10 @@
-"""One epoch of training: exact gradients for any ranks, precision, clipping, callbacks, validation, recalibration."""
+"""One epoch of training: exact gradients for any ranks, ranks that change, precision, clipping, validation."""
 
 import copy
 import multiprocessing
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Batch
-from cifar_dist.data.order import rank_part
+from cifar_dist.data.loader import Batch, train_plans
+from cifar_dist.data.order import Augmentation, epoch_order, rank_part
 from cifar_dist.models import KerasBatchNorm
 from cifar_dist.train import loop
 from cifar_dist.train.checkpoint import Cursor
@@ -25,7 +26,11 @@ from cifar_dist.train.loop import (
     TrainState,
     average_batchnorm_over_ranks,
     backward,
+    gather_statistics,
     recalibrate_batchnorm,
+    set_statistics,
+    split_statistics,
+    statistics_of,
     sum_over_ranks,
     train_epoch,
     update,
@@ -151,12 +156,16 @@ def in_a_group(rank: int, world: int) -> dict:
     for layer in layers:
         layer.running_mean += torch.tensor([rank, 10.0])
         layer.running_var += rank
+    rows, no_rows = gather_statistics(layers), gather_statistics(plain_model())
     average_batchnorm_over_ranks(layers)
     recalibrated, mine = dropout_model(), part(whole(7), rank, world)
     recalibrate_batchnorm(recalibrated, [mine], 1, Precision("fp32", CPU))
     mean = recalibrated[1](mine.images.flatten(1)).mean(0).detach()
     batchnorm = {"found": recalibrated[2].running_mean, "mean": mean}
-    return {"gradients": gradients, "totals": totals, "layers": layers.state_dict(), "batchnorm": batchnorm}
+    return {
+        **{"gradients": gradients, "totals": totals, "layers": layers.state_dict(), "batchnorm": batchnorm},
+        **{"rows": rows, "no_rows": no_rows},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +190,8 @@ def test_real_process_group_gives_the_same(world, groups):
         assert found["layers"]["0.running_mean"].tolist() == [mean, 10]
         assert found["layers"]["0.running_var"].tolist() == [1 + mean] * 2
         assert found["layers"]["1.running_mean"].tolist() == [rank, 10]  # frozen: nobody moved it
+        assert found["rows"].tolist() == [[other, 10, 1 + other, 1 + other] for other in range(world)]
+        assert found["no_rows"].shape == (1, 0)
 
 
 def test_sums_and_averages_without_a_group_change_nothing():
@@ -189,6 +200,135 @@ def test_sums_and_averages_without_a_group_change_nothing():
     average_batchnorm_over_ranks(layer)
     assert torch.equal(sum_over_ranks(totals), totals)
     assert layer.running_mean.tolist() == [4, 4]
+
+
+# Another number of workers.
+
+# The last of the seven batches has 2 images: of 3 workers one has none.
+NUM_IMAGES, BATCH_SIZE, NUM_STEPS, NUM_EPOCHS, SEED = 44, 7, 7, 2, 3
+FLIPS = Augmentation(8, "both")
+SETTINGS = {
+    "adam": {"optimizer": "adam", "learning_rate": 0.01, "schedule": "cosine"},
+    "sgd": {"learning_rate": 0.1, "momentum": 0.9, "clip_norm": 1.0, "accumulation_steps": 2},
+}
+END = Cursor(NUM_EPOCHS, 0)
+# Name -> (number of workers, where they stop).
+RUNS = {"straight": [(2, END)], "moved": [(2, Cursor(0, 3)), (1, Cursor(1, 2)), (3, END)]}
+
+
+def conv_model() -> nn.Module:
+    """No BatchNorm, whose statistics would depend on the split, and no dropout."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, NUM_CLASSES))
+
+
+def planned_batches(cursor: Cursor, rank: int, world: int) -> Iterator[Batch]:
+    """A rank's parts of the rest of the epoch, flipped as they are planned."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(NUM_IMAGES, 3, 8, 8, generator=generator)
+    labels = torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator)
+    for plan in train_plans(np.arange(NUM_IMAGES), FLIPS, SEED, *cursor, BATCH_SIZE, rank, world):
+        axes = [[axis for axis, wanted in zip((2, 1), pair, strict=True) if wanted] for pair in plan.augment.flips]
+        flipped = torch.stack([images[i].flip(a) for i, a in zip(plan.ids, axes, strict=True)])
+        yield Batch(flipped, labels[plan.ids], plan.ids, plan.num_counted, plan.global_size, plan.augment)
+
+
+def train_until(stop: Cursor, file: Path, rank: int, world: int, settings: dict) -> list[dict]:
+    """Goes on from what is stored in `file`, if it is there, and stores what it has come to; returns what it saw."""
+    state, steps = state_of(conv_model(), rank, world, NUM_STEPS, epochs=NUM_EPOCHS, seed=SEED, **settings), []
+    if world > 1:
+        state.wrapped = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if file.exists():
+        stored = torch.load(file, weights_only=True)
+        state.model.load_state_dict(stored["model"])
+        state.optimizers[0].load_state_dict(stored["optimizer"])
+        state.cursor = Cursor(*stored["cursor"])
+        state.totals += stored["totals"] * (rank == 0)
+
+    def recorded(batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            ids, flips = batch.ids[: batch.num_counted], batch.augment.flips[: batch.num_counted]
+            steps.append({"cursor": list(state.cursor), "ids": ids.tolist(), "flips": flips.tolist()})
+            yield batch
+
+    while state.cursor < stop:
+        last = stop.step if state.cursor.epoch == stop.epoch else NUM_STEPS
+        batches = islice(planned_batches(state.cursor, rank, world), last - state.cursor.step)
+        train_epoch(
+            state, recorded(batches), lambda _clock: steps[-1].update(totals=sum_over_ranks(state.totals).tolist())
+        )
+        if state.cursor.step == NUM_STEPS:
+            state.cursor = Cursor(state.cursor.epoch + 1, 0)
+            state.totals.zero_()
+    totals = sum_over_ranks(state.totals)
+    if rank == 0:
+        optimizer = state.optimizers[0].state_dict()
+        stored = {"model": state.model.state_dict(), "optimizer": optimizer, "totals": totals}
+        torch.save({**stored, "cursor": list(state.cursor)}, file)
+    return steps
+
+
+def in_runs(rank: int, folder: Path) -> None:
+    """One process of all the groups of all runs, one after the other."""
+    torch.set_num_threads(1)
+    for name, settings in SETTINGS.items():
+        for run_name, groups in RUNS.items():
+            for i, (world, stop) in enumerate(groups):
+                if rank < world:
+                    place = folder / f"{name}-{run_name}"
+                    rendezvous = f"file://{place}-{i}-rendezvous"
+                    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+                    dist.barrier()  # rank 0 has stored what the group before it came to
+                    steps = train_until(stop, place.with_suffix(".pt"), rank, world, settings)
+                    torch.save(steps, f"{place}-{i}-{rank}.pt")
+                    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    multiprocessing.set_forkserver_preload([loop.__name__])
+    torch.multiprocessing.start_processes(in_runs, (folder,), 3, start_method="forkserver")
+    return folder
+
+
+def global_steps(folder: Path, name: str, run_name: str) -> list[dict]:
+    """What all ranks of a run saw: per step the ids and flips in the order of ranks, and the totals."""
+    found = []
+    for i, (world, _) in enumerate(RUNS[run_name]):
+        parts = [torch.load(folder / f"{name}-{run_name}-{i}-{rank}.pt", weights_only=True) for rank in range(world)]
+        for step in zip(*parts, strict=True):
+            assert all((part["cursor"], part["totals"]) == (step[0]["cursor"], step[0]["totals"]) for part in step)
+            sizes = [len(part["ids"]) for part in step]
+            joined = {key: [x for part in step for x in part[key]] for key in ("ids", "flips")}
+            found.append({**step[0], **joined, "sizes": sizes})
+    return found
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_workers_that_come_and_go_train_as_if_nothing_had_happened(name, runs):
+    """2 workers, then 1, then 3, against 2 all along: the same samples and flips, the same losses but for rounding."""
+    straight, moved = (global_steps(runs, name, run_name) for run_name in RUNS)
+    cursors = [[epoch, step] for epoch in range(NUM_EPOCHS) for step in range(NUM_STEPS)]
+    for steps in (straight, moved):
+        assert [step["cursor"] for step in steps] == cursors
+        for epoch in range(NUM_EPOCHS):
+            mine = [step for step in steps if step["cursor"][0] == epoch]
+            ids = [i for step in mine for i in step["ids"]]
+            assert ids == epoch_order(SEED, epoch, NUM_IMAGES).tolist()  # each once
+            assert [f for step in mine for f in step["flips"]] == FLIPS.draw(SEED, epoch, np.array(ids)).flips.tolist()
+            assert [step["totals"][2] for step in mine] == [7, 14, 21, 28, 35, 42, 44]
+    assert [step["sizes"] for step in moved[:4]] == [[3, 4]] * 3 + [[7]]
+    assert [step["sizes"] for step in moved[-2:]] == [[2, 2, 3], [0, 1, 1]]
+    for one, other in zip(straight, moved, strict=True):
+        assert (one["ids"], one["flips"]) == (other["ids"], other["flips"])
+        assert one["totals"][0] == pytest.approx(other["totals"][0], rel=1e-5)
+        assert one["totals"][1] == other["totals"][1]
+    losses = [step["totals"][0] / step["totals"][2] for step in straight]
+    assert losses[-1] < losses[NUM_STEPS - 1] - 0.1  # it learns, so each step shows in the next ones' losses
+    ends = [torch.load(runs / f"{name}-{run_name}.pt", weights_only=True)["model"] for run_name in RUNS]
+    for parameter, tensor in ends[0].items():
+        assert torch.allclose(tensor, ends[1][parameter], rtol=1e-4, atol=1e-5), parameter
 
 
 # An epoch.
@@ -438,3 +578,76 @@ def test_recalibration_takes_the_mean_over_batches_without_dropout(num_batches, 
 
 def test_validation_of_an_empty_part_is_zero():
     assert validate(plain_model(), [], Precision("fp32", CPU)).tolist() == [0, 0, 0]
+
+
+# Moving statistics.
+
+
+def with_drawn_statistics(model: nn.Module, seed: int = 1) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.copy_(torch.rand(buffer.shape, generator=generator))
+    return model
+
+
+def test_statistics_are_the_trained_layers_own_by_their_names_in_the_state_dict():
+    model = batchnorm_model()
+    found, stored = statistics_of(model), model.state_dict()
+    assert list(found) == ["2.running_mean", "2.running_var", "5.running_mean", "5.running_var"]
+    assert all(tensor.data_ptr() == stored[name].data_ptr() for name, tensor in found.items())
+
+
+def test_statistics_go_into_another_model_and_nothing_else_does():
+    model, other = with_drawn_statistics(batchnorm_model()), batchnorm_model()
+    row = gather_statistics(model)
+    assert row.shape == (1, 2 * (16 + 8))
+    assert torch.equal(row[0], torch.cat(list(statistics_of(model).values())))
+    before, expected = copy.deepcopy(other.state_dict()), statistics_of(model)
+    set_statistics(other, row[0])
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, expected.get(name, before[name])), name
+
+
+def test_split_row_completes_a_state_dict_and_belongs_to_nobody():
+    model, row = batchnorm_model(), torch.arange(48.0)
+    before, values = copy.deepcopy(model.state_dict()), split_statistics(model, row)
+    assert values["2.running_mean"].tolist() == list(range(16))
+    assert values["5.running_var"].tolist() == list(range(40, 48))
+    other = batchnorm_model()
+    other.load_state_dict(dict(model.state_dict()) | values)
+    assert torch.equal(gather_statistics(other)[0], row)
+    for tensor in values.values():
+        tensor.fill_(-1)
+    assert torch.equal(row, torch.arange(48.0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("length", [0, 47, 49])
+def test_row_of_another_model_is_refused(length):
+    model = with_drawn_statistics(batchnorm_model())
+    before = gather_statistics(model)
+    with pytest.raises(RuntimeError):
+        set_statistics(model, torch.zeros(length))
+    assert torch.equal(gather_statistics(model), before)
+
+
+@pytest.mark.parametrize("model", [plain_model(), batchnorm_model().requires_grad_(False)])
+def test_model_without_trained_batchnorm_has_no_statistics(model):
+    before = copy.deepcopy(model.state_dict())
+    row = gather_statistics(model)
+    assert (statistics_of(model), row.shape, split_statistics(model, row[0])) == ({}, (1, 0), {})
+    set_statistics(model, row[0])
+    average_batchnorm_over_ranks(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_average_of_weights_has_statistics_of_its_own():
+    model = with_drawn_statistics(batchnorm_model())
+    average = average_of(model, Config().replace(ema_decay=0.5).optim)
+    assert list(statistics_of(average)) == [f"module.{name}" for name in statistics_of(model)]
+    assert list(statistics_of(average.module)) == list(statistics_of(model))
+    mine, row = gather_statistics(model), torch.arange(48.0)
+    set_statistics(average.module, row)
+    assert torch.equal(gather_statistics(average)[0], row)
+    assert torch.equal(gather_statistics(model), mine)

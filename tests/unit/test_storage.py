@@ -1,37 +1,31 @@
-"""Storage: local paths and S3 URIs through the same code; a real S3-protocol server answers on loopback."""
+"""Storage: local paths and S3 URIs through the same code; a real S3-protocol server answers on loopback.
 
+Faults that may pass are tried again, others are told at once; they are real ones, of the kernel and of servers.
+"""
+
+import errno
 import os
+import resource
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, absolute_uri, file_sha256, join_uri, open_uri, to_json
+from cifar_dist.storage import Folder, absolute_uri, file_sha256, join_uri, may_pass, open_uri, to_json
 
 ROOT = Path(__file__).parents[2]
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of b"abc", from FIPS 180
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The query of a URI such as s3://bucket/prefix; the bucket is there."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in CREDENTIALS.items():
-            patch.setenv(name, value)
-        address = {"endpoint_override": f"{host}:{port}", "scheme": "http", "region": "us-east-1"}
-        fs.S3FileSystem(**address, allow_bucket_creation=True).create_dir("bucket")
-        yield "?" + "&".join(f"{name}={value}" for name, value in address.items())
-    server.stop()
 
 
 @pytest.fixture(params=["path", "file", "s3"])
@@ -145,6 +139,336 @@ def test_equal_values_give_equal_json(value: dict):
     assert to_json(value) == b'{\n  "a": [\n    1.5,\n    null\n  ],\n  "b": 1\n}\n'
 
 
+# Faults that pass by themselves, and others
+
+
+@pytest.mark.parametrize("code", ["EIO", "EAGAIN", "EBUSY", "ESTALE", "ETIMEDOUT", "ECONNREFUSED", "ECONNRESET"])
+def test_a_fault_of_a_file_server_that_is_away_may_pass(code: str):
+    assert may_pass(OSError(getattr(errno, code), os.strerror(getattr(errno, code))))
+
+
+@pytest.mark.parametrize(
+    "code", ["ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "EISDIR", "ENOTDIR", "ELOOP"]
+)
+def test_a_full_disk_or_a_denied_access_does_not_pass(code: str):
+    assert not may_pass(OSError(getattr(errno, code), os.strerror(getattr(errno, code))))
+
+
+# Bucket -> what a server answers to every request for it: (status, S3's error code). 0 hangs up. Proxies send no code,
+# nor does any server that is asked for an object's head.
+ANSWERS = {
+    "slow-down": (503, "SlowDown"),
+    "service-unavailable": (503, "ServiceUnavailable"),
+    "internal-error": (500, "InternalError"),
+    "request-timeout": (400, "RequestTimeout"),
+    "throttling": (400, "Throttling"),
+    "hang-up": (0, ""),
+    "status-429": (429, ""),
+    "status-500": (500, ""),
+    "status-502": (502, ""),
+    "status-503": (503, ""),
+    "status-504": (504, ""),
+    "access-denied": (403, "AccessDenied"),
+    "invalid-key": (403, "InvalidAccessKeyId"),
+    "bad-signature": (403, "SignatureDoesNotMatch"),
+    "expired-token": (400, "ExpiredToken"),
+    "no-such-bucket": (404, "NoSuchBucket"),
+}
+REFUSALS = ["access-denied", "invalid-key", "bad-signature", "expired-token", "no-such-bucket"]
+CODELESS: tuple = ()
+
+
+class FaultyServer(BaseHTTPRequestHandler):
+    """An object store that is not well."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        status, code = ANSWERS[self.path.lstrip("/").replace("?", "/").split("/")[0]]
+        if not status:
+            self.close_connection = True
+            return
+        body = f"<Error><Code>{code}</Code><Message>said so</Message></Error>".encode() if code else b""
+        self.send_response(status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = answer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def faults(s3: str) -> Iterator[dict[tuple[str, str], OSError]]:
+    """(bucket, act) -> pyarrow's error. All at once: it tries again for 6 seconds by itself."""
+    assert s3  # for the credentials
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FaultyServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    # One for all: pyarrow opens none while another one is busy.
+    query = f"?endpoint_override=127.0.0.1:{server.server_port}&scheme=http&region=us-east-1"
+    system, _ = open_uri(f"s3://any{query}")
+
+    def fault_of(key: tuple[str, str]) -> OSError:
+        bucket, act = key
+        open_stream = system.open_output_stream if act == "write" else system.open_input_stream
+        with pytest.raises(OSError, match=bucket) as caught:
+            open_stream(f"{bucket}/x").close()
+        return caught.value
+
+    keys = [(bucket, act) for bucket in ANSWERS for act in ("write", "read")]
+    with ThreadPoolExecutor(len(keys)) as pool:
+        found = dict(zip(keys, pool.map(fault_of, keys), strict=True))
+    yield found
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "act"),
+    [
+        ("slow-down", "write"),
+        ("service-unavailable", "write"),
+        ("internal-error", "write"),
+        ("request-timeout", "write"),
+        ("hang-up", "write"),
+        ("hang-up", "read"),
+        pytest.param("throttling", "write", marks=CODELESS),
+        pytest.param("slow-down", "read", marks=CODELESS),
+        pytest.param("service-unavailable", "read", marks=CODELESS),
+        pytest.param("internal-error", "read", marks=CODELESS),
+        *(
+            pytest.param(f"status-{status}", act, marks=CODELESS)
+            for status in (429, 500, 502, 503, 504)
+            for act in ("write", "read")
+        ),
+    ],
+)
+def test_the_answer_of_an_overloaded_object_store_may_pass(faults, bucket: str, act: str):
+    assert may_pass(faults[bucket, act]), str(faults[bucket, act])
+
+
+@pytest.mark.parametrize("bucket", REFUSALS)
+@pytest.mark.parametrize("act", ["write", "read"])
+def test_the_refusal_of_an_object_store_does_not_pass(faults, bucket: str, act: str):
+    assert not may_pass(faults[bucket, act]), str(faults[bucket, act])
+
+
+def test_a_server_that_comes_back_is_waited_for(s3: str, capfd: pytest.CaptureFixture[str]):
+    """With `retry_seconds`; without them the fault is told, with the file and what was to be done with it."""
+    assert s3  # for the credentials
+    place = socket.socket()
+    place.bind(("127.0.0.1", 0))  # not listening: connections are refused, and nobody else takes the port
+    port = place.getsockname()[1]
+    uri = f"s3://late/run?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    hastily, patiently = Folder(uri), Folder(uri, retry_seconds=300)
+    with ThreadPoolExecutor(4) as pool:
+        hasty, hasty_reader = pool.submit(hastily.write, "a.json", b"abc"), pool.submit(hastily.read, "a.json")
+        patient, patient_reader = pool.submit(patiently.create), pool.submit(patiently.names)
+        with pytest.raises(UserError, match=r"cannot write s3://late/run/a\.json\?.*NETWORK_CONNECTION") as error:
+            hasty.result(120)
+        assert "tried again" not in str(error.value)
+        with pytest.raises(UserError, match=r"cannot read s3://late/run/a\.json\?.*NETWORK_CONNECTION"):
+            hasty_reader.result(120)
+        said = ""
+        while not ("cannot create s3:" in said and "cannot list s3:" in said):
+            assert not patient.done()
+            assert not patient_reader.done()
+            time.sleep(0.1)
+            said += capfd.readouterr().err
+        assert said.count("; trying again\n") == said.count("cannot ") >= 2
+        place.close()
+        server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+        server.start()
+        patient.result(120)
+        assert patient_reader.result(120) == []
+    hastily.write("a.json", b"abc")
+    assert hastily.read("a.json") == b"abc"
+    server.stop()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_a_fault_that_does_not_pass_in_time_is_told_in_the_end(capfd: pytest.CaptureFixture[str]):
+    """The kernel answers EIO to whoever reads memory where there is none."""
+    folder = Folder("/proc/self", retry_seconds=0.7)
+    with pytest.raises(UserError, match=r"cannot read /proc/self/mem: .*run the same command again later"):
+        folder.read("mem")
+    assert capfd.readouterr().err.count("cannot read /proc/self/mem: ") == 2
+    with pytest.raises(UserError, match=r"cannot read /proc/self/mem: ") as error:
+        Folder("/proc/self").read("mem")
+    assert "tried again" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_will_not_pass_is_not_tried_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    folder = Folder(str(tmp_path), retry_seconds=300)
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError):
+        folder.read("not there")
+    for act in (
+        lambda: folder.create("file/below"),
+        lambda: folder.write("folder", b""),
+        lambda: folder.read("folder"),
+    ):
+        with pytest.raises(UserError, match=r"cannot \w+ "):
+            act()
+    assert capfd.readouterr().err == ""
+
+
+# A local disk that is full
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_told_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    folder = Folder(str(tmp_path), retry_seconds=300)
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "some").write_bytes(b"abc" * 100_000)
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/full: .*No space left on device"):
+        folder.upload(tmp_path / "some", "full")
+    with pytest.raises(UserError, match=rf"cannot copy {tmp_path}/some: .*No space left on device"):
+        folder.download("some", tmp_path / "full")
+    assert capfd.readouterr().err == ""
+
+
+FULL_DISK = """
+import sys
+from cifar_dist.errors import UserError
+from cifar_dist.storage import Folder
+
+folder = Folder(sys.argv[1], retry_seconds=300)
+folder.write("kept", b"before")
+for name in ("kept", "new"):
+    try:
+        folder.write(name, b"x" * 1_000_000)
+        print("written")
+    except UserError as error:
+        print(error)
+print(folder.names(), folder.read("kept"))
+folder.write("new", b"x" * 100_000)
+print(folder.names())
+"""
+
+
+def test_a_write_to_a_full_disk_leaves_what_was_there(tmp_path: Path):
+    """A small file system of its own, in a mount namespace that ends with the process."""
+    isolated = ["unshare", "--map-root-user", "--mount", "bash", "-c"]
+    mount = f"mount -t tmpfs -o size=256k none {tmp_path}"
+    if not shutil.which("unshare") or subprocess.run([*isolated, mount], capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small file system here")
+    command = f'{mount} && exec "$0" -c "$1" {tmp_path}'
+    done = subprocess.run([*isolated, command, sys.executable, FULL_DISK], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    *refused, left, after = done.stdout.splitlines()
+    reason = "[Errno 28] No space left on device"
+    advice = "make room, then run the same command to go on"
+    assert refused == [f"cannot write {tmp_path}/{name}: {reason}; {advice}" for name in ("kept", "new")]
+    assert left == "['kept'] b'before'"  # neither a part nor a temporary name
+    assert after == "['kept', 'new']"  # what the failed ones took is free again
+
+
+@pytest.mark.parametrize("name", ["kept", "new"])
+def test_a_write_that_fails_midway_leaves_what_was_there(tmp_path: Path, name: str):
+    """At a limit on the size of files."""
+    folder = Folder(str(tmp_path))
+    folder.write("kept", b"before")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old[1]))
+        with pytest.raises(UserError, match=rf"cannot write {tmp_path}/{name}: .*File too large"):
+            folder.write(name, b"x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert folder.names() == ["kept"]
+    assert folder.read("kept") == b"before"
+
+
+def test_a_write_that_fails_at_the_end_leaves_no_temporary_name(tmp_path: Path):
+    """The name is taken by a folder: the rename is refused."""
+    folder = Folder(str(tmp_path))
+    folder.create("taken")
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/taken: "):
+        folder.write("taken", b"abc")
+    assert folder.names() == ["taken"]
+
+
+# Several processes at the same folder
+
+
+def at_once(*acts: Callable[[], object]) -> list[BaseException | None]:
+    """What each of them raised."""
+    barrier = threading.Barrier(len(acts))
+
+    def run(act: Callable[[], object]) -> BaseException | None:
+        barrier.wait()
+        try:
+            act()
+        except Exception as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(acts)) as pool:
+        return list(pool.map(run, acts))
+
+
+@pytest.fixture
+def often_switched() -> Iterator[None]:
+    """Threads take turns after microseconds, so that each order of their steps comes up in some round."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("often_switched")
+def test_a_folder_can_be_listed_while_it_is_being_created(tmp_path: Path):
+    folder = Folder(str(tmp_path))
+    names = [f"folder-{number}" for number in range(1000)]
+    raised = [at_once(lambda: folder.names(name), lambda: folder.create(name)) for name in names]  # noqa: B023
+    assert [errors for errors in raised if any(errors)] == []
+
+
+@pytest.mark.usefixtures("often_switched")
+def test_a_folder_can_be_deleted_by_two_at_once(tmp_path: Path):
+    """What is not there is fine."""
+    folder, raised = Folder(str(tmp_path)), []
+    for number in range(200):
+        (tmp_path / "folder").mkdir()
+        for file in "abcdefgh":
+            (tmp_path / "folder" / file).write_text(str(number))
+        raised += at_once(*[lambda: folder.delete("folder")] * 2)
+        assert folder.names() == []
+    assert [error for error in raised if error] == []
+
+
+@pytest.mark.usefixtures("often_switched")
+def test_a_reader_sees_the_old_file_or_the_new_one(uri: str):
+    folder = Folder(uri)
+    folder.create()
+    contents = [bytes([65 + number]) * 200_000 for number in range(12)]
+    folder.write("file", contents[0])
+    seen: list[bytes] = []
+    reading = threading.Event()
+
+    def read() -> None:
+        while not reading.is_set():
+            seen.append(folder.read("file"))
+
+    def write() -> None:
+        for content in contents:
+            folder.write("file", content)
+        reading.set()
+
+    assert at_once(read, write) == [None, None]
+    assert seen
+    assert set(seen) <= set(contents)
+
+
 # A data set on each kind of storage
 
 
@@ -199,7 +523,6 @@ def test_the_prepare_job_writes_to_a_bucket(s3: str):
     done = subprocess.run(
         [sys.executable, "jobs/prepare.py", "--source", "shapes", "--num-train=20", "--num-test=20", "--out", uri],
         cwd=ROOT,
-        env={**os.environ, **CREDENTIALS},
         capture_output=True,
         text=True,
         check=False,

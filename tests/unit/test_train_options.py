@@ -1,0 +1,116 @@
+"""jobs/train.py without a cluster: its options, the plan that they make, and what a stopped run would load."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifar_dist.errors import UserError
+from cifar_dist.recipes import recipe_config
+from cifar_dist.train.plan import Launch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
+import train as train_job
+
+NEEDED = ["--recipe", "quickstart_fan", "--data", "data", "--storage", "runs", "--name", "first"]
+
+
+def parse(*words: str) -> argparse.Namespace:
+    return train_job.parser().parse_args([*NEEDED, *words])
+
+
+def launch_of(*words: str) -> Launch:
+    args = parse(*words)
+    return train_job.settings(args, args.recipe, args.data, args.storage, args.name)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "least"),
+    [("1", 1, None), ("16", 16, None), ("1:4", 4, 1), ("4:4", 4, 4), ("3:1", 1, 3), ("0:2", 2, 0), ("0", 0, None)],
+)
+def test_workers_are_a_number_or_a_range(text, most, least):
+    """Whether they can be is for the plan to say."""
+    assert train_job.worker_range(text) == (most, least)
+
+
+@pytest.mark.parametrize("text", ["", ":", "1:", ":4", "1:2:3", "two", "1.5", "1-4", "1:x", "1,4"])
+def test_workers_that_are_neither_are_refused(text, capsys):
+    with pytest.raises(argparse.ArgumentTypeError, match="is neither a number of workers nor a range such as 1:4"):
+        train_job.worker_range(text)
+    with pytest.raises(SystemExit) as end:
+        parse("--workers", text)
+    message = capsys.readouterr().err
+    assert end.value.code == 2
+    assert f"argument --workers: {text!r} is neither a number of workers" in message
+    assert message.count("\n") == 1
+
+
+def test_defaults_are_the_launch_s_own():
+    args = parse()
+    assert (args.workers, args.preflight_only, args.explain_resume) == ((1, None), False, False)
+    assert launch_of("--address", "local") == Launch("data", "runs", "first", recipe="quickstart_fan", address="local")
+
+
+def test_every_option_reaches_the_launch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--workers", "2:8", "--device", "gpu", "--max-failures", "7", "--collective-timeout-seconds", "30"]
+    found = launch_of(*words, "--resize-seconds", "2.5", "--staging-folder", "staged", "--address", "host:1")
+    assert found == Launch(
+        *("data", "runs", "first"),
+        num_workers=8,
+        min_workers=2,
+        recipe="quickstart_fan",
+        device="gpu",
+        max_failures=7,
+        collective_timeout_seconds=30,
+        resize_seconds=2.5,
+        staging_folder=str(tmp_path / "staged"),  # workers run in another folder
+        address="host:1",
+    )
+
+
+def test_settings_override_the_recipe_s():
+    args = parse("--epochs", "7", "--optim.learning-rate", "0.5")
+    config, _ = train_job.settings(args, "quickstart_fan", "data", "runs", "first")
+    assert config == recipe_config("quickstart_fan", epochs=7, learning_rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--workers", "0"], "--workers must be 1 or more"),
+        (["--workers", "3:1"], "--workers must be 1 or more, or a range such as 1:4, not 3:1"),
+        (["--workers", "0:2"], "not 0:2"),
+        (["--resize-seconds", "nan"], "--resize-seconds must be 1 or more, not nan"),
+        (["--resize-seconds", "0"], "--resize-seconds must be 1 or more"),
+        (["--max-failures", "-1"], "--max-failures must be 0 or more"),
+        (["--collective-timeout-seconds", "0"], "--collective-timeout-seconds must be 1 or more"),
+        (["--name", "a/b"], "--name 'a/b' is no run name"),
+    ],
+)
+def test_launch_that_cannot_be_is_an_error_of_the_user(words, message):
+    with pytest.raises(UserError) as error:
+        launch_of(*words)
+    assert message in str(error.value)
+
+
+def test_explain_resume_prints_and_does_nothing(shapes_uri, tmp_path, capsys):
+    words = ["--data", shapes_uri, "--storage", str(tmp_path / "runs"), "--explain-resume", "--workers", "1:4"]
+    train_job.main(parse(*words))
+    assert capsys.readouterr().out.splitlines() == [
+        f"run {tmp_path}/runs/first: 0 attempts so far, {recipe_config('quickstart_fan').loop.epochs} epochs wanted",
+        "would start from the beginning: there is no checkpoint",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["--explain-resume", "--preflight-only"])
+def test_what_does_not_fit_is_said_before_a_cluster_is_started(mode, shapes_uri, tmp_path):
+    import ray
+
+    words = ["--data", shapes_uri, "--storage", str(tmp_path / "runs"), "--train-images", "1000", mode]
+    with pytest.raises(UserError, match="--train-images is 1000"):
+        train_job.main(parse(*words))
+    assert not ray.is_initialized()
+    assert list(tmp_path.iterdir()) == []
