@@ -42,7 +42,8 @@ class Section:
             if f.type is float and not math.isfinite(value):
                 raise UserError(f"--{name} takes a value that is finite, not {value}")
             if (low is not None and not value >= low) or (high is not None and not value <= high):
-                bounds = f"from {low:g} to {high:g}" if high is not None else f"of {low:g} or more"
+                least, most = (f"{b:g}" if isinstance(b, float) else b for b in (low, high))
+                bounds = f"from {least} to {most}" if high is not None else f"of {least} or more"
                 raise UserError(f"--{name} takes a value {bounds}, not {value}")
 
 

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -55,6 +54,8 @@ def absolute_uri(uri: str) -> str:
     """The URI as it is, or a local path made absolute (workers run in another directory)."""
     if not uri:
         raise UserError("an empty path or URI was given; name a folder, or a URI such as s3://bucket/folder")
+    if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", uri) or re.fullmatch(r"[a-z][a-z0-9+.-]*:/*", uri):
+        raise UserError(f"{uri} is no URI: write SCHEME://BUCKET/FOLDER, such as s3://bucket/folder")
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
@@ -69,7 +70,7 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     uri = absolute_uri(uri)
     if "://" not in uri:
         return fs.LocalFileSystem(), uri
-    if urlsplit(uri).username is not None:
+    if holds_credentials(uri):
         raise UserError(
             f"the URI {uri.split('://')[0]}://... holds credentials; leave them out and set them in the "
             "environment (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
@@ -77,7 +78,16 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         return fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"cannot open the URI {uri}: {error}") from error
+        raise UserError(f"cannot open the URI {uri}: {str(error).splitlines()[0]}") from error
+
+
+def holds_credentials(uri: str) -> bool:
+    """Whether a user, a password or a key is in the URI; a secret key may have slashes in it."""
+    scheme, _, rest = uri.partition("://")
+    place, _, query = rest.partition("?")
+    host = place.split("/")[0]
+    in_place = "@" in place and (":" in host or ("@" in host and not scheme.startswith(("abfs", "wasb"))))
+    return in_place or re.search(r"(?i)(secret|password|token|access_key)[^=&]*=", query) is not None
 
 
 class Folder:

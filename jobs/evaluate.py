@@ -36,15 +36,20 @@ def parser() -> Parser:
     return p
 
 
-def evaluate(args: argparse.Namespace, runs: list[str], data: str, out: str, splits: list[str]) -> str:
+def check_shards(args: argparse.Namespace) -> None:
     if args.shards < 0:
         raise UserError(f"--shards must be 1 or more, not {args.shards}")
+
+
+def evaluate(args: argparse.Namespace, runs: list[str], data: str, out: str, splits: list[str]) -> str:
+    check_shards(args)
+    chosen = driver.choose(runs, data)  # before a cluster is started
     launch.connect(args.address, 1)
     gpu = launch.uses_gpu(args.device)
     num_shards = args.shards or launch.count_resource("GPU" if gpu else "CPU")
     if not launch.count_resource("CPU"):
         raise UserError("the cluster has no CPUs to evaluate on; wait for its workers, or check --address")
-    evaluations = driver.evaluate(runs, data, out, num_shards, tuple(splits), gpu, args.staging_folder, args.flip_tta)
+    evaluations = driver.evaluate(chosen, data, out, num_shards, tuple(splits), gpu, args.staging_folder, args.flip_tta)
     page = report.write_report(evaluations, data, out, args.staging_folder)
     for evaluation in evaluations:
         for split, counts in evaluation.counts.items():

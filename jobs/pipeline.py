@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from evaluate import add_tta_option, evaluate
+from evaluate import add_tta_option, check_shards, evaluate
 from prepare import add_source_options, prepare
 from train import add_launch_options, settings, train
 
@@ -39,6 +39,7 @@ def parser() -> Parser:
 
 
 def pipeline(args: argparse.Namespace) -> None:
+    check_shards(args)
     if len(set(args.recipes)) < len(args.recipes):
         raise UserError(f"--recipes names one twice: {' '.join(args.recipes)}")
     out = absolute_uri(args.out)
@@ -47,7 +48,8 @@ def pipeline(args: argparse.Namespace) -> None:
     # One file of weights cannot fit both networks.
     planned = [(c.replace(weights=c.model.weights if c.model.model == "resnet50v2" else ""), w) for c, w in planned]
     prepare(args, data)
-    runs = [train(make_plan(*run)).run_uri for run in planned]
+    plans = [make_plan(*run) for run in planned]  # all are checked before the first one trains
+    runs = [train(plan).run_uri for plan in plans]
     evaluate(args, runs, data, report, ["train", "validation", "test"])
 
 

@@ -1,5 +1,6 @@
 """Fetches the published ImageNet weights of ResNet50V2 (94.7 MB, Keras's own file), or takes a file that is there."""
 
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,15 +41,16 @@ def download(url: str, md5: str, folder: str) -> Path:
         retry_if_failed=RETRIES,
     )
     pooch.get_logger().setLevel("WARNING")
+    shown = re.sub("//[^/]*@", "//***@", url)  # no password is printed
     try:
         return Path(fetcher.fetch(PUBLISHED_NAME, downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty())))
     except requests.RequestException as error:
         raise UserError(
-            f"cannot download {url} ({type(error).__name__}); where there is no network, fetch the file elsewhere and "
-            "name it with --path"
+            f"cannot download {shown} ({type(error).__name__}); where there is no network, fetch the file elsewhere "
+            "and name it with --path"
         ) from error
     except ValueError as error:
-        raise UserError(f"{url} is not the expected file: its md5 is not {md5}; name a mirror with --url") from error
+        raise UserError(f"{shown} is not the expected file: its md5 is not {md5}; name a mirror with --url") from error
 
 
 def weights(url: str, path: str | None, md5: str, out: str) -> str:

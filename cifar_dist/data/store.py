@@ -63,11 +63,16 @@ def read_manifest(uri: str) -> Manifest:
         version = values["format_version"]
         if version == FORMAT_VERSION:
             manifest = Manifest(**values)
+            _ = [manifest.splits[name]["files"] for name in ("train", "test")]
             damaged = manifest.sha256 != manifest.digest()
     except FileNotFoundError:
         raise UserError(f"{uri} is no data set: it has no manifest.json; make one with jobs/prepare.py") from None
+    except UserError as error:
+        if isinstance(error.__cause__, NotADirectoryError):
+            raise UserError(f"{uri} is no data set: it is a file; make one with jobs/prepare.py") from error
+        raise
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where} is damaged ({error}); prepare the data set again") from error
+        raise UserError(f"{where} is damaged ({error!r}); prepare the data set again") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{where} has format version {version}, this program reads {FORMAT_VERSION}; prepare it again")
     if damaged:
@@ -281,14 +286,21 @@ def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
                     ) from None
                 if sha256 != file["sha256"]:
                     raise UserError(f"{where} does not match the manifest's checksum; prepare the data set again")
-                for batch in pq.ParquetFile(local).iter_batches(ROWS_PER_GROUP):
-                    labels = batch["label"].to_numpy()
-                    if labels.min() < 0 or labels.max() >= manifest.num_classes:
-                        raise UserError(f"{where} has labels outside 0 to {manifest.num_classes - 1}; prepare it again")
-                    image = batch["image"]
-                    columns = [image.field("bytes").cast(pa.large_binary()), image.field("path"), batch["label"]]
-                    writer.write_batch(pa.record_batch(columns, schema=schema))
-                    num_rows += len(labels)
+                try:
+                    for batch in pq.ParquetFile(local).iter_batches(ROWS_PER_GROUP):
+                        labels = batch["label"].to_numpy()
+                        if labels.min() < 0 or labels.max() >= manifest.num_classes:
+                            most = manifest.num_classes - 1
+                            raise UserError(f"{where} has labels outside 0 to {most}; prepare it again")
+                        image = batch["image"]
+                        columns = [image.field("bytes").cast(pa.large_binary()), image.field("path"), batch["label"]]
+                        writer.write_batch(pa.record_batch(columns, schema=schema))
+                        num_rows += len(labels)
+                except (pa.ArrowException, KeyError, AttributeError, TypeError) as error:
+                    what = str(error).splitlines()[0]
+                    raise UserError(
+                        f"{where} is no Parquet file of images and labels ({what}); prepare it again"
+                    ) from error
     finally:
         local.unlink(missing_ok=True)
     if num_rows != manifest.num_rows(split):

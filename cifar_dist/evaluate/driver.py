@@ -36,8 +36,28 @@ def run_name(run_uri: str) -> str:
     return run_uri.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
 
 
+def choose(run_uris: list[str], data_uri: str) -> dict[str, tuple[str, Checkpoint]]:
+    """Name -> (URI, best checkpoint) of each run.
+
+    Raises UserError for a run without a checkpoint or one of another data set, and for runs of the same name.
+    """
+    run_uris = [absolute_uri(uri) for uri in run_uris]
+    names = [run_name(uri) for uri in run_uris]
+    if len(set(names)) < len(names):
+        raise UserError(f"the runs must differ in name, these do not: {', '.join(names)}")
+    manifest = read_manifest(absolute_uri(data_uri))
+    chosen = {}
+    for name, uri in zip(names, run_uris, strict=True):
+        best = Checkpoints(uri).best()
+        if best is None:
+            raise UserError(f"{uri} has no checkpoint to evaluate; train it first, or check the path")
+        check_checkpoint(best, manifest, uri)
+        chosen[name] = uri, best
+    return chosen
+
+
 def evaluate(
-    run_uris: list[str],
+    chosen: dict[str, tuple[str, Checkpoint]],
     data_uri: str,
     out_uri: str,
     num_shards: int,
@@ -46,32 +66,21 @@ def evaluate(
     staging_folder: str | None = None,
     flip_tta: bool = False,
 ) -> list[Evaluation]:
-    """Evaluates each run on the connected cluster and writes OUT/predictions/RUN-SPLIT.parquet.
+    """Evaluates each chosen run on the connected cluster and writes OUT/predictions/RUN-SPLIT.parquet.
 
     With `flip_tta` each split comes a second time, as SPLIT+flip, with flip test-time augmentation.
 
-    Raises UserError for a run without a checkpoint, one of another data set, or predictions that are not exactly one
-    per image.
+    Raises UserError for predictions that are not exactly one per image.
     """
     if num_shards < 1:
         raise UserError(f"--shards must be 1 or more, not {num_shards}")
-    data_uri, run_uris = absolute_uri(data_uri), [absolute_uri(uri) for uri in run_uris]
-    names = [run_name(uri) for uri in run_uris]
-    if len(set(names)) < len(names):
-        raise UserError(f"the runs must differ in name, these do not: {', '.join(names)}")
+    data_uri = absolute_uri(data_uri)
     manifest = read_manifest(data_uri)
-    chosen = []
-    for uri in run_uris:
-        best = Checkpoints(uri).best()
-        if best is None:
-            raise UserError(f"{uri} has no checkpoint to evaluate; train it first, or check the path")
-        check_checkpoint(best, manifest, uri)
-        chosen.append(best)
     task = ray.remote(evaluate_shard).options(num_cpus=1, num_gpus=int(gpu), max_retries=3)
     options: dict[str, Any] = {"gpu": gpu, "staging_folder": staging_folder, "flip_tta": flip_tta}
     shards = {
         name: [task.remote(Shard(uri, best, data_uri, splits, i, num_shards, **options)) for i in range(num_shards)]
-        for name, uri, best in zip(names, run_uris, chosen, strict=True)
+        for name, (uri, best) in chosen.items()
     }
     labels = {
         stored: stage(data_uri, stored, staging_folder, manifest).labels
@@ -82,7 +91,7 @@ def evaluate(
     folder = Folder(out_uri)
     folder.create("predictions")
     evaluations = []
-    for name, uri, best in zip(names, run_uris, chosen, strict=True):
+    for name, (uri, best) in chosen.items():
         merged = merge(results_of(shards[name], name), best, splits, labels, manifest)
         for split, (table, _) in merged.items():
             buffer = pa.BufferOutputStream()

@@ -39,11 +39,16 @@ class Shard:
 
 def check_checkpoint(checkpoint: Checkpoint, manifest: Manifest, run_uri: str) -> None:
     """Refuses a checkpoint that was trained on another data set."""
-    if checkpoint.meta["manifest_sha256"] != manifest.sha256:
+    trained_on = str(checkpoint.meta.get("manifest_sha256"))
+    if trained_on != manifest.sha256:
         raise UserError(
-            f"{run_uri} was trained on another data set ({checkpoint.meta['data_uri']}, "
-            f"sha256 {checkpoint.meta['manifest_sha256'][:16]}) than the one given (sha256 {manifest.sha256[:16]})"
+            f"{run_uri} was trained on another data set ({checkpoint.meta.get('data_uri')}, sha256 {trained_on[:16]}) "
+            f"than the one given (sha256 {manifest.sha256[:16]}); name that one with --data"
         )
+    try:
+        Config.from_dict(checkpoint.meta["config"])
+    except (UserError, KeyError, AttributeError) as error:
+        raise UserError(f"the checkpoint {checkpoint.name} of {run_uri} has settings of its own: {error}") from error
 
 
 def stored_split(split: str) -> str:
@@ -76,7 +81,11 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     spec = image_spec(config, device)
     loaded = Checkpoints(shard.run_uri).load(shard.checkpoint, optimizer=False)
     model = build_model(config, manifest.num_classes, spec, device)
-    model.load_state_dict(loaded.average or loaded.model)
+    try:
+        model.load_state_dict(loaded.average or loaded.model)
+    except RuntimeError as error:
+        where = Checkpoints(shard.run_uri).where(shard.checkpoint.name)
+        raise UserError(f"the weights of {where} do not fit {config.model.model}; train the run again") from error
     model.eval()
     cache = config.data.cache, config.data.cache_budget_mib, shard.staging_folder
     loaders = {

@@ -10,6 +10,7 @@ import errno
 import json
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from cifar_dist.versions import package_versions
 FORMAT_VERSION = 3
 NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-attempt-(\d{4,}))?")  # format 2 had no attempt
 LINES = "metrics.jsonl"
+USED = ("model", "manifest_sha256", "world_size", "config", "global_step")  # of meta.json, wherever it is read
 NEEDED = {"model.safetensors", "optimizer.pt", LINES}
 
 
@@ -107,7 +109,7 @@ class Checkpoints:
                     damaged[name] = Damaged(f"{where} has {version}; use another --name, or that program")
                     continue
                 checkpoint = Checkpoint(name, meta)
-                _ = checkpoint.score  # a KeyError here, not later
+                _ = checkpoint.score, [meta[key] for key in USED]  # a KeyError here, not later
                 if not meta["files"].keys() >= NEEDED or name != name_of(checkpoint.cursor, meta["attempt"]):
                     raise KeyError("files, epoch, step or attempt")
                 found.append(checkpoint)
@@ -271,4 +273,6 @@ def read_state_file(path: Path) -> Any:
         return load_file(path)
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in path.read_text().splitlines()]
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():  # of the pickle's protocol: what is not ours is refused in our own words
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)

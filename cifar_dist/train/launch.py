@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import re
+import socket
 import time
 import uuid
 from dataclasses import dataclass
@@ -101,6 +103,11 @@ def connect(address: str | None, num_workers: int) -> None:
         # cluster on this machine, take the "no" for a death and stop the workers.
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)
         return
+    if match := re.fullmatch(r"(?:ray://)?([^:/]+|\[.+\]):(\d+)", address):
+        try:  # Ray itself tries for a quarter of an hour
+            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"no Ray cluster answers at {address}: {error}; check --address") from error
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -195,5 +195,5 @@ def explain_resume(plan: Plan) -> str:
     )
     if plan.is_finished:
         return "\n".join([*lines, f"would do nothing: the run is finished ({place})"])
-    workers = f"written by {meta['world_size']} workers in attempt {meta['attempt']}"
+    workers = f"written by {meta.get('world_size')} workers in attempt {meta['attempt']}"
     return "\n".join([*lines, f"would load {checkpoint.name}: {place}; {workers}"])

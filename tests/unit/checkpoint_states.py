@@ -36,7 +36,7 @@ def state(value: float) -> State:
 
 def meta_of(score: tuple[float, float] | None = None, **changed: Any) -> dict[str, Any]:
     metrics = score and {"validation_accuracy": score[0], "validation_loss": score[1]}
-    return {**EXPECT, "metrics": metrics, **changed}
+    return {**EXPECT, "metrics": metrics, "world_size": 1, "config": {}, "global_step": 0, **changed}
 
 
 def write(
