@@ -246,6 +246,11 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in option_fields() if (value := getattr(args, name)) is not None}
 
 
+def set_api_server(port: int) -> None:
+    """Has Ray's processes that are started from now on ask a dashboard on this machine for the cluster's state."""
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+
+
 def prepare_environment() -> str | None:
     """Sets what Ray reads from the environment at import; returns RAY_ADDRESS if it is set."""
     defaults = {

@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cifar_dist.config import set_api_server
 from cifar_dist.data.store import use_decoded
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, open_uri, to_json
@@ -99,9 +100,14 @@ def connect(address: str | None, num_workers: int) -> None:
     if address is None:
         # More workers than cores is slow but sound, and how a laptop rehearses a cluster.
         num_cpus = max(os.cpu_count() or 1, num_workers)
-        # Ray Train asks the dashboard whether its controller lives. Without one of its own it would ask that of another
-        # cluster on this machine, take the "no" for a death and stop the workers.
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)
+        # Ray Train asks the dashboard whether its controller lives. Left to itself it asks the cluster that was last
+        # started on this machine: it takes the "no" of another one for a death and stops the workers, and where that
+        # cluster has gone each run ends 12 s late.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        set_api_server(port)
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, dashboard_port=port, **quiet)
         return
     if match := re.fullmatch(r"(?:ray://)?([^:/]+|\[.+\]):(\d+)", address):
         try:  # Ray itself tries for a quarter of an hour
