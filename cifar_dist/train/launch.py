@@ -158,7 +158,8 @@ def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
     launch, run, token = plan.launch, Folder(plan.launch.run_uri), uuid.uuid4().hex
     run.create(preflight.FOLDER)
     run.write(f"{preflight.FOLDER}/token", token.encode())
-    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    needs = ("CPU", "GPU") if use_gpu else ("CPU",)
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and all(n["Resources"].get(name) for name in needs)]
     where = launch.run_uri, plan.data_uri, launch.staging_folder, token
     try:
         if launch.address is None:

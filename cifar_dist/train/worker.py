@@ -160,9 +160,7 @@ class Worker:
             for optimizer, stored in zip(state.optimizers, loaded.optimizer["optimizers"], strict=True):
                 optimizer.load_state_dict(stored)
             state.precision.scaler.load_state_dict(loaded.optimizer["scaler"])
-            if (
-                meta["world_size"] == self.world
-            ):  # each rank goes on with its own, another number of ranks with the mean
+            if meta["world_size"] == self.world:  # each rank has its own back; other numbers of ranks take the mean
                 for name, rows in loaded.ranks.items():
                     set_statistics(self._models()[name], rows[self.rank].to(state.device))
                 if self.job.config.loop.deterministic:
