@@ -12,15 +12,18 @@ export UV_COMPILE_BYTECODE ?= 1
 PYTHON := .venv/bin/python
 SYNCED := .venv/.synced
 
-.PHONY: help demo test lint format types bench imagenet-check clean
+.PHONY: help demo test test-slow lint format types bench imagenet-check clean
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(SYNCED) ## the main job on built-in data: prepare, train both models, evaluate, report (in demo/)
 	$(PYTHON) jobs/pipeline.py --source shapes --num-train 700 --num-test 300 --out demo --workers 2 --shards 2
 
-test: lint types ## lint, types and all tests
-	$(PYTHON) -m pytest
+test: lint types ## lint, types and all tests but the slow ones, in two processes
+	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow"
+
+test-slow: $(SYNCED) ## the tests that take more than a minute each
+	$(PYTHON) -m pytest -m slow
 
 lint: $(SYNCED) ## ruff: lint and format
 	.venv/bin/ruff check .

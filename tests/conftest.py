@@ -8,6 +8,13 @@ import pytest
 from cifar_dist.data import sources, store
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process for each file's tests, and one for all on clusters: what a session or a file shares is made once."""
+    for item in items:
+        path = Path(item.fspath)
+        item.add_marker(pytest.mark.xdist_group("clusters" if path.parent.name == "cluster" else path.stem))
+
+
 @pytest.fixture(scope="session")
 def shapes_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A prepared data set of 200 train and 100 test drawn shapes, 32 px PNG. Do not change it: copy it first."""

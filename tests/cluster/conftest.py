@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from job_process import Job, run_job, train_args
+from ray_cluster import Nodes
 
 from cifar_dist.data import sources, store
 
@@ -13,6 +14,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in Path(item.fspath).parents:
             item.add_marker("cluster")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nodes() -> Iterator[Nodes]:
+    """Three raylets that all tests share; each test leaves as many as it found."""
+    cluster = Nodes(3)
+    Job.address = cluster.address
+    yield cluster
+    cluster.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +44,6 @@ def tiny_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def whole_run(tiny_uri: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(run folder, output) of a small run of two workers that nothing interrupted."""
     storage = tmp_path_factory.mktemp("runs")
-    code, output = run_job(*train_args(tiny_uri, storage, "whole"))
+    code, output = run_job(*train_args(tiny_uri, storage, "whole"), local=True)
     assert code == 0, output
     return storage / "whole", output

@@ -31,8 +31,10 @@ class Job:
     """jobs/SCRIPT as a process, from another folder than the project's; finds the processes that it brought forth."""
 
     started: ClassVar[list["Job"]] = []
+    address: ClassVar[str] = ""  # of the cluster that all tests share, which saves each of them some ten seconds
 
-    def __init__(self, script: str, *args: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, script: str, *args: str, env: dict[str, str] | None = None, local: bool = False) -> None:
+        """`local`: on a cluster of its own, as on a laptop, whose processes then are of this job's family."""
         self.tag = f"CIFAR_DIST_TEST={uuid.uuid4()}"
         Job.started.append(self)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the job has ended
@@ -40,7 +42,7 @@ class Job:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / script), *args],
             cwd=os.sep,
-            env={**os.environ, **(env or {}), name: value},
+            env={**os.environ, "RAY_ADDRESS": "" if local else Job.address, **(env or {}), name: value},
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
@@ -82,9 +84,9 @@ class Job:
         self.kill()
 
 
-def run_job(script: str, *args: str, env: dict[str, str] | None = None) -> tuple[int, str]:
+def run_job(script: str, *args: str, env: dict[str, str] | None = None, local: bool = False) -> tuple[int, str]:
     """(exit code, stdout and stderr) of jobs/SCRIPT."""
-    return Job(script, *args, env=env).wait()
+    return Job(script, *args, env=env, local=local).wait()
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 240) -> None:

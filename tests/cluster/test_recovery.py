@@ -23,14 +23,7 @@ from cifar_dist.data.store import stage
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
 from cifar_dist.train.setup import augmentation, split_ids
 
-NUM_NODES = 3
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    cluster = Nodes(NUM_NODES)
-    yield cluster
-    cluster.stop()
+NUM_NODES = 3  # of the shared cluster
 
 
 def newest(run: Path) -> Checkpoint | None:
@@ -82,7 +75,7 @@ def test_killed_at_every_place_it_ends_with_the_same_bits(
 ) -> None:
     """One worker, then all of them, then the driver, then a worker's raylet, one after the other in one run."""
     run = tmp_path / "run"
-    more = ["--address", nodes.address, "--checkpoint-every-steps", "1", "--max-failures", "2"]
+    more = ["--checkpoint-every-steps", "1", "--max-failures", "2"]
     job = Job(*train_args(tiny_uri, tmp_path, "run", 2, *more))
     wait_for_attempt(run, 1, job)
     os.kill(nodes.train_workers()[0], signal.SIGKILL)
@@ -102,10 +95,10 @@ def test_killed_at_every_place_it_ends_with_the_same_bits(
     assert_same_run(run, whole_run[0])
 
 
-def test_another_number_of_workers_sees_the_same_batches(nodes: Nodes, tiny_uri: str, tmp_path: Path) -> None:
+def test_another_number_of_workers_sees_the_same_batches(tiny_uri: str, tmp_path: Path) -> None:
     """2 workers, then 1, then 3, each but the last one killed inside an epoch."""
     run = tmp_path / "run"
-    more = ["--address", nodes.address, "--checkpoint-every-steps", "1", "--record-samples"]
+    more = ["--checkpoint-every-steps", "1", "--record-samples"]
     for attempt, num_workers in enumerate((2, 1), 1):
         job = Job(*train_args(tiny_uri, tmp_path, "run", num_workers, *more))
         wait_for_attempt(run, attempt, job)
@@ -117,10 +110,11 @@ def test_another_number_of_workers_sees_the_same_batches(nodes: Nodes, tiny_uri:
     assert_every_sample_once(run, tiny_uri, num_steps=16)
 
 
+@pytest.mark.slow
 def test_elastic_workers_shrink_with_the_cluster_and_grow_again(nodes: Nodes, tiny_uri: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["--epochs", "1000", "--checkpoint-every-steps", "1", "--record-samples", "--resize-seconds", "3"]
-    args = train_args(tiny_uri, tmp_path, "run", 3, "--address", nodes.address, *more)
+    args = train_args(tiny_uri, tmp_path, "run", 3, *more)
     args[args.index("3")] = "1:3"
     job = Job(*args)
     wait_for_size(run, 3, job)
@@ -133,11 +127,12 @@ def test_elastic_workers_shrink_with_the_cluster_and_grow_again(nodes: Nodes, ti
     assert_every_sample_once(run, tiny_uri)
 
 
+@pytest.mark.slow
 def test_a_preemption_notice_stores_a_checkpoint(
     nodes: Nodes, whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = Job(*train_args(tiny_uri, tmp_path, "run", 2, "--checkpoint-every-steps", "0", "--address", nodes.address))
+    job = Job(*train_args(tiny_uri, tmp_path, "run", 2, "--checkpoint-every-steps", "0"))
     wait_until(lambda: newest(run))  # of the first epoch
     node = nodes.of_process(nodes.train_workers()[0])
     nodes.drain(node, deadline_seconds=8)
@@ -148,8 +143,9 @@ def test_a_preemption_notice_stores_a_checkpoint(
     assert_same_run(run, whole_run[0])
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_found(nodes: Nodes, whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path) -> None:
-    more = ["--collective-timeout-seconds", "8", "--checkpoint-every-steps", "1", "--address", nodes.address]
+    more = ["--collective-timeout-seconds", "8", "--checkpoint-every-steps", "1"]
     job = Job(*train_args(tiny_uri, tmp_path, "run", 2, *more))
     wait_for_attempt(tmp_path / "run", 1, job)
     os.kill(nodes.train_workers()[-1], signal.SIGSTOP)
@@ -159,9 +155,9 @@ def test_a_worker_that_hangs_is_found(nodes: Nodes, whole_run: tuple[Path, str],
     assert_same_run(tmp_path / "run", whole_run[0])
 
 
-def test_a_newer_start_of_a_run_takes_over_from_an_older_one(nodes: Nodes, tiny_uri: str, tmp_path: Path) -> None:
+def test_a_newer_start_of_a_run_takes_over_from_an_older_one(tiny_uri: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    more = ["--record-samples", "--checkpoint-every-steps", "1", "--address", nodes.address]
+    more = ["--record-samples", "--checkpoint-every-steps", "1"]
     older = Job(*train_args(tiny_uri, tmp_path, "run", 1, "--epochs", "1000", *more))
     wait_for_attempt(run, 1, older)
     newer = Job(*train_args(tiny_uri, tmp_path, "run", 1, "--epochs", "1000", *more))
@@ -175,8 +171,8 @@ def test_a_newer_start_of_a_run_takes_over_from_an_older_one(nodes: Nodes, tiny_
     assert_every_sample_once(run, tiny_uri)
 
 
-def test_preflight_prints_what_it_found(nodes: Nodes, tiny_uri: str, tmp_path: Path) -> None:
-    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 2, "--preflight-only", "--address", nodes.address))
+def test_preflight_prints_what_it_found(tiny_uri: str, tmp_path: Path) -> None:
+    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 2, "--preflight-only"))
     assert code == 0, output
     for check in ("versions", "storage", "data set", "disk", "/dev/shm"):
         assert len(re.findall(rf"^{check} .* ok ", output, re.MULTILINE)) == NUM_NODES, output
@@ -211,6 +207,7 @@ def can_create(fs: object) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_object_storage_that_is_away_for_a_while_costs_nothing(
     s3_server: tuple[subprocess.Popen, str], whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path
 ) -> None:
@@ -218,7 +215,7 @@ def test_object_storage_that_is_away_for_a_while_costs_nothing(
     server, storage = s3_server
     uri = storage.replace("/runs", "/runs/run")
     args = train_args(tiny_uri, storage, "run", 2, "--checkpoint-every-steps", "0")
-    job = Job(*args)
+    job = Job(*args, local=True)  # so that the workers have the credentials
     wait_until(lambda: Checkpoints(uri).latest())
     server.send_signal(signal.SIGSTOP)
     time.sleep(12)
@@ -229,7 +226,7 @@ def test_object_storage_that_is_away_for_a_while_costs_nothing(
     wait_until(lambda: Checkpoints(uri).latest() != stuck)
     job.process.kill()
     job.wait()
-    code, output = run_job(*args)
+    code, output = run_job(*args, local=True)
     assert code == 0, output
     assert "continuing from" in output
     copy = tmp_path / "run"
@@ -245,6 +242,7 @@ def test_object_storage_that_is_away_for_a_while_costs_nothing(
     assert_same_run(copy, whole_run[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_is_said_and_costs_nothing(whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path) -> None:
     """The disk holds one checkpoint of about 100 MB and not two; then there is room again."""

@@ -81,13 +81,6 @@ def test_accuracy_at_chance_is_named(tiny_uri: str, tmp_path: Path) -> None:
     assert output.count("the network is not learning") == 1
 
 
-def test_more_gpus_than_there_are_is_an_error(tiny_uri: str, tmp_path: Path) -> None:
-    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 2, "--device", "gpu"))
-    assert code == 1
-    assert "2 workers need a GPU each, the cluster has 0" in output
-    assert "Traceback" not in output
-
-
 @pytest.mark.parametrize(
     ("where", "settings", "message"),
     [

@@ -218,7 +218,7 @@ def often_switched() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("often_switched")
-@pytest.mark.parametrize(("drivers", "rounds"), [([A, B], 60), ([B, A, C], 40)])
+@pytest.mark.parametrize(("drivers", "rounds"), [([A, B], 15), ([B, A, C], 10)])
 def test_of_drivers_that_claim_at_the_same_time_one_is_the_owner(tmp_path, drivers, rounds):
     for number in range(rounds):
         run = new_run(str(tmp_path / f"run-{number}"))
@@ -230,7 +230,7 @@ def test_of_drivers_that_claim_at_the_same_time_one_is_the_owner(tmp_path, drive
 @pytest.mark.usefixtures("often_switched")
 @pytest.mark.parametrize(("older", "newer"), [(A, B), (B, A)])
 def test_one_owner_is_left_when_workers_start_again_while_the_run_is_taken_over(tmp_path, older, newer):
-    for number in range(40):
+    for number in range(12):
         run = Folder(str(tmp_path / f"run-{number}"))
         Attempts(run, older).claim(takeover=True)
         assert_one_owner(run, claim_together(run.uri, {older: False, newer: True}))
@@ -250,7 +250,7 @@ def claim_in_rounds(folder: str, driver: str, rounds: int, barrier, results) -> 
 
 
 def test_of_processes_that_claim_at_the_same_time_one_is_the_owner(tmp_path):
-    rounds, context = 40, multiprocessing.get_context("spawn")
+    rounds, context = 15, multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     arguments = [(str(tmp_path), driver, rounds, barrier, results) for driver in (A, B)]
     processes = [context.Process(target=claim_in_rounds, args=args) for args in arguments]
