@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from job_process import free_port
 from ray.cluster_utils import Cluster
 
 
@@ -16,7 +17,10 @@ class Nodes:
 
     def __init__(self, num_nodes: int, num_cpus: int = 1) -> None:
         self.num_cpus = num_cpus
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()},
+        )
         self.nodes: list[Any] = []
         for _ in range(num_nodes):
             self.add()
