@@ -87,6 +87,7 @@ def test_the_main_job_reports_both_models_and_goes_on_where_it_stopped(tmp_path:
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
 
 
+@pytest.mark.slow
 def test_two_raylets_share_a_run(tiny_uri: str, tmp_path: Path) -> None:
     """A head without CPUs and two nodes of one CPU: a worker on each, data staged by each."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
