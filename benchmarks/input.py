@@ -1,123 +1,188 @@
-"""Input speed: this project's loader against torchvision and DataLoader on the same images, side by side.
+"""Input speed: this project's loader against torchvision v2 with DataLoader, Ray Data and the floor, side by side.
 
-    python benchmarks/input.py [--num-images N] [--rounds N]
+    python benchmarks/input.py [--data URI] [--num-images N] [--rounds N]
 
-Each round measures every way once, so that other load hits all alike; a ratio is taken within its round. Prints a table
-and writes benchmarks/results/input.json.
+All ways give shuffled batches of 64 float32 images of a prepared data set (--data; else drawn shapes, which are PNG),
+flipped at random and scaled to 0..1, at 32 px and, enlarged, at 224 px (a tenth as many images). A way is measured in
+images/s over a whole epoch; what starts once (processes, Ray, caches) is done in an epoch before the first round.
+"floor" is the least that could be done: pixels already decoded in memory, indexed, flipped, scaled and resized by plain
+NumPy and PyTorch operations. The loader and the floor write the layout of the case; the peers always their cheapest,
+contiguous. Ray Data does not shuffle, which spares it that cost. Prints a table, writes benchmarks/results/input.json.
 """
 
-import io
-import json
+import logging
 import os
-import platform
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import side_by_side
 import torch
-from PIL import Image
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import decode_image
 from torchvision.transforms import v2
 
-from cifar_dist.config import Parser
+from cifar_dist.config import Parser, prepare_environment
 from cifar_dist.data import sources, store
 from cifar_dist.data.loader import Loader, train_plans
 from cifar_dist.data.order import Augmentation
 from cifar_dist.data.spec import ImageSpec
 
 BATCH = 64
+DECODED, ENCODED, FLOOR = "this loader, decoded cache", "this loader, encoded", "floor"
+DATALOADER, RAY_DATA = "torchvision + DataLoader", "Ray Data"
+
+
+def transform(image_size: int) -> v2.Compose:
+    """The peers': flips while the image is small, the resize on uint8, which torchvision has the fastest code for."""
+    resize = [v2.Resize((image_size, image_size), antialias=False)] if image_size != 32 else []
+    flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+    return v2.Compose([*flips, *resize, v2.ToDtype(torch.float32, scale=True)])
 
 
 class Images(Dataset):
-    """What a tutorial writes: Pillow decodes, torchvision's v2 transforms resize, flip and normalize."""
+    """Torchvision decodes and transforms one image at a time."""
 
     def __init__(self, staged: store.StagedSplit, image_size: int) -> None:
-        self.staged = staged
-        self.transform = v2.Compose(
-            [
-                v2.ToImage(),
-                v2.Resize(image_size, antialias=False),
-                v2.RandomHorizontalFlip(),
-                v2.RandomVerticalFlip(),
-                v2.ToDtype(torch.float32, scale=True),
-            ]
-        )
+        self.staged, self.transform = staged, transform(image_size)
 
     def __len__(self) -> int:
         return len(self.staged)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        image = Image.open(io.BytesIO(self.staged.encoded(i).tobytes())).convert("RGB")
-        return self.transform(image), int(self.staged.labels[i])
+        encoded = torch.from_numpy(self.staged.encoded(i).copy())
+        return self.transform(decode_image(encoded, mode="RGB")), int(self.staged.labels[i])
 
 
-def images_per_second(batches: Iterator, num_images: int) -> float:
+def floor(pixels: np.ndarray, image_size: int, channels_last: bool) -> Iterator[torch.Tensor]:
+    random = np.random.default_rng(0)
+    order = random.permutation(len(pixels))
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for start in range(0, len(pixels), BATCH):
+        batch = pixels[order[start : start + BATCH]]
+        flip_x, flip_y = random.random((2, len(batch))) < 0.5
+        batch[flip_x] = batch[flip_x, :, ::-1]
+        batch[flip_y] = batch[flip_y, ::-1]
+        images = torch.from_numpy(batch).permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format).div_(255)
+        yield interpolate(images, (image_size, image_size), mode="bilinear") if image_size != 32 else images
+
+
+def ray_data(file: Path, image_size: int) -> Callable[[], Iterator[torch.Tensor]]:
+    import ray.data  # noqa: PLC0415 - the environment is prepared first
+
+    change = transform(image_size)
+
+    def read(batch: dict[str, Any]) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        images = [change(decode_image(torch.from_numpy(np.frombuffer(b, np.uint8).copy()))) for b in batch["bytes"]]
+        return {"image": torch.stack(images).numpy(), "label": batch["label"]}
+
+    def epoch() -> Iterator[torch.Tensor]:
+        rows = ray.data.read_parquet(str(file), override_num_blocks=16).map_batches(read, batch_size=BATCH)
+        return (batch["image"] for batch in rows.iter_torch_batches(batch_size=BATCH, prefetch_batches=2))
+
+    return epoch
+
+
+def start_ray(num_cpus: int) -> None:
+    prepare_environment()
+    import ray  # noqa: PLC0415
+
+    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    import ray.data  # noqa: PLC0415
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def images_per_second(batches: Iterable[torch.Tensor], num_images: int) -> float:
     start = time.perf_counter()
-    seen = sum(len(batch.labels if hasattr(batch, "labels") else batch[1]) for batch in batches)
-    assert seen == num_images
-    return seen / (time.perf_counter() - start)
+    seen = sum(len(images) for images in batches)
+    seconds = time.perf_counter() - start
+    if seen != num_images:
+        raise RuntimeError(f"{seen} images came, not {num_images}")
+    return seen / seconds
 
 
-def ways(uri: str, image_size: int, staging: Path, num_threads: int) -> dict[str, Callable[[], Iterator]]:
-    """Name -> a function that starts one epoch."""
+def ways(
+    uri: str, folder: Path, image_size: int, channels_last: bool, num_images: int, num_cpus: int
+) -> dict[str, Callable[[], float]]:
+    """Name -> a function that runs one epoch and returns images/s."""
     manifest = store.read_manifest(uri)
-    spec = ImageSpec(image_size, "0..1", channels_last=False)
-    made = {}
-    for cache in ("decoded", "encoded"):
-        loader = Loader(uri, manifest, "train", spec, torch.device("cpu"), num_threads, BATCH, cache, 4096, staging)
-        ids = np.arange(len(loader.staged))
-        made[f"this loader, {cache}"] = lambda loader=loader, ids=ids: loader.batches(
-            train_plans(ids, Augmentation(image_size, "both"), 0, 0, 0, BATCH, 0, 1)
-        )
-    dataset = Images(store.stage(uri, "train", staging, manifest), image_size)
-    made["torchvision + DataLoader"] = lambda: iter(
-        DataLoader(dataset, BATCH, shuffle=True, num_workers=num_threads, multiprocessing_context="fork")
-    )
-    return made
+    staged = store.stage(uri, "train", folder / "staged", manifest)
+    spec = ImageSpec(image_size, "0..1", channels_last)
+    epochs: dict[str, Callable[[], Iterable[torch.Tensor]]] = {}
+
+    # Its processes are forked, so before DALI's threads start; they stay from epoch to epoch.
+    subset = torch.utils.data.Subset(Images(staged, image_size), range(num_images))
+    workers: Any = {"num_workers": num_cpus, "persistent_workers": True, "multiprocessing_context": "fork"}
+    dataloader = DataLoader(subset, BATCH, shuffle=True, **workers)
+    next(iter(dataloader))
+
+    def open_loader(cache: str) -> Loader:
+        settings = torch.device("cpu"), num_cpus, BATCH, cache, 4096, folder / "staged"
+        return Loader(uri, manifest, "train", spec, *settings)
+
+    def loaded(loader: Loader) -> Iterator[torch.Tensor]:
+        plans = train_plans(np.arange(num_images), Augmentation(image_size, "both"), 0, 0, 0, BATCH, 0, 1)
+        return (batch.images for batch in loader.batches(plans))
+
+    decoded, encoded = open_loader("decoded"), open_loader("encoded")
+    pixels = np.array(decoded.decoded[:num_images])  # type: ignore[index]
+    epochs[DECODED] = lambda: loaded(decoded)
+    epochs[ENCODED] = lambda: loaded(encoded)
+    epochs[FLOOR] = lambda: floor(pixels, image_size, channels_last)
+    epochs[DATALOADER] = lambda: (batch[0] for batch in dataloader)
+    file = folder / f"{num_images}.parquet"
+    rows = {"bytes": [staged.encoded(i).tobytes() for i in range(num_images)], "label": staged.labels[:num_images]}
+    pq.write_table(pa.table(rows), file, row_group_size=BATCH, compression="none")
+    epochs[RAY_DATA] = ray_data(file, image_size)
+    return {name: lambda start=start: images_per_second(start(), num_images) for name, start in epochs.items()}
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--num-images", type=int, default=4000)
+    parser.add_argument("--data", help="a prepared data set of 32-px images (default: drawn shapes)")
+    parser.add_argument("--num-images", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=side_by_side.RESULTS, help="folder of input.json")
     args = parser.parse_args()
-    num_threads = os.cpu_count() or 1
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        store.prepare(sources.shapes(args.num_images, 20), f"{folder}/data")
-        for image_size in (32, 224):
-            epochs = ways(f"{folder}/data", image_size, Path(folder), num_threads)
-            rounds = [
-                {n: images_per_second(e(), args.num_images) for n, e in epochs.items()} for _ in range(args.rounds)
-            ]
-            for name in epochs:
-                speeds = [r[name] for r in rounds]
-                ratios = [r[name] / r["torchvision + DataLoader"] for r in rounds]
-                results.append(
-                    {
-                        "image_size": image_size,
-                        "way": name,
-                        "images_per_second": statistics.median(speeds),
-                        "ratio_to_dataloader": statistics.median(ratios),
-                        "ratio_spread": [min(ratios), max(ratios)],
-                        "n": args.rounds,
-                    }
-                )
-    for r in results:
-        low, high = r["ratio_spread"]
-        print(
-            f"{r['image_size']:4} px  {r['way']:26} {r['images_per_second']:9,.0f} images/s  "
-            f"{r['ratio_to_dataloader']:6.2f} x DataLoader  ({low:.2f} to {high:.2f}, n={r['n']})"
-        )
-    hardware = {"processor": platform.processor() or platform.machine(), "num_cpus": num_threads}
-    target = Path(__file__).parent / "results" / "input.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(
-        json.dumps({"hardware": hardware, "num_images": args.num_images, "results": results}, indent=2) + "\n"
-    )
+    num_cpus = os.cpu_count() or 1
+    results, rows = [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        uri = args.data
+        if not uri:
+            uri = f"{folder}/data"
+            store.prepare(sources.shapes(args.num_images, 20), uri)
+        num_train = store.read_manifest(uri).num_rows("train")
+        start_ray(num_cpus)
+        for image_size, channels_last in ((32, False), (32, True), (224, False), (224, True)):
+            num_images = min(args.num_images, num_train) // (1 if image_size == 32 else 10)
+            layout = "channels_last" if channels_last else "contiguous"
+            print(f"{image_size} px, {layout}, {num_images} images", flush=True)
+            measured = ways(uri, folder, image_size, channels_last, num_images, num_cpus)
+            rounds = side_by_side.measure(measured, args.rounds, warm_up=True)
+            for way in measured:
+                speed = side_by_side.summary(r[way] for r in rounds)
+                ratios = {
+                    "ratio_to_dataloader": side_by_side.ratio(rounds, way, DATALOADER),
+                    "ratio_to_ray_data": side_by_side.ratio(rounds, way, RAY_DATA),
+                    "floor_over_this": side_by_side.ratio(rounds, way, FLOOR, inverse=True),
+                }
+                case = {"image_size": image_size, "layout": layout, "num_images": num_images, "way": way}
+                results.append({**case, "images_per_second": speed, **ratios})
+                cells = (f"{speed['median']:,.0f}", *(side_by_side.cell(ratio) for ratio in ratios.values()))
+                rows.append((f"{image_size} px {layout}, {way}", *cells))
+    header = "case", "images/s", "over DataLoader", "over Ray Data", "floor over it"
+    print(side_by_side.table(header, rows))
+    side_by_side.store("input", results, args.out)
 
 
 if __name__ == "__main__":

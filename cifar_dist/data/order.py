@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP, CROP, CUTOUT = range(8)  # what a draw is for: one stream each
+CHUNK = 1 << 16  # keys drawn at a time, which take a handful of temporary arrays
 
 
 def draws(counter: np.ndarray | int, *key: int) -> np.ndarray:
@@ -26,7 +27,10 @@ def draws(counter: np.ndarray | int, *key: int) -> np.ndarray:
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The permutation of range(n) for this epoch (int64)."""
-    return np.argsort(draws(np.arange(n), ORDER, seed, epoch), kind="stable")
+    keys = np.empty(n, np.uint64)
+    for start in range(0, n, CHUNK):
+        keys[start : start + CHUNK] = draws(np.arange(start, min(start + CHUNK, n)), ORDER, seed, epoch)
+    return np.argsort(keys)  # no two are equal: the generator maps the counters one to one
 
 
 def flips(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
@@ -101,14 +105,12 @@ def stratified_split(labels: np.ndarray, fraction: float, key: tuple[int, ...]) 
 
     Every class of two or more images keeps at least one on either side.
     """
-    drawn = []
-    for label in np.unique(labels):
+    is_drawn = np.zeros(len(labels), bool)
+    for label in np.flatnonzero(np.bincount(labels)):
         members = np.flatnonzero(labels == label)
-        members = members[np.argsort(draws(members, *key), kind="stable")]
-        most = max(len(members) - 1, 0)
-        drawn.append(members[: min(max(1, round(fraction * len(members))), most)])
-    chosen = np.sort(np.concatenate(drawn))
-    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        is_drawn[members[np.argpartition(draws(members, *key), count)[:count]]] = True
+    return np.flatnonzero(~is_drawn), np.flatnonzero(is_drawn)
 
 
 def train_validation_ids(

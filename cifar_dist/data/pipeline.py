@@ -1,6 +1,6 @@
-"""The DALI pipeline, one definition for CPU and GPU: decode, flip, resize, crop, cut out, normalize."""
+"""The DALI pipeline, one definition for CPU and GPU: decode, flip, normalize, resize, crop, cut out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,39 +20,43 @@ FILL = 127  # grey where a crop leaves the image and where a square is cut out: 
 
 @pipeline_def
 def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> Any:
+    """Flips and normalization commute with the resize, which is symmetric and has weights that sum to 1, and cost less
+    on the small image."""
     mean, std = NORMALIZATION[spec.input_range]
-    flip_x = fn.external_source(name="flip_x", dtype=types.INT32, ndim=0)
-    flip_y = fn.external_source(name="flip_y", dtype=types.INT32, ndim=0)
     if encoded:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
         images = fn.decoders.image(images, device="mixed" if gpu else "cpu", output_type=types.RGB)
+        flip_y = fn.external_source(name="flip_y", dtype=types.INT32, ndim=0)
+        images = fn.flip(images, horizontal=0, vertical=flip_y)
     else:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=3, layout="HWC")
         images = images.gpu() if gpu else images
-    # Flipping commutes with this symmetric resize and costs less on the small image.
-    images = fn.flip(images, horizontal=flip_x, vertical=flip_y)
+    flip_x = fn.external_source(name="flip_x", dtype=types.INT32, ndim=0)
+    layout, axes = ("HWC", (0, 1)) if spec.channels_last else ("CHW", (1, 2))
+    normalize: Any = {"mean": [mean] * 3, "std": [std] * 3, "mirror": flip_x}
+    images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=layout, **normalize)
     if resize:  # bilinear, half-pixel centres, no antialias: Keras's Resizing
         size: Any = {"resize_x": spec.image_size, "resize_y": spec.image_size}
-        images = fn.resize(images, **size, interp_type=types.INTERP_LINEAR, antialias=False, dtype=types.FLOAT)
+        images = fn.resize(images, **size, interp_type=types.INTERP_LINEAR, antialias=False)
+    fill = (FILL - mean) / std
     if spec.crop:
         corner = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
         side = [spec.image_size] * 2
-        images = fn.slice(images, corner, side, axes=(0, 1), out_of_bounds_policy="pad", fill_values=FILL)
+        images = fn.slice(images, corner, side, axes=axes, out_of_bounds_policy="pad", fill_values=fill)
     if spec.cutout_size:
         corner = fn.cast(fn.external_source(name="hole", dtype=types.INT32, ndim=1), dtype=types.FLOAT)
-        hole: Any = {"anchor": corner, "shape": [spec.cutout_size] * 2, "axes": (0, 1)}
-        images = fn.erase(images, **hole, fill_value=FILL)
-    layout = "HWC" if spec.channels_last else "CHW"
-    return fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=layout, mean=[mean] * 3, std=[std] * 3)
+        hole: Any = {"anchor": corner, "shape": [spec.cutout_size] * 2, "axes": axes}
+        images = fn.erase(images, **hole, fill_value=fill)
+    return images
 
 
 class ImagePipeline:
-    """Batches through DALI, one in flight: `submit` the next one, work, `collect` it."""
+    """Batches through DALI, in order: `submit` the next one before you `collect` the last, so that DALI has work."""
 
     def __init__(
         self, spec: ImageSpec, max_batch_size: int, encoded: bool, resize: bool, device: torch.device, num_threads: int
     ) -> None:
-        self.spec, self.device = spec, device
+        self.spec, self.encoded, self.device = spec, encoded, device
         gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if gpu else None
         self._pipe = image_pipeline(
@@ -67,12 +71,17 @@ class ImagePipeline:
         )
         self._pipe.build()
 
-    def submit(self, images: Sequence[np.ndarray] | np.ndarray, augment: Augment | None = None) -> None:
-        """Starts a batch: encoded bytes (a list of uint8 [num_bytes]) or pixels (uint8 [n, H, W, 3])."""
+    def submit(self, images: Any, augment: Augment | None = None) -> None:
+        """Starts a batch: encoded bytes (a list of uint8 [num_bytes]) or pixels (uint8 [n, H, W, 3]), which it flips in
+        place."""
         augment = augment or no_augment(len(images), self.spec.image_size)
+        flip_x, flip_y = augment.flips.T
+        if self.encoded:
+            self._pipe.feed_input("flip_y", flip_y.astype(np.int32))
+        elif flip_y.any():  # cheaper here than as a step of DALI's
+            images[flip_y] = images[flip_y, ::-1]
         self._pipe.feed_input("images", images)
-        self._pipe.feed_input("flip_x", augment.flips[:, 0].astype(np.int32))
-        self._pipe.feed_input("flip_y", augment.flips[:, 1].astype(np.int32))
+        self._pipe.feed_input("flip_x", flip_x.astype(np.int32))
         if self.spec.crop:
             self._pipe.feed_input("crop", augment.crop)
         if self.spec.cutout_size:
@@ -80,14 +89,15 @@ class ImagePipeline:
         self._pipe.schedule_run()
 
     def collect(self) -> torch.Tensor:
-        """The oldest submitted batch. Raises RuntimeError if an image cannot be decoded."""
+        """The oldest submitted batch, the caller's to keep. Raises RuntimeError if an image cannot be decoded."""
         (output,) = self._pipe.share_outputs()
         output = output.as_tensor()
-        # A copy, since DALI reuses its buffer; on a GPU in a stream of its own, so that it waits for no training step.
-        with torch.cuda.stream(self._stream):
-            batch = torch.empty(output.shape(), dtype=torch.float32, device=self.device)
-            feed_ndarray(output, batch, cuda_stream=self._stream)
-        if self._stream is not None:
+        if self._stream is None:  # DALI's own memory, which its default executor leaves to whoever holds it
+            batch = torch.from_dlpack(output)
+        else:  # a copy in a stream of its own, so that neither it nor DALI's reuse waits for a training step
+            with torch.cuda.stream(self._stream):
+                batch = torch.empty(output.shape(), dtype=torch.float32, device=self.device)
+                feed_ndarray(output, batch, cuda_stream=self._stream)
             self._stream.synchronize()
             batch.record_stream(torch.cuda.current_stream(self.device))
         self._pipe.release_outputs()

@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import tempfile
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,7 +200,8 @@ class StagedSplit:
     def __init__(self, path: Path) -> None:
         self.file = pa.ipc.open_file(pa.memory_map(str(path)))
         batches = [self.file.get_batch(i) for i in range(self.file.num_record_batches)]
-        self.labels = np.concatenate([b["label"].to_numpy() for b in batches])
+        # Not to_numpy(), which copies each batch and leaves the pieces in the heap.
+        self.labels = np.concatenate([np.frombuffer(b["label"].buffers()[1], np.int64, len(b)) for b in batches])
         self._paths = [b["path"] for b in batches]
         self._starts = np.cumsum([0] + [len(b) for b in batches]).tolist()
         self._chunks = []
@@ -233,8 +236,9 @@ def stage(
 ) -> StagedSplit:
     """The split on this node, copied once: the first process under a file lock copies, the others wait and map.
 
-    A part is checked against the manifest's SHA-256 while it is copied; a staged file is checked against its own
-    checksum each time it is opened, and copied again if it was damaged.
+    A part is checked against the manifest's SHA-256 while it is copied. A staged file is checked against its own
+    checksum when it is first opened after the machine's start or after any change to it (once_per_node), and copied
+    again if it was damaged.
     """
     manifest = manifest or read_manifest(uri)
     folder = staging_area(manifest, staging_folder)
@@ -247,25 +251,42 @@ def staging_area(manifest: Manifest, staging_folder: Path | str | None = None) -
 
 
 def once_per_node(path: Path, make: Callable[[Path], None]) -> Path:
-    """Lets one process per node make a file; `make` gets a temporary name, renamed when it is whole."""
+    """Lets one process per node make a file; `make` gets a temporary name, renamed when it is whole.
+
+    NAME.sha256 beside it holds its checksum and the file's identity when that was last found right: to read gigabytes
+    again in every process takes seconds each.
+    """
     checksum, part = path.with_name(path.name + ".sha256"), path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(path.name + ".lock")):
-            if path.exists() and checksum.exists() and checksum.read_text() == file_sha256(path):
+            sha256, _, seen = checksum.read_text().partition(" ") if checksum.exists() else ("", "", "")
+            now = identity(path) if path.exists() else ""
+            if now and seen == now:
                 return path
-            try:
-                make(part)
-                checksum.write_text(file_sha256(part))
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)  # while the lock is held: later it may be another process's
+            if not now or sha256 != file_sha256(path):
+                try:
+                    make(part)
+                    sha256 = file_sha256(part)
+                    part.replace(path)
+                finally:
+                    part.unlink(missing_ok=True)  # while the lock is held: later it may be another process's
+                now = identity(path)
+            checksum.write_text(f"{sha256} {now}")
+            time.sleep(0.02)  # a file system's clock ticks every few ms: a later write must find it further on
     except OSError as error:
         free = shutil.disk_usage(path.parent).free >> 20 if path.parent.exists() else 0
         raise UserError(
             f"cannot stage {path} on this node: {error} ({free} MiB free); make room or set --staging-folder"
         ) from error
     return path
+
+
+def identity(path: Path) -> str:
+    """What is another one after any write to a local file, and after a start of the machine: a crash loses writes."""
+    boot, info = Path("/proc/sys/kernel/random/boot_id"), path.stat()
+    start = boot.read_text().strip() if boot.exists() else uuid.uuid4().hex  # unknown: never the same again
+    return f"{start} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"
 
 
 def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:

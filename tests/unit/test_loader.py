@@ -88,6 +88,21 @@ def test_images_of_several_sizes_and_formats(tmp_path: Path, staging_folder: Pat
     assert batch.images[1].abs().max() == 0
 
 
+@pytest.mark.parametrize("size", [32, 224])
+def test_batches_that_are_kept_stay_as_they_were(shapes_uri: str, staging_folder: Path, size: int):
+    """Batches lie in DALI's own memory: each must be left alone for as long as anyone holds it, and no longer."""
+    loader = open_loader(shapes_uri, staging_folder, size=size)
+    plans = list(train_plans(np.arange(200), FLIPS, 0, 0, 0, 32, rank=0, world=1))
+    kept, copies = [], []
+    for batch in loader.batches(plans):
+        kept.append(batch)
+        copies.append(batch.images.clone())
+    for _ in loader.batches(plans):
+        pass
+    del loader
+    assert all(torch.equal(batch.images, copy) for batch, copy in zip(kept, copies, strict=True))
+
+
 def test_no_plans_give_no_batches(shapes_uri: str, staging_folder: Path):
     assert list(open_loader(shapes_uri, staging_folder).batches([])) == []
 
@@ -102,6 +117,41 @@ def test_leaving_early_does_not_disturb_the_next_iteration(shapes_uri: str, stag
         next(iterator)
     iterator.close()
     assert all(map(equal, loader.batches(plans), whole))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_synthetic_batches_are_one_random_batch_under_the_plans_of_the_data(
+    shapes_uri: str, staging_folder: Path, channels_last: bool
+):
+    manifest, spec = store.read_manifest(shapes_uri), ImageSpec(32, "-1..1", channels_last, crop=True, cutout_size=8)
+    settings: Any = (shapes_uri, manifest, "train", spec, torch.device("cpu"), 1, 32, "auto", 64, staging_folder)
+    first, again, real = (Loader(*settings, synthetic=synthetic) for synthetic in (True, True, False))
+    plans = list(train_plans(np.arange(200), AUGMENTATION, 7, 1, 0, 32, rank=0, world=1))
+    batches = list(first.batches(plans))
+    whole = batches[0]
+    for batch, other, wanted in zip(batches, again.batches(plans), real.batches(plans), strict=True):
+        n = len(wanted.ids)
+        assert (batch.ids == wanted.ids).all()
+        assert (batch.num_counted, batch.global_size) == (wanted.num_counted, wanted.global_size)
+        for made, read in ((batch.images, wanted.images), (batch.labels, wanted.labels)):
+            assert (made.shape, made.dtype, made.stride()) == (read.shape, read.dtype, read.stride())
+        assert torch.equal(batch.images, whole.images[:n])
+        assert torch.equal(batch.labels, whole.labels[:n])
+        assert equal(batch, other)
+        assert torch.equal(batch.labels, other.labels)
+    assert len(whole.images.unique(dim=0)) == 32
+    assert -1 <= whole.images.min() < -0.99
+    assert 0.99 < whole.images.max() <= 1
+    assert len(set(whole.labels.tolist())) > 5
+    assert 0 <= whole.labels.min() <= whole.labels.max() < 10
+
+
+def test_synthetic_data_decodes_nothing(tmp_path: Path, staging_folder: Path):
+    source = sources.shapes(20, 20)
+    store.prepare(UncheckedShapes(source.name, source.class_names, source.splits), str(tmp_path / "out"))
+    loader = open_loader(str(tmp_path / "out"), staging_folder, cache="decoded", synthetic=True)
+    assert [len(batch.images) for batch in loader.batches(eval_plans(np.arange(20), 8, 0, 1))] == [8, 8, 4]
+    assert not list(staging_folder.rglob("train.decoded"))
 
 
 # Caches

@@ -70,7 +70,7 @@ def run(
     spec: ImageSpec, images: list[np.ndarray] | np.ndarray, augment: Augment | None, resize: bool, num_threads: int = 2
 ) -> torch.Tensor:
     pipeline = ImagePipeline(spec, 5, isinstance(images, list), resize, CPU, num_threads)
-    pipeline.submit(images, augment)
+    pipeline.submit(images if isinstance(images, list) else images.copy(), augment)  # pixels are flipped in place
     return pipeline.collect()
 
 
@@ -144,7 +144,7 @@ def test_the_last_batch_may_be_smaller(cached: bool):
     encoded, pixels = pictures("PNG")
     pipeline = ImagePipeline(spec, 5, not cached, False, CPU, 2)
     for count in (5, 2, 5, 1):
-        pipeline.submit(pixels[:count] if cached else encoded[:count], rows(0, count))
+        pipeline.submit(pixels[:count].copy() if cached else encoded[:count], rows(0, count))
         got = pipeline.collect()
         assert got.shape[0] == count
         assert grey_levels(got, expected(pixels[:count], rows(0, count), spec), spec) <= 1
@@ -154,10 +154,11 @@ def test_a_collected_batch_does_not_change_later():
     spec = ImageSpec(32, "0..255", True)
     _, pixels = pictures("PNG")
     pipeline = ImagePipeline(spec, 5, False, False, CPU, 1)
-    pipeline.submit(pixels, ALL)
+    pipeline.submit(pixels.copy(), ALL)
     first = pipeline.collect()
     kept = first.clone()
-    for _ in range(4):
+    pipeline.submit(255 - pixels, ALL)
+    for _ in range(4):  # two in flight, as the loader has them
         pipeline.submit(255 - pixels, ALL)
         pipeline.collect()
     assert torch.equal(first, kept)
@@ -179,6 +180,14 @@ def test_decode_equals_pillow(format: str):
     assert [batch.shape for batch in batches] == [(3, 40, 64, 3), (2, 40, 64, 3)]
     error = np.abs(np.concatenate(batches).astype(int) - pixels)
     assert error.max() <= (0 if format == "PNG" else 2)  # see TOLERANCE
+
+
+def test_batches_come_in_the_order_of_submission():
+    spec = ImageSpec(32, "0..255", True)
+    pipeline = ImagePipeline(spec, 2, False, False, CPU, 2)
+    for level in range(5):
+        pipeline.submit(np.full((2, 32, 32, 3), level, np.uint8))
+    assert [pipeline.collect().unique().tolist() for _ in range(5)] == [[level] for level in range(5)]
 
 
 def test_an_unreadable_image_raises():

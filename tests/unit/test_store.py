@@ -318,6 +318,40 @@ def test_a_damaged_staged_file_is_made_again(
     assert path.read_bytes() == whole
 
 
+def bytes_read() -> int:
+    """By this process so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_a_staged_file_is_read_through_once_and_again_after_a_restart_or_a_change(tmp_path: Path):
+    path, content = tmp_path / "file", os.urandom(4 << 20)
+
+    def num_read() -> int:
+        before = bytes_read()
+        store.once_per_node(path, lambda part: part.write_bytes(content))
+        return bytes_read() - before
+
+    def change_in_place() -> None:
+        """One bit, with the file's size, inode and time of change as they were."""
+        times = path.stat()
+        with open(path, "r+b") as file:
+            file.write(bytes([content[0] ^ 1]))
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    num_read()
+    assert num_read() < 1 << 20
+    checksum = path.with_name("file.sha256")
+    whole = checksum.read_text()
+    sha256, boot, rest = whole.split(" ", 2)
+    checksum.write_text(f"{sha256} {boot[::-1]} {rest}")  # as if the machine had been started anew
+    assert num_read() > 4 << 20
+    assert checksum.read_text() == whole
+    assert num_read() < 1 << 20
+    change_in_place()
+    num_read()
+    assert path.read_bytes() == content
+
+
 def test_a_good_staged_file_is_used_without_the_store(data: str, staging_folder: Path, train_rows: list[sources.Row]):
     manifest = store.read_manifest(data)
     store.stage(data, "train", staging_folder)
