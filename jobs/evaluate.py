@@ -9,7 +9,7 @@ from cifar_dist.config import Parser
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.evaluate import driver, report
 from cifar_dist.evaluate.shard import SPLITS
-from cifar_dist.train import launch
+from cifar_dist.train import cluster
 
 EXAMPLE = """example:
   python jobs/evaluate.py --runs /tmp/runs/first --data /tmp/shapes --out /tmp/report --shards 2
@@ -44,10 +44,10 @@ def check_shards(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace, runs: list[str], data: str, out: str, splits: list[str]) -> str:
     check_shards(args)
     chosen = driver.choose(runs, data)  # before a cluster is started
-    launch.connect(args.address, 1)
-    gpu = launch.uses_gpu(args.device)
-    num_shards = args.shards or launch.count_resource("GPU" if gpu else "CPU")
-    if not launch.count_resource("CPU"):
+    cluster.connect(args.address, 1)
+    gpu = cluster.uses_gpu(args.device)
+    num_shards = args.shards or cluster.count_resource("GPU" if gpu else "CPU")
+    if not cluster.count_resource("CPU"):
         raise UserError("the cluster has no CPUs to evaluate on; wait for its workers, or check --address")
     evaluations = driver.evaluate(chosen, data, out, num_shards, tuple(splits), gpu, args.staging_folder, args.flip_tta)
     page = report.write_report(evaluations, data, out, args.staging_folder)

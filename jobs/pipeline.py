@@ -49,7 +49,7 @@ def pipeline(args: argparse.Namespace) -> None:
     planned = [(c.replace(weights=c.model.weights if c.model.model == "resnet50v2" else ""), w) for c, w in planned]
     prepare(args, data)
     plans = [make_plan(*run) for run in planned]  # all are checked before the first one trains
-    runs = [train(plan).run_uri for plan in plans]
+    runs = [train(plan) for plan in plans]
     evaluate(args, runs, data, report, ["train", "validation", "test"])
 
 

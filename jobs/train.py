@@ -4,13 +4,14 @@ import argparse
 import os
 import sys
 
-from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment
+from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment, worker_range
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.recipes import describe_recipes, recipe_config
+from cifar_dist.train.progress import StartUp
 
-RAY_ADDRESS = prepare_environment()
+START_UP, RAY_ADDRESS = StartUp(), prepare_environment()
 
-from cifar_dist.train import launch, plan, preflight  # noqa: E402 - Ray reads the environment when it is imported
+from cifar_dist.train import cluster, plan, preflight  # noqa: E402 - Ray reads the environment when it is imported
 
 EPILOG = f"""recipes:
 {describe_recipes()}
@@ -27,15 +28,6 @@ def add_cluster_options(p: Parser) -> None:
     p.add_argument("--address", default=RAY_ADDRESS, help=cluster)
 
 
-def worker_range(text: str) -> tuple[int, int | None]:
-    """(most, least or None): '4' or '1:4'."""
-    try:
-        low, colon, high = text.partition(":")
-        return (int(high), int(low)) if colon else (int(low), None)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of workers nor a range such as 1:4") from None
-
-
 def add_launch_options(p: Parser) -> None:
     elastic = "data-parallel workers (default 1); MIN:MAX goes on with what the cluster has and grows again"
     p.add_argument("--workers", type=worker_range, default=(1, None), metavar="N|MIN:MAX", help=elastic)
@@ -44,6 +36,8 @@ def add_launch_options(p: Parser) -> None:
     p.add_argument("--collective-timeout-seconds", type=int, default=120, help=hang)
     look = "MIN:MAX: how often more workers are looked for (default 60)"
     p.add_argument("--resize-seconds", type=float, default=60.0, help=look)
+    trace = "store a trace of five steps, made by torch.profiler, in the run's folder"
+    p.add_argument("--profile", action="store_true", help=trace)
     add_cluster_options(p)
 
 
@@ -63,31 +57,41 @@ def parser() -> Parser:
 def settings(args: argparse.Namespace, recipe: str, data: str, storage: str, name: str) -> tuple[Config, plan.Launch]:
     """The run's configuration and launch, checked."""
     (num_workers, min_workers), limits = args.workers, (args.max_failures, args.collective_timeout_seconds)
-    where = args.device, *limits, args.resize_seconds, args.staging_folder, args.address
+    where = args.device, *limits, args.resize_seconds, args.staging_folder, args.address, args.profile
     launched = plan.Launch(data, storage, name, num_workers, min_workers, recipe, *where)
     return recipe_config(recipe, **config_overrides(args)), launched
 
 
-def train(planned: plan.Plan) -> launch.RunResult:
-    result = launch.train(planned)
-    metrics, state = result.best.meta["metrics"], "is finished already" if result.was_finished else "finished"
-    name, accuracy = planned.launch.name, metrics["validation_accuracy"]
-    print(f"run {name} {state}: best {result.best.name}, accuracy {accuracy:.2%} (validation)")
+def train(planned: plan.Plan, start_up: StartUp | None = None) -> str:
+    """The URI of the trained run."""
+    start_up = start_up or StartUp()
+    if not planned.is_finished:
+        cluster.connect(planned.launch.address, planned.launch.num_workers)
+    from cifar_dist.train import launch  # noqa: PLC0415 - takes seconds, of which errors above need not wait
+
+    start_up.end("cluster and imports")
+    result = launch.train(planned, start_up)
+    best, state = result.best, "is finished already" if result.was_finished else "finished"
+    accuracy = best.meta["metrics"]["validation_accuracy"]
+    print(f"run {planned.launch.name} {state}: best {best.name}, accuracy {accuracy:.2%} (validation)")
     print(f"run folder: {result.run_uri}")
-    return result
+    return result.run_uri
 
 
 def main(args: argparse.Namespace) -> None:
     planned = plan.make_plan(*settings(args, args.recipe, args.data, args.storage, args.name))
+    START_UP.end("plan and its imports")
     if args.explain_resume:
         print(plan.explain_resume(planned))
     elif args.preflight_only:
+        from cifar_dist.train import launch  # noqa: PLC0415 - as above
+
         _, findings = launch.check_cluster(planned)
         print(preflight.table(findings))
         if any(finding.status == "failed" for finding in findings):
             raise UserError("preflight failed, see the table")
     else:
-        train(planned)
+        train(planned, START_UP)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, file_sha256, join_uri, sync, to_json
 from cifar_dist.versions import package_versions
+
+if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait for torch
+    import torch
 
 FORMAT_VERSION = 3
 NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-attempt-(\d{4,}))?")  # format 2 had no attempt
@@ -72,9 +71,9 @@ class State:
     ranks: [world, n] each, by the name of the model that the rows belong to. lines: those of metrics.jsonl so far.
     """
 
-    model: Mapping[str, torch.Tensor]
-    average: Mapping[str, torch.Tensor] | None
-    ranks: Mapping[str, torch.Tensor]
+    model: Mapping[str, "torch.Tensor"]
+    average: Mapping[str, "torch.Tensor"] | None
+    ranks: Mapping[str, "torch.Tensor"]
     optimizer: dict[str, Any]
     lines: list[dict[str, Any]]
 
@@ -248,6 +247,10 @@ class Checkpoints:
 
 def write_files(state: State, folder: Path) -> dict[str, str]:
     """Writes the state's files; returns their SHA-256 by name. Raises OSError, with the number where it is known."""
+    import torch  # noqa: PLC0415
+    from safetensors import SafetensorError  # noqa: PLC0415
+    from safetensors.torch import save_file  # noqa: PLC0415
+
     tensors = {"model": state.model, "average": state.average, "ranks": state.ranks}
     names = [f"{stem}.safetensors" for stem, values in tensors.items() if values]
     for name in names:
@@ -269,6 +272,9 @@ def write_files(state: State, folder: Path) -> dict[str, str]:
 
 
 def read_state_file(path: Path) -> Any:
+    import torch  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
+
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix == ".jsonl":

@@ -1,10 +1,6 @@
 """Starts a run on Ray Train: preflight, scaling, failures, progress."""
 
 import contextlib
-import logging
-import os
-import re
-import socket
 import time
 import uuid
 from dataclasses import dataclass
@@ -18,15 +14,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cifar_dist.config import set_api_server
 from cifar_dist.data.store import use_decoded
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, open_uri, to_json
 from cifar_dist.train import preflight
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
+from cifar_dist.train.cluster import connect, count_resource, uses_gpu
 from cifar_dist.train.plan import Job, Plan
-from cifar_dist.train.progress import Display
+from cifar_dist.train.progress import Display, StartUp
 from cifar_dist.versions import git_commit
 
 NODE_SECONDS = 60.0  # for a node to answer preflight's questions
@@ -67,10 +63,13 @@ class Progress:
 
 def train_function(settings: dict[str, Any]) -> None:
     """Ray Train's train function, on each worker."""
+    job: Job = settings["job"]
+    job.start_up.end("worker processes")
     # Not above: the driver and Ray Train's controller load this module, and have no use for DALI, which takes seconds.
     from cifar_dist.train.worker import train_worker  # noqa: PLC0415
 
-    train_worker(settings["job"])
+    job.start_up.end("worker imports")
+    train_worker(job)
 
 
 class StopOnUserError(UserCallback):
@@ -90,48 +89,6 @@ def look_for_nodes() -> None:
     with contextlib.suppress(ray.exceptions.RayError):  # then it is as slow as without
         coordinator = get_or_create_autoscaling_coordinator()
         ray.get(coordinator.get_reserved_resources.remote("", recompute=True), timeout=5)
-
-
-def connect(address: str | None, num_workers: int) -> None:
-    """Connects to the Ray cluster at `address`, or starts one on this machine if it is None."""
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        # More workers than cores is slow but sound, and how a laptop rehearses a cluster.
-        num_cpus = max(os.cpu_count() or 1, num_workers)
-        # Ray Train asks the dashboard whether its controller lives. Left to itself it asks the cluster that was last
-        # started on this machine: it takes the "no" of another one for a death and stops the workers, and where that
-        # cluster has gone each run ends 12 s late.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        set_api_server(port)
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, dashboard_port=port, **quiet)
-        return
-    if match := re.fullmatch(r"(?:ray://)?([^:/]+|\[.+\]):(\d+)", address):
-        try:  # Ray itself tries for a quarter of an hour
-            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=10).close()
-        except OSError as error:
-            raise UserError(f"no Ray cluster answers at {address}: {error}; check --address") from error
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}") from error
-
-
-def count_resource(name: str) -> int:
-    """CPUs or GPUs of the connected cluster."""
-    return int(ray.cluster_resources().get(name, 0))
-
-
-def uses_gpu(device: str, num_tasks: int = 1) -> bool:
-    """Whether `auto`, `cpu` or `gpu` means a GPU on the connected cluster. Raises UserError if there are too few."""
-    num_gpus = count_resource("GPU")
-    gpu = device == "gpu" or (device == "auto" and num_gpus > 0)
-    if gpu and num_gpus < num_tasks:
-        raise UserError(f"{num_tasks} workers need a GPU each, the cluster has {num_gpus}; use --device cpu or fewer")
-    return gpu
 
 
 def resources_per_worker(plan: Plan) -> dict[str, float]:
@@ -194,7 +151,7 @@ def check_cluster(plan: Plan) -> tuple[dict[str, float], list[preflight.Finding]
     return resources, [fits, *check_nodes(plan, "GPU" in resources)]
 
 
-def train(plan: Plan) -> RunResult:
+def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
     """Runs or continues a run to its last epoch.
 
     Raises UserError for nodes that preflight finds unfit, data or storage that fail, a loss that is not finite, and
@@ -203,13 +160,15 @@ def train(plan: Plan) -> RunResult:
     config, launch = plan.config, plan.launch
     if plan.is_finished:
         return finished(plan)
+    start_up = start_up or StartUp()
     start = time.monotonic()
     resources, findings = check_cluster(plan)
     if wrong := [f for f in findings if f.status != "ok"]:
         print(preflight.table(wrong), flush=True)
     if faults := [f"{f.check} on {f.node}: {f.text}" for f in findings if f.status == "failed"]:
         raise UserError(f"preflight failed: {'; '.join(faults)}")
-    print(f"preflight: {len(findings)} checks in {time.monotonic() - start:.1f} s, cluster included", flush=True)
+    print(f"preflight: {len(findings)} checks in {time.monotonic() - start:.1f} s", flush=True)
+    start_up.end("preflight")
     run = Folder(launch.run_uri)
     driver = uuid.uuid4().hex[:8]
     attempt = Attempts(run, driver).claim(takeover=True)
@@ -232,7 +191,11 @@ def train(plan: Plan) -> RunResult:
         driver,
         attempt,
         plan.weights,
+        start_up,
+        launch.profile,
     )
+    # Ray Train's controller needs this actor and waits for it: its process may as well start beside the controller's.
+    get_or_create_autoscaling_coordinator()
     if launch.min_workers:
         look_for_nodes()
     use_gpu = "GPU" in resources

@@ -1,6 +1,7 @@
 """What a run is to do: where and how it is launched, held against its settings, its data and what is stored.
 
-Nothing is written here.
+Nothing is written here. Torch takes seconds to import, so that only what needs it imports it: a fault in the settings
+is said at once.
 """
 
 import json
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from cifar_dist.config import FREE_ON_RESUME, Config
 from cifar_dist.data import order
@@ -19,7 +19,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, absolute_uri, join_uri
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoints
-from cifar_dist.train.setup import build_model, expected_of, image_spec, load_start_weights
+from cifar_dist.train.progress import StartUp
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Launch:
     resize_seconds: float = 60.0  # between looks at the cluster for more workers, where min_workers is given
     staging_folder: str | None = None
     address: str | None = None  # of a Ray cluster; None starts one on this machine
+    profile: bool = False  # rank 0 writes a trace of a few steps
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or (self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers):
@@ -92,6 +93,8 @@ class Job:
     driver: str
     attempt: int
     weights: dict[str, Any] | None
+    start_up: StartUp
+    profile: bool = False
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
@@ -103,6 +106,10 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     check_data(config, launch, manifest)
     weights = None
     if config.model.weights:  # into a network of its own: what does not fit is found before anything is stored
+        import torch  # noqa: PLC0415
+
+        from cifar_dist.train.setup import build_model, image_spec, load_start_weights  # noqa: PLC0415
+
         cpu = torch.device("cpu")
         weights = load_start_weights(config, build_model(config, manifest.num_classes, image_spec(config, cpu), cpu))
     card = {
@@ -116,7 +123,10 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     check_stored(card, launch, config.model.weights)
     checkpoints = Checkpoints(launch.run_uri)
     found: Any = checkpoints.latest()
-    if found and found.cursor.epoch >= config.loop.epochs:  # if that one is damaged there is something to do
+    if found and found.cursor.epoch >= config.loop.epochs:
+        from cifar_dist.train.setup import expected_of  # noqa: PLC0415
+
+        # If that one is damaged there is something to do.
         found, _ = checkpoints.load_newest(expected_of(config, manifest)) or (None, None)
     is_finished = bool(found) and found.cursor.epoch >= config.loop.epochs
     return Plan(config, launch, data_uri, manifest, weights, card, is_finished)
@@ -173,6 +183,8 @@ def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None
 
 def explain_resume(plan: Plan) -> str:
     """What the run would load and why, as lines; reads and verifies as a resume does."""
+    from cifar_dist.train.setup import expected_of  # noqa: PLC0415
+
     run_uri, config = plan.launch.run_uri, plan.config
     checkpoints = Checkpoints(run_uri)
     number, _ = Attempts(Folder(run_uri), "").newest()

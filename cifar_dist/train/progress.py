@@ -4,12 +4,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
 QUIET_SECONDS = 60.0  # without a word from the workers, which start within 20 s on two cores
+
+
+@dataclass
+class StartUp:
+    """Seconds from a job's start to its first step, phase by phase; it travels from the driver to the workers."""
+
+    at: float = field(default_factory=time.time)  # the end of the last phase
+    phases: dict[str, float] = field(default_factory=dict)
+
+    def end(self, phase: str) -> None:
+        now = time.time()
+        self.at, self.phases[phase] = now, now - self.at
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items())
+        return f"first step after {sum(self.phases.values()):.1f} s: {parts}"
 
 
 def format_line(values: dict[str, Any]) -> str:
