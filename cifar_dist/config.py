@@ -77,6 +77,12 @@ class DataConfig(Section):
         "auto", "decode each epoch, once, or once if it fits the budget", choices=("auto", "decoded", "encoded")
     )
     cache_budget_mib: int = option(2048, "largest decoded set that --cache auto keeps, in MiB", minimum=0)
+    features: str = option(
+        "computed",
+        "frozen resnet50v2: cached keeps the base's output per image and flip on the node's disk",
+        choices=("computed", "cached"),
+    )
+    synthetic_data: bool = option(False, "train on one random batch again and again, so that input costs nothing")
     dali_threads: int = option(0, "DALI's CPU threads per worker (0: as many as the worker has cores)", minimum=0)
 
 
@@ -108,15 +114,20 @@ class LoopConfig(Section):
     accumulation_steps: int = option(1, "micro-batches that a worker splits its part of a step into", minimum=1)
     seed: int = option(0, "seed of weights, order, flips and dropout", minimum=0, maximum=2**31 - 1)
     precision: str = option(
-        "auto", "auto: bf16 on GPUs that have it, fp16 on others, fp32 on CPU", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "auto: bf16 where GPU or CPU compute in it, else fp16 on GPU, fp32 on CPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     memory_format: str = option(
-        "auto", "auto: channels_last on GPU, and for resnet50v2 on CPU", choices=("auto", "contiguous", "channels_last")
+        "auto",
+        "auto: channels_last on GPU, in bf16, and for resnet50v2 on CPU",
+        choices=("auto", "contiguous", "channels_last"),
     )
     compile: str = option("auto", "torch.compile (auto: on GPU only)", choices=("auto", "on", "off"))
     recalibrate_batches: int = option(
         0, "training batches that re-estimate BatchNorm's statistics before each validation (0: none)", minimum=0
     )
+    gradient_dtype: str = option("fp32", "in which workers exchange gradients", choices=("fp32", "bf16"))
     deterministic: bool = option(False, "deterministic algorithms only (CPU runs are deterministic anyway)")
     record_samples: bool = option(False, "put every step's ids and flips into metrics.jsonl: an audit, for small runs")
     log_every_steps: int = option(20, "optimizer steps between metric lines", minimum=1)
@@ -155,6 +166,15 @@ class Config:
             raise UserError(f"model fan flattens its last feature map, so --image-size must be 32, not {size}")
         if self.model.model == "fan" and self.model.finetune:
             raise UserError("--finetune is for resnet50v2: fan has no frozen base")
+        data = self.data
+        if data.features == "cached":
+            if self.model.model != "resnet50v2" or self.model.finetune:
+                raise UserError("--features cached is for resnet50v2 with a frozen base; leave it out for others")
+            if data.crop_padding or data.cutout_size or data.synthetic_data:
+                raise UserError(
+                    "--features cached keeps one output per image and flip: it does not go with --crop-padding, "
+                    "--cutout-size or --synthetic-data"
+                )
         if self.data.crop_padding >= size or self.data.cutout_size >= size:
             raise UserError(f"--crop-padding and --cutout-size must be less than --image-size {size}")
         if self.model.model == "resnet50v2" and size < 96:
@@ -190,7 +210,7 @@ def option_fields() -> dict[str, tuple[str, dataclasses.Field]]:
 # A run may be continued with other values of these: more epochs, and what does not change what is learned.
 FREE_ON_RESUME = {
     *("epochs", "weights", "cache", "cache_budget_mib", "dali_threads", "log_every_steps", "chance_warning_steps"),
-    *("record_samples", "checkpoint_every_steps", "checkpoint_every_seconds", "storage_retry_seconds"),
+    *("features", "record_samples", "checkpoint_every_steps", "checkpoint_every_seconds", "storage_retry_seconds"),
     "keep_checkpoints",
 }
 
@@ -226,6 +246,15 @@ def parse_bool(text: str) -> bool:
     return text.lower() in ("true", "yes", "1", "on")
 
 
+def worker_range(text: str) -> tuple[int, int | None]:
+    """(most, least or None): '4' or '1:4'."""
+    try:
+        low, colon, high = text.partition(":")
+        return (int(high), int(low)) if colon else (int(low), None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of workers nor a range such as 1:4") from None
+
+
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--SECTION.NAME` and its short form `--NAME` for every option of Config."""
     groups = {f.name: parser.add_argument_group(f"{f.name} settings") for f in dataclasses.fields(Config)}
@@ -246,9 +275,10 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in option_fields() if (value := getattr(args, name)) is not None}
 
 
-def set_api_server(port: int) -> None:
-    """Has Ray's processes that are started from now on ask a dashboard on this machine for the cluster's state."""
+def set_up_local_cluster(port: int) -> None:
+    """For a cluster started here: Ray's processes ask its dashboard, at `port`, for its state; nobody takes it away."""
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 
 
 def prepare_environment() -> str | None:
@@ -262,6 +292,12 @@ def prepare_environment() -> str | None:
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        # Workers keep freed memory: to have the kernel clear the pages of large tensors anew at each step cost a fifth
+        # of Fan's steps on two cores. Read by the C library when a process starts, so by those of a local cluster.
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+        "MALLOC_TOP_PAD_": str(64 << 20),
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

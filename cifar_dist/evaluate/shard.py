@@ -12,6 +12,7 @@ from cifar_dist.data.loader import Loader, eval_plans
 from cifar_dist.data.store import Manifest, read_manifest
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.scores import Counts, count
+from cifar_dist.models.frozen import inference_copy
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
 from cifar_dist.train.setup import build_model, image_spec, split_ids
 
@@ -86,7 +87,7 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     except RuntimeError as error:
         where = Checkpoints(shard.run_uri).where(shard.checkpoint.name)
         raise UserError(f"the weights of {where} do not fit {config.model.model}; train the run again") from error
-    model.eval()
+    network = inference_copy(model)
     cache = config.data.cache, config.data.cache_budget_mib, shard.staging_folder
     loaders = {
         stored: Loader(shard.data_uri, manifest, stored, spec, device, shard.num_threads, BATCH, *cache)
@@ -99,10 +100,10 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
         plans = eval_plans(ids, BATCH, shard.index, shard.num_shards)
         rows: dict[str, list[list[np.ndarray]]] = {split: [], **({split + FLIPPED: []} if shard.flip_tta else {})}
         for batch in loader.batches(plans):
-            logits = model(batch.images).float()
+            logits = network(batch.images).float()
             rows[split].append(predict(logits, batch.labels, batch.ids))
             if shard.flip_tta:
-                both = (logits + model(batch.images.flip(3)).float()) / 2
+                both = (logits + network(batch.images.flip(3)).float()) / 2
                 rows[split + FLIPPED].append(predict(both, batch.labels, batch.ids))
         results |= {name: collect(parts, manifest.num_classes) for name, parts in rows.items()}
     return results

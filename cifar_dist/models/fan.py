@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from cifar_dist.models.batchnorm import KerasBatchNorm
+from cifar_dist.models.dropout import Dropout
 
 CONV_CHANNELS = (32, 64, 128, 128, 256, 256, 512)
 DENSE_UNITS = (512, 128)
@@ -24,7 +25,7 @@ class Fan(nn.Module):
         for i, width in enumerate(CONV_CHANNELS):
             layers += [nn.Conv2d(channels, width, 3), KerasBatchNorm(width, momentum=batchnorm_momentum), nn.ReLU()]
             if i < len(DROPOUTS):
-                layers.append(nn.Dropout(DROPOUTS[i]))
+                layers.append(Dropout(DROPOUTS[i]))
             channels = width
         self.features = nn.Sequential(*layers)
         side = 32 - 2 * len(CONV_CHANNELS)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar_dist.models.batchnorm import KerasBatchNorm
+from cifar_dist.models.dropout import Dropout
 
 STACKS = ((64, 3, 2), (128, 4, 2), (256, 6, 2), (512, 3, 1))  # width, blocks, stride of the last block
 BASE_EPSILON = 1.001e-5  # keras.applications' own
@@ -59,7 +60,7 @@ class HeadDense(nn.Sequential):
 
     def __init__(self, fan_in: int, fan_out: int, momentum: float) -> None:
         super().__init__(
-            nn.Linear(fan_in, fan_out), KerasBatchNorm(fan_out, momentum=momentum), nn.Dropout(0.1), nn.ReLU()
+            nn.Linear(fan_in, fan_out), KerasBatchNorm(fan_out, momentum=momentum), Dropout(0.1), nn.ReLU()
         )
 
 

@@ -18,15 +18,19 @@ from cifar_dist.data import order
 from cifar_dist.data.loader import Batch
 from cifar_dist.models import KerasBatchNorm
 from cifar_dist.train.checkpoint import Cursor
+from cifar_dist.train.communication import Communication
 from cifar_dist.train.optim import Muon, set_step
 from cifar_dist.train.precision import Precision
 
 
 class Clock:
-    """Splits wall time into waiting for data and everything else, and counts images (of all ranks)."""
+    """Splits wall time into waiting for data, for gradients and everything else, and counts images (of all ranks)."""
 
-    def __init__(self) -> None:
+    def __init__(self, communication: Communication | None = None) -> None:
         self.start, self.data_wait_seconds, self.num_images = time.perf_counter(), 0.0, 0
+        self.communication = communication
+        if communication:
+            communication.reset()
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         iterator = iter(batches)
@@ -40,17 +44,24 @@ class Clock:
             yield batch
 
     def rates(self) -> dict[str, float]:
+        communication_seconds = self.communication.seconds() if self.communication else 0.0
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
             "images_per_second": round(self.num_images / seconds, 2),
             "data_wait_share": round(self.data_wait_seconds / seconds, 4),
             "data_wait_seconds": round(self.data_wait_seconds, 3),
-            "compute_seconds": round(seconds - self.data_wait_seconds, 3),
+            "communication_seconds": round(communication_seconds, 3),
+            "compute_seconds": round(seconds - self.data_wait_seconds - communication_seconds, 3),
             "seconds": round(seconds, 3),
         }
 
 
 START = Cursor(0, 0)
+
+
+def images_of(batch: Batch) -> torch.Tensor:
+    """What a network without a frozen base is given."""
+    return batch.images
 
 
 @dataclass
@@ -59,7 +70,7 @@ class TrainState:
 
     config: Config
     model: nn.Module
-    wrapped: nn.Module  # the same model, compiled and in DistributedDataParallel
+    wrapped: nn.Module  # what of it is trained, compiled and in DistributedDataParallel
     optimizers: list[torch.optim.Optimizer]
     precision: Precision
     average: AveragedModel | None
@@ -67,6 +78,8 @@ class TrainState:
     rank: int
     world: int
     steps_per_epoch: int
+    features: Callable[[Batch], torch.Tensor] = images_of  # what `wrapped` is given
+    communication: Communication | None = None
     cursor: Cursor = START
     learning_rate: float = 0.0
     totals: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
@@ -81,7 +94,7 @@ def train_epoch(state: TrainState, batches: Iterable[Batch], after_step: Callabl
     config, seed = state.config, state.config.loop.seed
     num_steps = config.loop.epochs * state.steps_per_epoch
     state.wrapped.train()
-    clock = Clock()
+    clock = Clock(state.communication)
     for batch in clock.waiting(batches):
         state.learning_rate = set_step(state.optimizers, config.optim, state.global_step, num_steps)
         torch.manual_seed(order.step_seed(seed, *state.cursor, state.rank))
@@ -101,18 +114,22 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     result is exact for uneven parts too.
     """
     num_chunks = min(state.config.loop.accumulation_steps, len(batch.labels))
-    chunks = list(zip(batch.images.tensor_split(num_chunks), batch.labels.tensor_split(num_chunks), strict=True))
+    chunks = list(
+        zip(state.features(batch).tensor_split(num_chunks), batch.labels.tensor_split(num_chunks), strict=True)
+    )
     counted = batch.num_counted > 0
     totals = torch.zeros(3, dtype=torch.float64, device=state.device)
-    for i, (images, labels) in enumerate(chunks):
+    for i, (inputs, labels) in enumerate(chunks):
         last = i == num_chunks - 1
         ddp = state.wrapped if isinstance(state.wrapped, DistributedDataParallel) else None
         with ddp.no_sync() if ddp and not last else nullcontext():
             with state.precision.autocast():
-                logits = state.wrapped(images)
+                logits = state.wrapped(inputs)
             smoothing = state.config.optim.label_smoothing
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum") * counted
             state.precision.scaler.scale(loss * (state.world / batch.global_size)).backward()
+        if last and state.communication:
+            state.communication.end()
         correct = (logits.argmax(1) == labels).sum() * counted
         totals += torch.stack(
             [loss.detach().double(), correct.double(), torch.full_like(totals[0], len(labels) * counted)]
@@ -138,14 +155,19 @@ def update(state: TrainState) -> None:
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, batches: Iterable[Batch], precision: Precision) -> torch.Tensor:
+def validate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    precision: Precision,
+    features: Callable[[Batch], torch.Tensor] = images_of,
+) -> torch.Tensor:
     """This rank's float64 [3] totals (loss sum, correct, seen) in inference mode."""
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=precision.device)
     for batch in batches:
         with precision.autocast():
-            logits = model(batch.images)
+            logits = model(features(batch))
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
         correct = (logits.argmax(1) == batch.labels).sum()
         totals += torch.stack([loss.double(), correct.double(), torch.full_like(totals[0], len(batch.labels))])
@@ -166,7 +188,13 @@ def trained_batchnorms(model: nn.Module) -> list[KerasBatchNorm]:
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], num_batches: int, precision: Precision) -> None:
+def recalibrate_batchnorm(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    num_batches: int,
+    precision: Precision,
+    features: Callable[[Batch], torch.Tensor] = images_of,
+) -> None:
     """The moving statistics of trained BatchNorms become the mean over batches, the rest being in inference mode.
 
     At Keras's momentum of 0.99 they lag hundreds of steps behind the weights. Every rank sees its own part.
@@ -179,7 +207,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Batch], num_batche
             layer.train()
             layer.momentum = i / (i + 1)
         with precision.autocast():
-            model(batch.images)
+            model(features(batch))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.train(was_training)

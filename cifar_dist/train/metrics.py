@@ -15,6 +15,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, join_uri
 
 FLUSH_SECONDS = 10.0
+BOUND_SHARE = 0.1  # of the time, from which on waiting is worth mending
 
 
 class RunLog:
@@ -103,4 +104,20 @@ def validation_warning(train: float, validation: float, recalibrated: float, num
     return found + (
         "so it is not BatchNorm's moving statistics. Likely causes: overfitting (too few images, or none flipped), or "
         "validation images unlike the training images"
+    )
+
+
+def bottleneck_verdict(seconds: float, data_wait_seconds: float, communication_seconds: float) -> str:
+    """What bounds a run: input or communication if training waited for it a tenth of the time or more, else compute."""
+    shares = {"input": data_wait_seconds / seconds, "communication": communication_seconds / seconds}
+    worst = max(shares, key=lambda name: shares[name])
+    bound = worst if shares[worst] >= BOUND_SHARE else "compute"
+    advice = {
+        "input": "; --cache decoded, --dali-threads or more CPUs per worker feed it faster",
+        "communication": "; a larger --global-batch-size or --gradient-dtype bf16 relieves it",
+        "compute": "",
+    }
+    return (
+        f"{bound}-bound: {1 - sum(shares.values()):.1%} computing, {shares['input']:.1%} waiting for input, "
+        f"{shares['communication']:.1%} for gradients of other workers, of {seconds:.1f} s of training{advice[bound]}"
     )

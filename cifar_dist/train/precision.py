@@ -6,14 +6,17 @@ import torch
 class Precision:
     """The resolved precision of a run on a device: fp32, bf16 or fp16.
 
-    auto is bf16 on a GPU that has it and fp16 on an older one; fp32 on the CPU, where bf16 autocast was measured
-    slower for Fan (66 against 46 ms per image, batch 64, two cores). fp16 scales the loss, others do not need it.
+    auto is bf16 on a GPU that has it and fp16 on an older one; on a CPU bf16 where it has instructions for it (AMX,
+    AVX-512 BF16; docs/performance.md has the measured gain), else fp32. fp16 scales the loss, others do not need it.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         if name == "auto":
-            gpu = device.type == "cuda"
-            name = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            if device.type == "cuda":
+                name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            else:
+                has = torch.cpu.get_capabilities()
+                name = "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "fp32"
         self.name, self.device = name, device
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")

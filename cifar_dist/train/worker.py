@@ -2,8 +2,10 @@
 
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,9 +21,12 @@ from cifar_dist.data import order
 from cifar_dist.data.loader import Batch, Loader, eval_plans, train_plans
 from cifar_dist.data.store import read_manifest
 from cifar_dist.errors import UserError
+from cifar_dist.models.frozen import Head, split_frozen
 from cifar_dist.storage import Folder
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
+from cifar_dist.train.communication import Communication
+from cifar_dist.train.features import Features, open_cache
 from cifar_dist.train.loop import (
     Clock,
     TrainState,
@@ -34,10 +39,11 @@ from cifar_dist.train.loop import (
     train_epoch,
     validate,
 )
-from cifar_dist.train.metrics import chance_warning, validation_lags, validation_warning
+from cifar_dist.train.metrics import bottleneck_verdict, chance_warning, validation_lags, validation_warning
 from cifar_dist.train.optim import average_of, make_optimizers
 from cifar_dist.train.plan import Job
 from cifar_dist.train.precision import Precision
+from cifar_dist.train.progress import StartUp
 from cifar_dist.train.saver import Saver
 from cifar_dist.train.setup import (
     augmentation,
@@ -52,6 +58,7 @@ from cifar_dist.train.setup import (
 EVAL_BATCH = 100
 DIAGNOSIS_BATCHES = 20  # of training images, when validation lags behind training
 AGREE_SECONDS = 2.0  # between the points where all ranks agree whether a checkpoint is due; one costs some milliseconds
+PROFILE_STEPS = 5, 2, 5  # left out, to warm up, recorded
 NOTICE_SECONDS = 10.0  # between checkpoints while a node is about to be taken away
 
 
@@ -90,7 +97,9 @@ class Worker:
         batch_size = max(-(-config.loop.global_batch_size // self.world), EVAL_BATCH)
         threads = config.data.dali_threads or self.num_threads
         cache = config.data.cache, config.data.cache_budget_mib, job.staging_folder
-        self.loader = Loader(job.data_uri, self.manifest, "train", spec, device, threads, batch_size, *cache)
+        synthetic = config.data.synthetic_data
+        self.loader = Loader(job.data_uri, self.manifest, "train", spec, device, threads, batch_size, *cache, synthetic)
+        self.source: Loader | Features = self.loader
         self.train_ids, self.validation_ids = split_ids(config, self.loader.staged.labels)
         model = build_model(config, self.manifest.num_classes, spec, device)
         self.state = TrainState(
@@ -112,6 +121,9 @@ class Worker:
         self.diagnosed, self.noticed, self.warned = False, False, set[str]()
         self.steps_to_agree, self.agreed_steps = 1, 1
         self.agreed_at = self.started_at = time.monotonic()
+        self.start_up: StartUp | None = None  # on rank 0, in the first attempt
+        self.waits = {"seconds": 0.0, "data_wait_seconds": 0.0, "communication_seconds": 0.0}
+        self.profiler = self._make_profiler() if job.profile and self.rank == 0 else None
         self.logged_stall_seconds = 0.0
 
     def resume(self) -> None:
@@ -122,11 +134,18 @@ class Worker:
             attempts = Attempts(Folder(job.run_uri, self.retry_seconds), job.driver)
             if ray.get(job.progress.started.remote()) > 1:  # Ray Train has started the workers again
                 attempt = attempts.claim(takeover=False)
+            else:
+                self.start_up = job.start_up
             attempts.check(attempt)
         expect = expected_of(job.config, self.manifest)
         found = self.checkpoints.load_newest(expect, self._note_checkpoint)
         ages: list[Any] = [None] * self.world
-        dist.all_gather_object(ages, (found[0].age, found[0].name) if found else None)
+        dist.all_gather_object(ages, ((found[0].age, found[0].name) if found else None, self.state.precision.name))
+        ages, precisions = (list(values) for values in zip(*ages, strict=True))
+        if len(set(precisions)) > 1:
+            raise UserError(
+                f"the workers' processors differ: --precision auto means {set(precisions)}; name one of them"
+            )
         if None in ages and any(ages):
             raise UserError(
                 f"the workers do not see the same checkpoints in {job.run_uri}; is the storage shared by all nodes?"
@@ -138,10 +157,14 @@ class Worker:
                 checkpoint = next(c for c in self.checkpoints.all() if c.name == common)
                 found = checkpoint, self.checkpoints.load(checkpoint, expect)
             self._restore(*found)
+            made = found[0].meta["precision"]
+            if made != self.state.precision.name:
+                self._say(f"WARNING: {common} was trained in {made}, this goes on in {self.state.precision.name}")
             lines = found[1].lines
             self._say(f"continuing from {common} (attempt {attempt})")
         elif load_start_weights(job.config, self.state.model) != job.weights:
             raise UserError(f"{job.config.model.weights} is not the same file on every worker; is it shared?")
+        self._split_frozen()
         if self.rank == 0:
             num_kept, place = job.config.checkpoint.keep_checkpoints, (self.state.device, self.state.global_step)
             self.saver = Saver(job.run_uri, job.driver, attempt, *place, lines, num_kept, self.retry_seconds)
@@ -179,26 +202,56 @@ class Worker:
         average = {"average": self.state.average.module} if self.state.average is not None else {}
         return {"model": self.state.model, **average}
 
-    def _wrap(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    def _split_frozen(self) -> None:
+        """Where the base is frozen, its features (now that it has its weights) are what is trained on."""
+        state, config = self.state, self.job.config
+        base, self.head = split_frozen(state.model, state.precision.dtype)
+        if base is None:
+            return
+        if self._compiles():
+            base.compile()
+        cache, data = None, config.data
+        if data.features == "cached":
+            counts = len(self.train_ids), len(self.validation_ids)
+            cache = open_cache(config, self.manifest, base, len(self.loader.staged), counts, self.job.staging_folder)
+            self._say(cache.notice)
+        self.source = state.features = Features(self.loader, base, cache)
+
+    def _compiles(self) -> bool:
         compile = self.job.config.loop.compile
+        return compile == "on" or (compile == "auto" and self.state.device.type == "cuda")
+
+    def _trained(self, model: torch.nn.Module) -> torch.nn.Module:
+        """What of the model or of its average is given `state.features`."""
+        return model if self.source is self.loader else Head(model)  # type: ignore[arg-type]
+
+    def _wrap(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         gpu = device.type == "cuda"
-        wrapped: Any = torch.compile(model) if compile == "on" or (compile == "auto" and gpu) else model
+        wrapped: Any = torch.compile(model) if self._compiles() else model
         if self.world == 1:
             return wrapped
         # Moving statistics are averaged where they are read, so DDP need not broadcast them at every step.
         devices = [device] if gpu else None
-        return DistributedDataParallel(wrapped, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(wrapped, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.state.communication = Communication(parallel, self.job.config.loop.gradient_dtype, device)
+        return parallel
 
     def run(self) -> None:
         """Trains from the cursor to the last epoch. Raises UserError on all ranks where the loss is not finite."""
         config, state = self.job.config, self.state
-        state.wrapped = self._wrap(state.model, state.device)
+        if self.start_up:
+            self.start_up.end("set-up")
+        state.wrapped = self._wrap(self.head, state.device)
         self._say(
             f"training {config.model.model} on {len(self.train_ids)} images, validating on {len(self.validation_ids)}: "
             f"{self.world} workers of {self.num_threads} CPU threads each, {state.device.type}, {state.precision.name}"
         )
         if notice := weights_notice(config, self.job.weights):
             self._say(f"WARNING: {notice}")
+        if config.data.synthetic_data:
+            self._say("WARNING: --synthetic-data: training images are random, nothing is learned")
+        if self.profiler:
+            self.profiler.start()
         while state.cursor.epoch < config.loop.epochs:
             batches = self._train_batches(state.cursor)
             clock = train_epoch(state, self._recorded(batches), self._after_step)
@@ -207,12 +260,37 @@ class Worker:
             stall, seconds = self.saver.stall_seconds, time.monotonic() - self.started_at
             self.saver.wait()
             self._say(f"checkpoints held up training for {stall:.2f} s of {seconds:.1f} s, {stall / seconds:.2%}")
+            if self.waits["seconds"]:
+                self._say(bottleneck_verdict(**self.waits))
+        if self.profiler:
+            self.profiler.stop()
+            if not self.profiled:
+                self._say(f"WARNING: --profile wrote nothing: the run had fewer than {sum(PROFILE_STEPS)} steps")
+
+    def _make_profiler(self) -> torch.profiler.profile:
+        """Of a few steps, once they run evenly; the trace goes into the run's folder."""
+        self.profiled = False
+
+        def store(profiler: torch.profiler.profile) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                trace = Path(folder) / "trace.json.gz"
+                profiler.export_chrome_trace(str(trace))
+                name = f"profile/rank-0-step-{self.state.global_step:06d}.json.gz"
+                run = Folder(self.job.run_uri, self.retry_seconds)
+                run.create("profile")
+                run.upload(trace, name)
+            self.profiled = True
+            self._say(f"profile of {PROFILE_STEPS[2]} steps: {name}, for chrome://tracing or ui.perfetto.dev")
+
+        wait, warmup, active = PROFILE_STEPS
+        schedule = torch.profiler.schedule(wait=wait, warmup=warmup, active=active, repeat=1)
+        return torch.profiler.profile(schedule=schedule, on_trace_ready=store)
 
     def _train_batches(self, cursor: Cursor) -> Iterator[Batch]:
         config = self.job.config
         batch_size, seed = config.loop.global_batch_size, config.loop.seed
         augment = augmentation(config)
-        return self.loader.batches(
+        return self.source.batches(
             train_plans(self.train_ids, augment, seed, *cursor, batch_size, self.rank, self.world)
         )
 
@@ -221,6 +299,7 @@ class Worker:
         state = self.state
         loss, correct, seen = self._finite_totals()
         rates = clock.rates()  # after the totals, which wait for the device
+        self.waits = {name: seconds + rates[name] for name, seconds in self.waits.items()}
         evaluated = self._average_over_ranks()
         start = time.perf_counter()
         if num_batches := self.job.config.loop.recalibrate_batches:
@@ -253,12 +332,14 @@ class Worker:
 
     def _recalibrate(self, model: torch.nn.Module, num_batches: int) -> None:
         batches = self._train_batches(Cursor(self.state.cursor.epoch, 0))
-        recalibrate_batchnorm(model, batches, num_batches, self.state.precision)
+        trained = self._trained(model)
+        recalibrate_batchnorm(trained, batches, num_batches, self.state.precision, self.state.features)
 
     def _validate(self, model: torch.nn.Module) -> list[float]:
         """[loss sum, correct, seen] over the validation images, of all ranks."""
         plans = eval_plans(self.validation_ids, EVAL_BATCH, self.rank, self.world)
-        return sum_over_ranks(validate(model, self.loader.batches(plans), self.state.precision)).tolist()
+        state, batches = self.state, self.source.batches(plans)
+        return sum_over_ranks(validate(self._trained(model), batches, state.precision, state.features)).tolist()
 
     def _average_over_ranks(self) -> torch.nn.Module:
         """Makes the moving statistics equal on all ranks; returns the model that is evaluated."""
@@ -302,6 +383,12 @@ class Worker:
 
     def _after_step(self, clock: Clock) -> None:
         state, every = self.state, self.job.config.checkpoint.checkpoint_every_steps
+        if self.profiler:
+            self.profiler.step()
+        if self.start_up:
+            self.start_up.end("first step")
+            self._say(str(self.start_up))
+            self.start_up = None
         if state.global_step % self.job.config.loop.log_every_steps == 0:
             self._on_log(clock)
         self.steps_to_agree -= 1

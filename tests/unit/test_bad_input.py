@@ -62,7 +62,7 @@ def encoded(color: int, encoding: str = "PNG") -> bytes:
 
 def write_runs(folder: Path) -> None:
     """runs/first as a job leaves it in its second epoch, runs/empty as one does before its first checkpoint."""
-    from cifar_dist.train import plan
+    from cifar_dist.train import plan, setup
 
     config, data = recipe_config("quickstart_fan"), str(folder / "data")
     planned = plan.make_plan(config, plan.Launch(data, str(folder / "runs"), "first", recipe="quickstart_fan"))
@@ -75,7 +75,7 @@ def write_runs(folder: Path) -> None:
         # The driver looks at no weights but for their checksums: a small tensor keeps the copies small.
         state = State({"weight": torch.full((4, 3), float(global_step))}, None, {}, optimizer, lines)
         meta = {
-            **plan.expected_of(config, planned.manifest),
+            **setup.expected_of(config, planned.manifest),
             "global_step": global_step,
             "metrics": None if cursor.step else {"validation_accuracy": 0.5, "validation_loss": 1.0},
             "totals": [0.0, 0.0, 0.0],

@@ -19,8 +19,20 @@ BASE = {"config", "errors", "storage", "versions"}
 TRAIN = {
     f"train.{name}"
     for name in (
-        *("attempt", "checkpoint", "loop", "metrics", "optim", "plan", "precision", "preflight", "progress", "saver"),
-        "setup",
+        *(
+            "attempt",
+            "checkpoint",
+            "cluster",
+            "communication",
+            "features",
+            "loop",
+            "metrics",
+            "optim",
+            "plan",
+            "precision",
+            "preflight",
+        ),
+        *("progress", "saver", "setup"),
     )
 }
 MAY_IMPORT = {
@@ -34,7 +46,7 @@ MAY_IMPORT = {
     "train": BASE | {"data", "models"} | TRAIN,
     "train.worker": BASE | {"data", "models"} | TRAIN,
     "train.launch": BASE | {"data"} | TRAIN | {"train.worker"},
-    "evaluate": BASE | {"data", "train.checkpoint", "train.metrics", "train.setup"},
+    "evaluate": BASE | {"data", "train.checkpoint", "train.metrics", "train.setup", "models.frozen"},
 }
 JOBS_MAY_IMPORT = {
     "config",
@@ -44,12 +56,14 @@ JOBS_MAY_IMPORT = {
     "data.sources",
     "data.store",
     "evaluate",
+    "train.cluster",
     "train.launch",
     "train.plan",
     "train.preflight",
+    "train.progress",
     "models",
 }
-RAY = {"cifar_dist.train.launch", "cifar_dist.train.worker", "cifar_dist.evaluate.driver"}
+RAY = {"cifar_dist.train.cluster", "cifar_dist.train.launch", "cifar_dist.train.worker", "cifar_dist.evaluate.driver"}
 
 
 def within(name: str, places: set[str]) -> bool:
