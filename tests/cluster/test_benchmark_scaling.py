@@ -31,16 +31,29 @@ def test_it_reads_the_phases_that_the_job_prints(monkeypatch: pytest.MonkeyPatch
         phases_in("epoch 1")
 
 
-def test_more_workers_the_start_and_more_shards_are_measured(tmp_path: Path) -> None:
-    command = [sys.executable, BENCHMARKS / "scaling.py", *TINY, "--global-batch-size", "4", "--out", tmp_path]
+def run(out: Path, *more: str) -> list[dict]:
+    command = [sys.executable, BENCHMARKS / "scaling.py", *TINY, "--out", out, *more]
     env = {**os.environ, "RAY_ADDRESS": Job.address}
     done = subprocess.run(command, check=False, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
-    scaling, one, two, evaluation = json.loads((tmp_path / "scaling.json").read_text())["results"]
-    for result in (scaling, evaluation):
-        (rates,) = result["rounds"]
-        first, second = rates.values()
-        assert result["2 over 1"]["median"] == pytest.approx(second / first)
+    return json.loads((out / "scaling.json").read_text())["results"]
+
+
+def assert_ratio(result: dict) -> None:
+    (rates,) = result["rounds"]
+    first, second = rates.values()
+    assert result["2 over 1"]["median"] == pytest.approx(second / first)
+
+
+def test_more_shards_are_measured(tmp_path: Path) -> None:
+    (evaluation,) = run(tmp_path, "--parts", "evaluation")
+    assert_ratio(evaluation)
+
+
+@pytest.mark.slow
+def test_more_workers_and_the_start_are_measured(tmp_path: Path) -> None:
+    scaling, one, two = run(tmp_path, "--parts", "scaling", "start-up", "--global-batch-size", "4")
+    assert_ratio(scaling)
     for num_workers, result in ((1, one), (2, two)):
         assert result["num_workers"] == num_workers
         seconds = {phase: stats["median"] for phase, stats in result["seconds"].items()}
