@@ -81,6 +81,9 @@ def train_worker(job: Job) -> None:
 class Worker:
     """One rank of a run."""
 
+    profiler: torch.profiler.profile | None = None  # on rank 0
+    start_up: StartUp | None = None  # on rank 0, in the first attempt
+
     def __init__(self, job: Job, device: torch.device) -> None:
         self.job, config = job, job.config
         context = ray.train.get_context()
@@ -121,7 +124,6 @@ class Worker:
         self.diagnosed, self.noticed, self.warned = False, False, set[str]()
         self.steps_to_agree, self.agreed_steps = 1, 1
         self.agreed_at = self.started_at = time.monotonic()
-        self.start_up: StartUp | None = None  # on rank 0, in the first attempt
         self.waits = {"seconds": 0.0, "data_wait_seconds": 0.0, "communication_seconds": 0.0}
         self.profiler = self._make_profiler() if job.profile and self.rank == 0 else None
         self.logged_stall_seconds = 0.0

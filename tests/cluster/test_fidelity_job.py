@@ -92,7 +92,7 @@ def test_the_decks_ten_percent(tmp_path: Path) -> None:
     """Momentum 0.99: validation near chance, the same weights far better with batch statistics; the job says so."""
     store.prepare(sources.shapes(num_train=600, num_test=20), str(tmp_path / "data"))
     words = ["--recipe", "quickstart_fan", "--batchnorm-momentum", "0.99", "--data", str(tmp_path / "data")]
-    words += ["--storage", str(tmp_path), "--name", "lag", "--workers", "1", "--epochs", "1"]
+    words += ["--storage", str(tmp_path), "--name", "lag", "--workers", "1", "--epochs", "1", "--precision", "fp32"]
     code, output = run_job("train.py", *words, local=True)
     assert code == 0, output
     (epoch,) = [line for line in read_metrics(tmp_path / "lag") if line["kind"] == "epoch"]

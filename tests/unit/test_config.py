@@ -157,11 +157,13 @@ def changed(name: str) -> object:
 
 
 def test_round_trip_keeps_every_setting():
-    values = {name: changed(name) for name in option_fields()}
+    values = {name: changed(name) for name in option_fields()} | {"features": "computed"}
     config = Config().replace(**values)
     stored = json.loads(json.dumps(config.to_dict()))
     assert Config.from_dict(stored) == config
     assert {k: v for section in stored.values() for k, v in section.items()} == values
+    cached = Config().replace(model="resnet50v2", image_size=96, features="cached")  # goes with few of the others
+    assert Config.from_dict(cached.to_dict()) == cached
 
 
 def test_stored_setting_of_another_version_is_an_error():

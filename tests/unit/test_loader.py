@@ -1,5 +1,6 @@
 """The loader: right images, labels, augmentation in the planned order; plans that cover all for any world size."""
 
+import dataclasses
 import io
 from functools import partial
 from pathlib import Path
@@ -353,10 +354,14 @@ def test_a_rank_without_a_part_gets_one_image_that_does_not_count(shapes_uri: st
 
 @pytest.mark.parametrize("crop_padding", [0, 3])
 def test_the_configured_augmentation_reaches_plans_and_pipeline(crop_padding: int):
-    config = recipe_config("quickstart_fan", flips="horizontal", crop_padding=crop_padding, cutout_size=7)
+    config = recipe_config(
+        "quickstart_fan", flips="horizontal", crop_padding=crop_padding, cutout_size=7, precision="fp32"
+    )
     assert augmentation(config) == order.Augmentation(32, "horizontal", crop_padding=crop_padding, cutout_size=7)
     expected = ImageSpec(32, "0..1", False, crop=crop_padding > 0, cutout_size=7)
     assert image_spec(config, torch.device("cpu")) == expected
+    half = image_spec(config.replace(precision="bf16"), torch.device("cpu"))
+    assert half == dataclasses.replace(expected, channels_last=True)
 
 
 def test_the_validation_rows_are_the_same_whatever_the_run_s_seed() -> None:

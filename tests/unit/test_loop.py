@@ -50,7 +50,9 @@ def plain_model() -> nn.Module:
 
 
 def state_of(model: nn.Module, rank: int = 0, world: int = 1, steps_per_epoch: int = 5, **settings) -> TrainState:
-    config = Config().replace(**{"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, **settings})
+    config = Config().replace(
+        **{"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, "precision": "fp32", **settings}
+    )
     return TrainState(
         config,
         model,
@@ -487,11 +489,13 @@ def test_clock_counts_waiting_apart_from_working():
 # Precision.
 
 
-def test_auto_precision_on_a_cpu_is_fp32():
+def test_auto_precision_on_a_cpu_is_bf16_where_it_has_instructions_for_it():
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    expected = "bf16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "fp32"
     precision = Precision("auto", CPU)
-    assert (precision.name, precision.dtype, precision.scaler.is_enabled()) == ("fp32", torch.float32, False)
+    assert (precision.name, precision.scaler.is_enabled()) == (expected, False)
     with precision.autocast():
-        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == precision.dtype
 
 
 @pytest.mark.parametrize(("name", "scaled"), [("bf16", False), ("fp16", True)])
