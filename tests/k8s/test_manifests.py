@@ -2,13 +2,15 @@
 
 import copy
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from manifests import CRD, OVERLAYS, ROOT, Documents, Rendered, faults, render
+from manifests import CRD, OVERLAYS, ROOT, Documents, Rendered, faults, render, schema_faults
 
 needs_crds = pytest.mark.skipif(not CRD.exists(), reason=f"KubeRay's CRDs are not beside this checkout ({CRD.name})")
 
@@ -51,7 +53,7 @@ def test_it_is_valid(overlay: str, rendered: dict[str, Documents]) -> None:
 @pytest.mark.parametrize(
     ("overlay", "workers", "replicas", "requests", "more"),
     [
-        ("cpu-local", "2", (2, 2, 2), {"cpu": "1", "memory": "3Gi"}, ["--source", "shapes"]),
+        ("cpu-local", "2", (2, 2, 2), {"cpu": "1", "memory": "5Gi"}, ["--source", "shapes"]),
         ("gpu", "4", (1, 1, 1), {"cpu": "32", "memory": "128Gi", "nvidia.com/gpu": "4"}, ["--source", "cifar10"]),
         (
             *("gpu-elastic", "1:4", (1, 1, 4), {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "1"}),
@@ -98,6 +100,37 @@ def test_names_and_images_of_ones_own_reach_the_job_and_s3_takes_the_place_of_th
         assert "storage" not in json.dumps(r.pods[name])
     assert r.command()[3] == "s3://bucket/deck?region=eu-west-1&scheme=https"
     assert faults(documents) == []
+
+
+def examples(kind: str) -> list[dict[str, Any]]:
+    """The YAML of docs/kubernetes.md of one kind."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "kubernetes.md").read_text(), re.DOTALL)
+    return [d for block in blocks for d in yaml.safe_load_all(block) if d["kind"] == kind]
+
+
+@needs_crds
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_overlays_that_the_docs_show_are_valid(number: int, tmp_path: Path) -> None:
+    assert len(examples("Kustomization")) == 2
+    shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
+    own = tmp_path / "k8s" / "overlays" / "own"
+    own.mkdir()
+    (own / "kustomization.yaml").write_text(yaml.safe_dump(examples("Kustomization")[number]))
+    documents = render(own)
+    assert faults(documents) == []
+    command = Rendered(documents).command()
+    assert ("--epochs", "s3://bucket/cifar-dist?region=eu-west-1")[number] in command
+
+
+def test_the_reader_that_the_docs_show_is_valid_and_confined(rendered: dict[str, Documents]) -> None:
+    (pod,) = examples("Pod")
+    assert schema_faults(json.dumps(pod)) == ()
+    job = Rendered(rendered["gpu"])
+    mine, worker = pod["spec"], job.pods["worker workers"]
+    assert mine["securityContext"].items() <= worker["securityContext"].items()
+    assert mine["containers"][0]["securityContext"].items() <= worker["containers"][0]["securityContext"].items()
+    assert mine["volumes"] == worker["volumes"][:1]
+    assert mine["containers"][0]["image"] == worker["containers"][0]["image"]
 
 
 @pytest.mark.parametrize("setting", ["OUT", "RECIPES", "WORKERS", "DATA"])
