@@ -11,8 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from job_process import Job, free_port, read_metrics, train_args, wait_until
 from manifests import OVERLAYS, ROOT, Rendered, render
 from ray_cluster import Nodes
+
+
+def num_nodes(nodes: Nodes) -> int:
+    return sum(node["Alive"] for node in nodes.cluster.global_state.node_table())
+
 
 LESS = {
     "DATA": "--source shapes --num-train 60 --num-test 20",
@@ -74,3 +80,34 @@ def test_the_local_overlay_runs_at_full_size_and_a_retry_goes_on_from_storage(no
         assert code == 0, output
         assert output.count(state) == 2, output
         check_report(tmp_path, "quickstart_fan quickstart_resnet50v2", 300)
+
+
+@pytest.mark.slow
+def test_a_pod_that_is_told_to_go_stores_a_checkpoint(nodes: Nodes, tiny_uri: str, tmp_path: Path) -> None:
+    """Kubernetes sends SIGTERM to the pod's `ray start --block`, here with the environment of the worker's pod."""
+    worker = Rendered(render("gpu-elastic")).containers["worker workers"]
+    ray = [str(Path(sys.executable).with_name("ray")), "start", f"--address={nodes.address}", "--num-cpus=1", "--block"]
+    pod = subprocess.Popen(
+        [*ray, f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=100000000"],
+        env={**os.environ, **{e["name"]: e["value"] for e in worker["env"] if e["name"] != "HOME"}},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    run = tmp_path / "run"
+    try:
+        more = ["--checkpoint-every-steps", "0", "--epochs", "8"]
+        wait_until(lambda: num_nodes(nodes) == 5)  # the head, three raylets, and the pod
+        job = Job(*train_args(tiny_uri, tmp_path, "run", 4, *more))
+        wait_until(lambda: any((run / "checkpoints").glob("*/meta.json")) or job.process.poll() is not None)
+        pod.terminate()
+        wait_until(lambda: pod.poll() is not None, timeout=45)  # terminationGracePeriodSeconds
+        other = nodes.add()
+        code, output = job.wait()
+        nodes.remove(other)
+    finally:
+        pod.kill()
+        pod.wait()
+    assert code == 0, output
+    assert "a node is about to be taken away: storing a checkpoint" in output
+    steps = [line["global_step"] for line in read_metrics(run) if line["kind"] == "step"]
+    assert steps == list(range(1, 33))
