@@ -46,6 +46,11 @@ class Nodes:
                 os.kill(pid, signal.SIGKILL)
         self.nodes.remove(node)
 
+    def remove(self, node: Any) -> None:
+        """Takes it down in good order, so that the cluster knows at once."""
+        self.cluster.remove_node(node)
+        self.nodes.remove(node)
+
     def drain(self, node: Any, deadline_seconds: int) -> None:
         """What a cloud's notice becomes: the node will be taken away."""
         command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.address]
