@@ -37,7 +37,6 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,6 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from cifar_dist import models  # noqa: E402
 from cifar_dist.config import Parser  # noqa: E402
 from cifar_dist.errors import UserError, exit_code_of  # noqa: E402
+from cifar_dist.models.frozen import FrozenBase, split_frozen  # noqa: E402
 
 EPOCH_IMAGES = 50_000
 WAYS = ("eager", "compiled", "eager graph", "compiled graph")
@@ -250,24 +250,24 @@ def num_operations(step: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def least_bytes(model: nn.Module, images: torch.Tensor) -> int:
-    """Bytes that one step moves at the least in bf16 with fp32 weights; the forward pass alone under no_grad."""
+def least_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that one step moves at the least in bf16, with fp32 weights where they train."""
     total = 0
 
     def count(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         nonlocal total
-        trains = module.weight.requires_grad and torch.is_grad_enabled()
+        trains = module.weight.requires_grad
         products = 1 + trains + (trains and inputs[0].requires_grad)  # of outputs, weight gradients, input gradients
         total += products * 2 * (inputs[0].numel() + output.numel())
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
-    model(images)
+    forward()
     for hook in hooks:
         hook.remove()
     for p in model.parameters():
-        # cast (read 4, write 2) and read (2); trained: read again (2), gradient (2 + 2 + 4), Adam (read 16, write 12)
-        total += p.numel() * (46 if p.requires_grad and torch.is_grad_enabled() else 8)
+        # cast (read 4, write 2), read twice (2 + 2), gradient (2 + 2 + 4), Adam (read 16, write 12)
+        total += p.numel() * (46 if p.requires_grad else 2)
     return total
 
 
@@ -286,26 +286,30 @@ class Case:
         kind = "" if self.name == "fan" else " finetuned" if self.finetune else frozen
         return f"{self.name}{kind} {self.batch_size}"
 
-    def model(self, suite: Suite) -> nn.Module:
+    def parts(self, suite: Suite) -> tuple[FrozenBase | None, nn.Module]:
+        """The frozen base as a run has it (folded, bf16, in inference mode) and what is trained; no base, the whole."""
         model = models.build(self.name, finetune=self.finetune).to(suite.device).to(memory_format=suite.layout)
-        return model.base.eval() if self.forward_only else model.train()  # type: ignore[union-attr,return-value]
+        return split_frozen(model, torch.bfloat16)
 
     def step(self, suite: Suite, way: str, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor]:
-        model = self.model(suite)
-        forward = compiled(model, way)
-        if not self.forward_only:
-            return training_step(suite, model, forward, adam(model, suite.device), lambda: (images, labels))
-
-        def base() -> torch.Tensor:
-            with torch.no_grad(), suite.autocast():
-                return forward(images)
-
-        return base
+        base, trained = self.parts(suite)
+        if base and way.startswith("compiled"):
+            base.compile()
+        if self.forward_only:
+            assert base
+            return lambda: base(images)
+        forward = compiled(trained, way)
+        optimizer = adam(trained, suite.device)
+        return training_step(suite, trained, forward, optimizer, lambda: (base(images) if base else images, labels))
 
     def work(self, suite: Suite, images: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
         """(floating-point operations, least bytes) of one step."""
-        with suite.autocast(), torch.no_grad() if self.forward_only else nullcontext():
-            bytes_moved = least_bytes(self.model(suite), images)
+        base, trained = self.parts(suite)
+        with suite.autocast():
+            bytes_moved = least_bytes(base.base, lambda: base(images)) if base else 0
+            if not self.forward_only:
+                features = base(images) if base else images
+                bytes_moved += least_bytes(trained, lambda: trained(features))
         return num_operations(self.step(suite, "eager", images, labels)), bytes_moved
 
 
