@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "growth.py"
 
 
+@pytest.mark.slow
 def test_growth_is_measured_cold_and_warm(tmp_path: Path) -> None:
     sizes = ["--num-images", "60", "--scales", "2", "--rounds", "1", "--seconds", "0.1", "--folder", str(tmp_path)]
     command = [sys.executable, SCRIPT, *sizes, "--out", tmp_path / "out"]

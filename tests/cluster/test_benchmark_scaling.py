@@ -45,6 +45,7 @@ def assert_ratio(result: dict) -> None:
     assert result["2 over 1"]["median"] == pytest.approx(second / first)
 
 
+@pytest.mark.slow
 def test_more_shards_are_measured(tmp_path: Path) -> None:
     (evaluation,) = run(tmp_path, "--parts", "evaluation")
     assert_ratio(evaluation)

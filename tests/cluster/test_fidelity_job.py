@@ -1,5 +1,6 @@
 """Through the job: Keras weights as an input, a frozen base that stays frozen, and the deck's "10% val_accuracy"."""
 
+import gzip
 import hashlib
 import json
 from pathlib import Path
@@ -35,9 +36,15 @@ def last_checkpoint(run: Path) -> Path:
 
 
 def test_a_frozen_base_keeps_the_weights_it_was_given(tiny_uri: str, base_file: Path, tmp_path: Path) -> None:
-    words = train_args(tiny_uri, tmp_path, "weighted", 2, "--weights", str(base_file))
+    more = ("--features", "cached", "--staging-folder", str(tmp_path / "staged"), "--profile")
+    words = train_args(tiny_uri, tmp_path, "weighted", 2, "--weights", str(base_file), *more)
     code, output = run_job(*words)
     assert code == 0, output
+    assert "cached features: " in output
+    (cache,) = (tmp_path / "staged").rglob("features-*.bin")
+    assert 0 < cache.stat().st_blocks * 512 < cache.stat().st_size  # what came up, not every variant of every image
+    (trace,) = (tmp_path / "weighted" / "profile").iterdir()
+    assert "aten::convolution_backward" in gzip.decompress(trace.read_bytes()).decode()
     assert "RANDOM" not in output
     assert "base.h5, which is not the published file of ImageNet weights" in output
     folder = last_checkpoint(tmp_path / "weighted")

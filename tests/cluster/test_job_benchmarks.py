@@ -58,6 +58,7 @@ def test_the_plain_network_is_the_same_network(name: str) -> None:
         assert shapes(plain, trained) == shapes(ours, trained)
 
 
+@pytest.mark.slow
 def test_the_job_is_measured_beside_a_bare_loop_of_as_many_workers(tiny_uri: str, tmp_path: Path) -> None:
     (result,) = run("job.py", tmp_path, "--data", tiny_uri, "--workers", "2")
     assert (result["num_workers"], result["batch_size"]) == (2, 4)
@@ -65,6 +66,7 @@ def test_the_job_is_measured_beside_a_bare_loop_of_as_many_workers(tiny_uri: str
     assert result["job_over_bare"]["median"] == pytest.approx(rates["job"] / rates["bare"])
 
 
+@pytest.mark.slow
 def test_the_job_is_measured_beside_its_peers(tiny_uri: str, tmp_path: Path) -> None:
     results = run("peers.py", tmp_path, "--data", tiny_uri, "--ways", "PyTorch")
     assert [r["way"] for r in results] == ["job", "PyTorch"]
@@ -73,6 +75,7 @@ def test_the_job_is_measured_beside_its_peers(tiny_uri: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("benchmarks")
+@pytest.mark.slow
 def test_keras_is_measured(tiny_uri: str, tmp_path: Path) -> None:
     from peers import keras_command
 

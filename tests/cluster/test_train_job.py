@@ -28,6 +28,8 @@ def test_a_run_leaves_what_the_design_says(whole_run: tuple[Path, str]) -> None:
     run, output = whole_run
     assert "RANDOM weights" in output
     assert "epoch 4/4 done" in output
+    assert re.search(r"first step after [\d.]+ s: .*worker processes [\d.]+, .*set-up [\d.]+", output)
+    assert re.search(r"(input|communication|compute)-bound: [\d.]+% computing, [\d.]+% waiting for input", output)
     assert steps_logged(run) == list(range(1, NUM_STEPS + 1))
     epochs = [line for line in read_metrics(run) if line["kind"] == "epoch"]
     assert [e["num_validation"] for e in epochs] == [20] * 4
@@ -35,6 +37,7 @@ def test_a_run_leaves_what_the_design_says(whole_run: tuple[Path, str]) -> None:
         assert epoch["validation_accuracy"] == epoch["num_validation_correct"] / 20
         assert epoch["images_per_second"] > 0
         assert 0 <= epoch["data_wait_share"] < 1
+        assert 0 < epoch["communication_seconds"] < epoch["seconds"]
     checkpoints = Checkpoints(str(run))
     assert [c.cursor for c in checkpoints.all()][-1] == Cursor(4, 0)
     best = checkpoints.best()
