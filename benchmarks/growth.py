@@ -173,10 +173,11 @@ def main(args: Namespace) -> None:
                     about = {"scale": scale, "num_images": sets[scale].num_rows("train"), "staging": staging}
                     rounds.append({**about, **found})
                     print(rounds[-1], flush=True)
+                    results = {"num_workers": args.workers, "seconds_after_first_step": args.seconds, "runs": rounds}
+                    target = store_results("growth", results, args.out)
                 shutil.rmtree(folder / "staged")
     print_table(rounds)
-    results = {"num_workers": args.workers, "seconds_after_first_step": args.seconds, "runs": rounds}
-    print(store_results("growth", results, args.out))
+    print(target)
 
 
 if __name__ == "__main__":
