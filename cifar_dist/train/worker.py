@@ -1,5 +1,6 @@
 """What runs inside each Ray Train worker: set up, resume, train epoch by epoch, validate, checkpoint."""
 
+import gzip
 import math
 import os
 import tempfile
@@ -275,12 +276,13 @@ class Worker:
 
         def store(profiler: torch.profiler.profile) -> None:
             with tempfile.TemporaryDirectory() as folder:
-                trace = Path(folder) / "trace.json.gz"
-                profiler.export_chrome_trace(str(trace))
+                trace = Path(folder) / "trace.json"
+                profiler.export_chrome_trace(str(trace))  # given a name in .gz it compresses twice
+                content = gzip.compress(trace.read_bytes())
                 name = f"profile/rank-0-step-{self.state.global_step:06d}.json.gz"
                 run = Folder(self.job.run_uri, self.retry_seconds)
                 run.create("profile")
-                run.upload(trace, name)
+                run.write(name, content)
             self.profiled = True
             self._say(f"profile of {PROFILE_STEPS[2]} steps: {name}, for chrome://tracing or ui.perfetto.dev")
 
