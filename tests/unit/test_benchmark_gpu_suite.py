@@ -1,6 +1,7 @@
 """The suite for one GPU, tiny and on the CPU: every section gives figures, and what is missing or fails is said."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,12 @@ runpy.run_path({script}, run_name="__main__")"""
 def run_suite(out: Path, *args: str, without: tuple[str, ...] = ()) -> tuple[int, str, dict[str, Any]]:
     """(exit code, what it printed, the sections of the result file); `without` are packages that cannot be imported."""
     code = WITHOUT.format(names=without, script=repr(str(SCRIPT)))
-    done = subprocess.run(
-        [sys.executable, "-c", code, *TINY, "--out", str(out), *args], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code, *TINY, "--out", str(out), *args]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # several such threads wait for each other where tests run side by side
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     file = out / "gpu_suite.json"
     found = json.loads(file.read_text())["results"] if file.exists() else {}
     return done.returncode, done.stdout + done.stderr, found
