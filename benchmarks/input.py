@@ -94,7 +94,7 @@ def start_ray(num_cpus: int) -> None:
     prepare_environment()
     import ray  # noqa: PLC0415
 
-    ray.init(num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     import ray.data  # noqa: PLC0415
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)

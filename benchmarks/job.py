@@ -34,7 +34,7 @@ from PIL import Image
 from side_by_side import RESULTS, Rounds, cell, measure, ratio, store, summary, table
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_dist.config import Config, Parser, add_config_options, config_overrides
+from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment
 from cifar_dist.data import sources
 from cifar_dist.data import store as datasets
 from cifar_dist.errors import UserError, exit_code_of
@@ -204,6 +204,7 @@ def options() -> Parser:
 
 
 def main(args: Any) -> None:
+    prepare_environment()  # the bare loop's processes keep freed memory as the job's do
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for model in args.only:
