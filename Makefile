@@ -12,7 +12,7 @@ export UV_COMPILE_BYTECODE ?= 1
 PYTHON := .venv/bin/python
 SYNCED := .venv/.synced
 
-.PHONY: help demo test test-slow lint format types bench imagenet-check clean
+.PHONY: help demo test test-slow image-test lint format types bench imagenet-check clean
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -20,10 +20,13 @@ demo: $(SYNCED) ## the main job on built-in data: prepare, train both models, ev
 	$(PYTHON) jobs/pipeline.py --source shapes --num-train 700 --num-test 300 --out demo --workers 2 --shards 2
 
 test: lint types ## lint, types and all tests but the slow ones, in two processes
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not image"
 
 test-slow: $(SYNCED) ## the tests that take more than a minute each
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m "slow and not image"
+
+image-test: $(SYNCED) ## build the image and run it confined (needs root, buildah, mmdebstrap, crun, 20 GB)
+	$(PYTHON) -m pytest -rP tests/image
 
 lint: $(SYNCED) ## ruff: lint and format
 	.venv/bin/ruff check .

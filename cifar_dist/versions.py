@@ -20,7 +20,8 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of the source tree, with '+' if it was changed; 'unknown' outside a checkout."""
+    """The commit of the source tree, with '+' if it was changed, or the one that an image was built from (its file
+    REVISION); else 'unknown'."""
 
     def git(*words: str) -> str:
         here = Path(__file__).parent
@@ -29,5 +30,6 @@ def git_commit() -> str:
     try:
         commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", ".")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        built_from = Path(__file__).with_name("REVISION")
+        return built_from.read_text().strip() if built_from.exists() else "unknown"
     return commit + ("+" if changed else "")

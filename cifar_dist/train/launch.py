@@ -23,6 +23,7 @@ from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
 from cifar_dist.train.cluster import connect, count_resource, uses_gpu
 from cifar_dist.train.plan import Job, Plan
 from cifar_dist.train.progress import Display, StartUp
+from cifar_dist.train.telemetry import Telemetry
 from cifar_dist.versions import git_commit
 
 NODE_SECONDS = 60.0  # for a node to answer preflight's questions
@@ -39,13 +40,19 @@ class RunResult:
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """A mailbox between rank 0 and the driver."""
+    """A mailbox between rank 0 and the driver, beside which it lives; what is measured goes on to Prometheus."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str, model: str) -> None:
         self.events: list[dict[str, Any]] = []
         self.num_starts = 0
+        self.telemetry = Telemetry(run, model)
+
+    def measured(self, values: dict[str, Any]) -> None:
+        """What is not shown."""
+        self.telemetry.set(values)
 
     def update(self, values: dict[str, Any]) -> None:
+        self.telemetry.set(values)
         self.events.append(values)
 
     def say(self, message: str) -> None:
@@ -118,6 +125,7 @@ def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
     needs = ("CPU", "GPU") if use_gpu else ("CPU",)
     nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and all(n["Resources"].get(name) for name in needs)]
     where = launch.run_uri, plan.data_uri, launch.staging_folder, token
+    seen, silent = [], []
     try:
         if launch.address is None:
             seen = [preflight.look(node, *where) for node in nodes]
@@ -125,12 +133,18 @@ def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
             look = ray.remote(num_cpus=0)(preflight.look)
             pins = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
             tasks = [look.options(scheduling_strategy=p).remote(n, *where) for n, p in zip(nodes, pins, strict=True)]
-            seen = ray.get(tasks, timeout=NODE_SECONDS)
+            ray.wait(tasks, num_returns=len(tasks), timeout=NODE_SECONDS)
+            for node, task in zip(nodes, tasks, strict=True):
+                try:
+                    seen.append(ray.get(task, timeout=0))
+                except ray.exceptions.RayError as error:
+                    silent.append(preflight.Finding("answers", node, "warning", str(error).splitlines()[0]))
+            if silent and (not launch.min_workers or not seen):  # else the run goes on with the others
+                raise UserError(
+                    f"a node of the cluster does not answer preflight's questions: {silent[0].text}; with --workers "
+                    "MIN:MAX the run begins without it"
+                )
         written = run.names(preflight.FOLDER)
-    except ray.exceptions.RayError as error:
-        raise UserError(
-            f"a node of the cluster does not answer preflight's questions: {str(error).splitlines()[0]}"
-        ) from error
     finally:
         run.delete(preflight.FOLDER)
         if not run.names():
@@ -139,7 +153,7 @@ def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
     decoded = use_decoded(
         plan.manifest.image_shape("train"), plan.manifest.num_rows("train"), data.cache, data.cache_budget_mib
     )
-    return preflight.judge(seen, plan.manifest, token, decoded, use_gpu, written)
+    return [*silent, *preflight.judge(seen, plan.manifest, token, decoded, use_gpu, written)]
 
 
 def check_cluster(plan: Plan) -> tuple[dict[str, float], list[preflight.Finding]]:
@@ -178,7 +192,7 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
     run.write("config.json", to_json(plan.card))
     run.delete("ray")  # Ray Train's own bookkeeping: our checkpoints do not need it, and a damaged one blocks a resume
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    progress = Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    progress = Progress.options(scheduling_strategy=here).remote(launch.name, config.model.model)  # type: ignore[attr-defined]
     job = Job(
         config,
         plan.data_uri,

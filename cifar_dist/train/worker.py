@@ -169,6 +169,7 @@ class Worker:
             raise UserError(f"{job.config.model.weights} is not the same file on every worker; is it shared?")
         self._split_frozen()
         if self.rank == 0:
+            job.progress.measured.remote({"recoveries": attempt - 1, "num_workers": self.world})
             num_kept, place = job.config.checkpoint.keep_checkpoints, (self.state.device, self.state.global_step)
             self.saver = Saver(job.run_uri, job.driver, attempt, *place, lines, num_kept, self.retry_seconds)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow.fs
 import pytest
 from job_process import Job, assert_same_run, free_port, read_metrics, run_job, train_args, wait_until
-from ray_cluster import Nodes
+from ray_cluster import Nodes, raylet_pid
 
 from cifar_dist.config import Config
 from cifar_dist.data import order
@@ -125,6 +125,20 @@ def test_elastic_workers_shrink_with_the_cluster_and_grow_again(nodes: Nodes, ti
     job.process.kill()
     job.wait()
     assert_every_sample_once(run, tiny_uri)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_before_the_run_starts_is_left_out(nodes: Nodes, tiny_uri: str, tmp_path: Path) -> None:
+    """A raylet that has stopped answering counts as alive for some seconds more."""
+    node = nodes.nodes[-1]
+    os.kill(raylet_pid(node), signal.SIGSTOP)
+    try:
+        code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 1, "--workers", "1:3", "--epochs", "1"))
+    finally:
+        nodes.replace(node)
+    assert code == 0, output
+    assert re.search(r"answers .*warning", output), output
+    assert "run run finished" in output
 
 
 @pytest.mark.slow

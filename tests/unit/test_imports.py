@@ -32,7 +32,7 @@ TRAIN = {
             "precision",
             "preflight",
         ),
-        *("progress", "saver", "setup"),
+        *("progress", "saver", "setup", "telemetry"),
     )
 }
 MAY_IMPORT = {
@@ -63,7 +63,10 @@ JOBS_MAY_IMPORT = {
     "train.progress",
     "models",
 }
-RAY = {"cifar_dist.train.cluster", "cifar_dist.train.launch", "cifar_dist.train.worker", "cifar_dist.evaluate.driver"}
+RAY = {
+    *("cifar_dist.train.cluster", "cifar_dist.train.launch", "cifar_dist.train.worker", "cifar_dist.train.telemetry"),
+    "cifar_dist.evaluate.driver",
+}
 
 
 def within(name: str, places: set[str]) -> bool:
