@@ -58,6 +58,26 @@ def test_the_plain_network_is_the_same_network(name: str) -> None:
         assert shapes(plain, trained) == shapes(ours, trained)
 
 
+@pytest.mark.usefixtures("benchmarks")
+def test_the_epoch_from_which_the_cache_pays() -> None:
+    from features import first_cheaper
+
+    assert first_cheaper([10, 10, 10], [12, 9, 8]) == 3
+    assert first_cheaper([10, 10], [9, 12]) == 1
+    assert first_cheaper([10, 10], [11, 9.5]) is None
+
+
+@pytest.mark.slow
+def test_cached_features_are_measured_beside_computed_ones(tiny_uri: str, tmp_path: Path) -> None:
+    script = [sys.executable, BENCHMARKS / "features.py", "--data", tiny_uri, "--out", tmp_path, "--rounds", "1"]
+    few = ["--num-epochs", "2", "--num-images", "20", "--image-size", "96", "--global-batch-size", "10"]
+    done = subprocess.run([*script, *few, "--validation-fraction", "0.3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "features.json").read_text())["results"]
+    assert [set(epoch) for epoch in results["epochs"]] == [{"computed", "cached"}] * 2
+    assert all(seconds > 0 for epoch in results["epochs"] for way in epoch.values() for seconds in way)
+
+
 @pytest.mark.slow
 def test_the_job_is_measured_beside_a_bare_loop_of_as_many_workers(tiny_uri: str, tmp_path: Path) -> None:
     (result,) = run("job.py", tmp_path, "--data", tiny_uri, "--workers", "2")

@@ -11,7 +11,7 @@ from typing import Any
 import promql_parser
 import pytest
 from manifests import ROOT, Documents, Rendered, faults, render, schema_faults
-from test_manifests import needs_crds, with_component
+from test_manifests import examples, needs_crds, with_component
 
 from cifar_dist.train.telemetry import GAUGES
 
@@ -50,6 +50,12 @@ def test_it_changes_nothing_of_the_job(monitored: Documents) -> None:
         assert document["metadata"]["labels"]["app.kubernetes.io/part-of"] == "cifar-dist"
         if document["kind"] != "PodMonitor":
             assert schema_faults(json.dumps(document)) == ()
+
+
+def test_the_docs_show_it(monitored: Documents) -> None:
+    shown = examples("Kustomization")[2]
+    assert shown["components"] == ["../../components/monitoring"]
+    assert {d["kind"] for d in monitored} >= {"PodMonitor", "RayJob"}
 
 
 def test_prometheus_finds_and_reaches_head_and_workers(monitored: Documents) -> None:
@@ -93,7 +99,7 @@ def test_the_dashboard_asks_for_what_is_exported_and_for_all_of_it() -> None:
 
 
 def test_a_mistyped_query_would_be_found() -> None:
-    with pytest.raises(ValueError, match="invalid"):
+    with pytest.raises(ValueError, match="parenthesis"):
         promql_parser.parse("sum by (run ray_cifar_dist_epoch")
 
 
