@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from job_process import ROOT, free_port
+from job_process import ROOT, free_port, run_command
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -57,17 +57,7 @@ class HeadNode:
     def job(self, command: str, *words: str, token: bool = True) -> tuple[int, str]:
         """(exit code, output) of `ray job COMMAND --address ... WORDS`, in the project's folder."""
         environment = {k: v for k, v in self.environment.items() if token or k != "RAY_AUTH_TOKEN"}
-        done = subprocess.run(
-            [RAY, "job", command, "--address", self.url, *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=500,
-            check=False,
-        )
-        return done.returncode, done.stdout
+        return run_command([RAY, "job", command, "--address", self.url, *words], environment)
 
     def details(self, submission_id: str) -> dict:
         """What the cluster says of a submitted job."""

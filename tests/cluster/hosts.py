@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from job_process import ROOT
+from job_process import run_command
 
 RAY = str(Path(sys.executable).with_name("ray"))
 HEAD = "head"
@@ -161,16 +161,6 @@ class Hosts:
                 return parent
             parent = int(children[0])
 
-    def job(self, command: str, *words: str, timeout: float = 500) -> tuple[int, str]:
+    def job(self, command: str, *words: str) -> tuple[int, str]:
         """(exit code, output) of `ray job COMMAND` on the head."""
-        done = subprocess.run(
-            self.inside(HEAD, RAY, "job", command, "--address", self.url, *words),
-            cwd=ROOT,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return done.returncode, done.stdout
+        return run_command(self.inside(HEAD, RAY, "job", command, "--address", self.url, *words), self.environment)

@@ -89,6 +89,13 @@ def run_job(script: str, *args: str, env: dict[str, str] | None = None, local: b
     return Job(script, *args, env=env, local=local).wait()
 
 
+def run_command(command: list[str], env: dict[str, str], timeout: float = 500) -> tuple[int, str]:
+    """(exit code, stdout and stderr) of a command in the project's folder."""
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=env, timeout=timeout, check=False, **output)  # type: ignore[call-overload]
+    return done.returncode, done.stdout
+
+
 def wait_until(condition: Callable[[], object], timeout: float = 240) -> None:
     """Polls; fails the test after `timeout` seconds."""
     end = time.monotonic() + timeout

@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from job_process import ROOT
+from job_process import ROOT, run_command
 
 APART = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
@@ -41,16 +40,7 @@ def test_the_commands_run_as_they_are_written(
         "NO_PROXY": "127.0.0.1",
     }
     alone = "ip link set lo up; mkdir -p /tmp/ray; mount -t tmpfs tmpfs /tmp/ray\n"
-    done = subprocess.run(
-        [*APART, "bash", "-ec", alone + script],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=580,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert said in done.stdout
+    code, output = run_command([*APART, "bash", "-ec", alone + script], environment, timeout=580)
+    assert code == 0, output
+    assert said in output
     assert (tmp_path / report).stat().st_size > 10_000

@@ -78,7 +78,7 @@ def test_two_hosts_train_lose_their_link_or_their_power_and_evaluate(tiny_uri: s
         assert "continuing from" in output
         assert "2 workers of 1 CPU threads each" in output
         steps = [line["global_step"] for line in read_metrics(run) if line["kind"] == "step"]
-        assert steps == list(range(1, 3 * (stored.cursor.epoch + 2) + 1))
+        assert steps == list(range(1, 4 * (stored.cursor.epoch + 2) + 1))
         assert_every_sample_once(run, tiny_uri)
 
         before = {name: hosts.files(name) for name in WORKERS}

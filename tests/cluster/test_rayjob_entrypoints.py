@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from job_process import Job, free_port, read_metrics, train_args, wait_until
+from job_process import Job, free_port, read_metrics, run_command, train_args, wait_until
 from manifests import OVERLAYS, ROOT, Rendered, render
 from ray_cluster import Nodes
 
@@ -35,16 +35,8 @@ def submit(nodes: Nodes, overlay: str, **settings: str) -> tuple[int, str]:
     path = json.dumps({"env_vars": {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}})
     address, cluster = f"http://{nodes.cluster.webui_url}", f"--runtime-env-json '{path}'"
     command = f"{Path(sys.executable).with_name('ray')} job submit --address {address} {cluster} -- "
-    done = subprocess.run(
-        ["/bin/bash", "-ce", "--", command + r.spec["entrypoint"]],
-        env={**os.environ, **r.settings, **settings},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    script = command + r.spec["entrypoint"]
+    return run_command(["/bin/bash", "-ce", "--", script], {**os.environ, **r.settings, **settings})
 
 
 def check_report(out: Path, recipes: str, num_test: int) -> None:

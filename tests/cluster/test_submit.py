@@ -86,7 +86,7 @@ def test_a_stopped_job_leaves_no_worker_and_a_run_that_goes_on(head: HeadNode, t
     assert code == 0, output
     assert f"continuing from {stored.name}" in output
     steps = [line["global_step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "step"]
-    assert steps == list(range(1, 3 * epochs + 1))
+    assert steps == list(range(1, 4 * epochs + 1))
 
 
 def train_workers(head: HeadNode) -> list[int]:
