@@ -25,7 +25,7 @@ test: lint types ## lint, types and all tests but the slow ones, in two processe
 test-slow: $(SYNCED) ## the tests that take more than a minute each
 	$(PYTHON) -m pytest -m "slow and not image"
 
-image-test: $(SYNCED) ## build the image and run it confined (needs root, buildah, mmdebstrap, crun, 20 GB)
+image-test: $(SYNCED) ## build the image and run it confined (needs root, buildah, mmdebstrap, 20 GB)
 	$(PYTHON) -m pytest -rP tests/image
 
 lint: $(SYNCED) ## ruff: lint and format

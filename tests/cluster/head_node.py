@@ -1,8 +1,10 @@
 """A Ray cluster as `ray start --head` makes it, with token authentication, and `ray job submit` to it."""
 
+import contextlib
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,10 +80,22 @@ class HeadNode:
         """The unpacked working folders of submitted jobs."""
         return sorted(p for p in self.folder.glob("session_2*/runtime_resources/working_dir_files/*") if p.is_dir())
 
+    def processes(self, name: str = "") -> list[int]:
+        """Pids of the cluster's processes, jobs and workers too, whose command line holds `name`."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                mine = f"HOME={self.temp.name}\0".encode() in (folder / "environ").read_bytes()
+                if mine and name.encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+        return sorted(found)
+
     def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        finally:
-            self.process.kill()
+        """At once: told to end, a node would first wait for what runs on it."""
+        while pids := self.processes():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.poll()
+            time.sleep(0.1)
         self.temp.cleanup()

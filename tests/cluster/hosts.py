@@ -71,11 +71,11 @@ class Hosts:
     def __exit__(self, *_: object) -> None:
         for name in list(self.processes):
             self.kill(name)
-        for name in self.addresses:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                ip("netns", "delete", self.space(name))
-        with contextlib.suppress(subprocess.CalledProcessError):
-            ip("link", "delete", self.tag)
+        # The kernel takes the cables of a namespace down too, but some seconds later.
+        parts = [("link", self.cable(name)) for name in self.addresses] + [("link", self.tag)]
+        for kind, name in [*parts, *(("netns", self.space(name)) for name in self.addresses)]:
+            with contextlib.suppress(subprocess.CalledProcessError):  # it was never made
+                ip(kind, "delete", name)
 
     def space(self, name: str) -> str:
         return f"{self.tag}-{name}"

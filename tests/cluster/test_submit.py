@@ -73,10 +73,11 @@ def test_a_stopped_job_leaves_no_worker_and_a_run_that_goes_on(head: HeadNode, t
     assert code == 0, output
     checkpoints = Checkpoints(str(tmp_path / "run"))
     wait_until(lambda: checkpoints.latest() is not None)
+    assert len(head.processes("RayTrainWorker")) == 2
     code, output = head.job("stop", "stopped")
     assert code == 0, output
     assert head.details("stopped")["status"] == "STOPPED"
-    wait_until(lambda: not train_workers(head), timeout=30)
+    wait_until(lambda: not head.processes("RayTrainWorker"), timeout=30)
     stored = checkpoints.latest()
     assert stored is not None
     time.sleep(2)
@@ -87,19 +88,6 @@ def test_a_stopped_job_leaves_no_worker_and_a_run_that_goes_on(head: HeadNode, t
     assert f"continuing from {stored.name}" in output
     steps = [line["global_step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "step"]
     assert steps == list(range(1, 4 * epochs + 1))
-
-
-def train_workers(head: HeadNode) -> list[int]:
-    """Pids of Ray Train's workers of this cluster."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            mine = head.temp.name.encode() in (folder / "environ").read_bytes()
-            if mine and b"RayTrainWorker" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
 
 
 @pytest.mark.slow

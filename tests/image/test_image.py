@@ -1,12 +1,13 @@
 """The image, really built and run as Kubernetes runs it: uid 1000, no capabilities, read-only root, no network.
 
-Needs root, buildah, mmdebstrap and crun, and about 20 GB in IMAGE_TEST_FOLDER (default /var/tmp/cifar_dist-image); no
+Needs root, buildah, mmdebstrap and about 20 GB in IMAGE_TEST_FOLDER (default /var/tmp/cifar_dist-image); no
 image registry: the base is made of Debian's packages. `make image-test`.
 """
 
 import json
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 import time
@@ -18,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("IMAGE_TEST_FOLDER", "/var/tmp/cifar_dist-image"))
-TOOLS = ("buildah", "mmdebstrap", "crun")
+TOOLS = ("buildah", "mmdebstrap", "unshare", "ip")
 BASE, IMAGE, REVISION = "localhost/bookworm-python", "localhost/cifar-dist:test", "0123456789abcdef"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 
@@ -97,41 +98,33 @@ class Pod:
             parent.chmod(parent.stat().st_mode | 0o111)
 
     def run(self, script: str, *, login: bool = False, **environment: str) -> tuple[int, str]:
-        """(exit code, output) of a bash script in a container of its own."""
+        """(exit code, output) of a bash script in namespaces of its own, as uid 1000 without any capability."""
+        root = shlex.quote(self.rootfs)
         variables = [*self.config["Env"], "HOME=/tmp", *(f"{k}={v}" for k, v in environment.items())]
-        none: dict[str, list] = {k: [] for k in ("bounding", "effective", "inheritable", "permitted", "ambient")}
-        safe = ["nosuid", "nodev"]
-        mounts = [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
-            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*safe, "noexec", "ro"]},
-            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": [*safe, "mode=1777", "size=1g"]},
-            {"destination": "/tmp", "type": "bind", "source": str(self.tmp), "options": [*safe, "rbind", "rw"]},
+        drop = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
+        bash = ["/bin/bash", "-lc" if login else "-c", "--", script]
+        inside = [*drop, "--no-new-privs", "env", "-i", "-C", self.config["WorkingDir"], *variables, *bash]
+        devices = [f"touch {root}/dev/{d}; mount --bind /dev/{d} {root}/dev/{d}" for d in ("null", "zero", "urandom")]
+        steps = [
+            "ip link set lo up; hostname pod",
+            f"mount --bind {root} {root}",
+            f"mount -t proc proc {root}/proc; mount -t sysfs -o ro sysfs {root}/sys",
+            f"mount -t tmpfs -o mode=755 tmpfs {root}/dev; mkdir {root}/dev/shm",
+            *devices,
+            f"mount -t tmpfs -o size=1g,mode=1777 shm {root}/dev/shm",
+            f"mount --bind {shlex.quote(str(self.tmp))} {root}/tmp",
+            f"mount -o remount,bind,ro {root}",
+            f"exec chroot {root} {shlex.join(inside)}",
         ]
-        spec = {
-            "ociVersion": "1.0.2",
-            "process": {
-                "user": {"uid": 1000, "gid": 1000},
-                "args": ["/bin/bash", "-lc" if login else "-c", "--", script],
-                "env": variables,
-                "cwd": self.config["WorkingDir"],
-                "capabilities": none,
-                "noNewPrivileges": True,
-            },
-            "root": {"path": self.rootfs, "readonly": True},
-            "hostname": "pod",
-            "mounts": mounts,
-            "linux": {"namespaces": [{"type": t} for t in ("pid", "mount", "ipc", "uts", "network")]},
-        }
-        (self.folder / "config.json").write_text(json.dumps(spec))
-        name = f"cifar-dist-{secrets.token_hex(4)}"
-        command = ["crun", "--cgroup-manager=disabled", "run", "--bundle", str(self.folder), name]
-        try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900, check=False
-            )
-        finally:
-            subprocess.run(["crun", "delete", "--force", name], check=False, capture_output=True)
+        apart = ["unshare", "--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"]
+        done = subprocess.run(
+            [*apart, "bash", "-ec", "\n".join(steps)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+            check=False,
+        )
         return done.returncode, done.stdout
 
 
