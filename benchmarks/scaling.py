@@ -118,18 +118,25 @@ def main() -> None:
     add_options(parser)
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
+
+    def keep(*found: dict[str, Any]) -> None:
+        results.extend(found)
+        store("scaling", results, args.out)  # a run takes most of an hour: what there is is kept
+
     with tempfile.TemporaryDirectory() as folder:
         if "scaling" in args.parts:
-            results += [scaling(args, model, folder) for model in args.only]
+            for model in args.only:
+                keep(scaling(args, model, folder))
         data, storage, overrides = f"{folder}/shapes", Path(folder, "runs"), config_overrides(args)
         datasets.prepare(sources.shapes(100, args.num_images), data)
         for model in args.only:
             if "start-up" in args.parts:
-                results += start_up(model, data, storage, args.rounds, overrides)
+                keep(*start_up(model, data, storage, args.rounds, overrides))
             elif "evaluation" in args.parts:
                 start(model, data, storage, f"{model}-1-0", 1, overrides)
         if "evaluation" in args.parts:
-            results += [evaluation(model, data, storage, args.rounds, args.num_images) for model in args.only]
+            for model in args.only:
+                keep(evaluation(model, data, storage, args.rounds, args.num_images))
     rates = [
         (f"{r['part']}, {r['model']}", *(cell(s, 1) for s in r["images_per_second"].values()), cell(r["2 over 1"]))
         for r in results
