@@ -104,8 +104,7 @@ def test_nodes_without_the_image_get_the_environment_from_uv(head: HeadNode, tin
     # The upload is the same as before unless a file has changed, so its folder may be too.
     upload = (set(head.uploads()) - before or before).pop()
     python = next((upload / ".venv" / "bin").glob("python"))
-    shown = subprocess.run(
-        [python, "-c", "import cifar_dist; print(cifar_dist.__file__)"], capture_output=True, text=True, check=True
-    )
+    show = [str(python), "-c", "import cifar_dist; print(cifar_dist.__file__)"]
+    shown = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert str(upload) in shown.stdout
     assert not (ROOT / "jobs" / ".venv").exists()
