@@ -353,6 +353,8 @@ def environment(r: Rendered) -> Iterator[str]:
         variables = [e["name"] for e in container.get("env", [])]
         if len(set(variables)) != len(variables):
             yield f"a variable of the {name} is there twice"
+        if any(not e.get("value") for e in container.get("env", [])):
+            yield f"a variable of the {name} has no value"
         if any(re.match("RAY_(AUTH|ADDRESS|REDIS|CLUSTER|enable_autoscaler)|AWS_", v) for v in variables):
             yield f"the {name} sets what the operator or a Secret sets"
     worker = r.workers["template"]["spec"]
