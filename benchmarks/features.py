@@ -6,15 +6,13 @@ The job trains resnet50v2's head on so many images, one worker. A cached run sta
 an epoch the training is counted, not validation. Settings of jobs/train.py (such as `--image-size 96`) are options too.
 """
 
-import json
-import subprocess
 import sys
 import tempfile
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from job import TRAIN
+from job import train_lines
 from side_by_side import RESULTS, cell, measure, store, summary, table
 
 from cifar_dist.config import Parser, add_config_options, config_overrides
@@ -27,14 +25,8 @@ WAYS = ("computed", "cached")
 
 def epoch_seconds(data: str, settings: dict[str, Any]) -> list[float]:
     """Seconds of training of each epoch of one run."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(TRAIN), "--recipe", "deck_resnet50v2", "--data", data, "--storage", folder]
-        command += ["--name", "run", "--staging-folder", f"{folder}/staged"]  # with an empty cache
-        command += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise RuntimeError(f"jobs/train.py failed:\n{done.stdout[-4000:]}")
-        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+    with tempfile.TemporaryDirectory() as folder:  # staged anew, so that the cache is empty
+        lines = train_lines("resnet50v2", data, settings, "--staging-folder", folder)
     return [line["seconds"] for line in lines if line["kind"] == "epoch"]
 
 

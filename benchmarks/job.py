@@ -75,6 +75,18 @@ def steady_rate(lines: Sequence[dict[str, Any]], num_skipped: int, num_steps: in
     return num_steps * batch_size / (seconds[num_skipped + num_steps] - seconds[num_skipped])
 
 
+def train_lines(model: str, data: str, settings: dict[str, Any], *words: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of one run of jobs/train.py with settings by short name and more options."""
+    with tempfile.TemporaryDirectory() as storage:
+        command = [sys.executable, str(TRAIN), "--recipe", f"deck_{model}", "--data", data]
+        command += ["--storage", storage, "--name", "run", *words]
+        command += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise RuntimeError(f"jobs/train.py failed:\n{done.stdout[-4000:]}")
+        return [json.loads(line) for line in Path(storage, "run", "metrics.jsonl").read_text().splitlines()]
+
+
 def job_rate(case: Case, num_workers: int, **more: Any) -> float:
     """images/s of one run of jobs/train.py, with `more` settings."""
     settings = {
@@ -85,14 +97,7 @@ def job_rate(case: Case, num_workers: int, **more: Any) -> float:
         **case.overrides,
         **more,
     }
-    with tempfile.TemporaryDirectory() as storage:
-        command = [sys.executable, str(TRAIN), "--recipe", f"deck_{case.model}", "--data", case.data]
-        command += ["--storage", storage, "--name", "run", "--workers", str(num_workers)]
-        command += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise RuntimeError(f"jobs/train.py failed:\n{done.stdout[-4000:]}")
-        lines = [json.loads(line) for line in Path(storage, "run", "metrics.jsonl").read_text().splitlines()]
+    lines = train_lines(case.model, case.data, settings, "--workers", str(num_workers))
     return steady_rate(lines, case.num_skipped, case.num_steps, case.batch_size)
 
 
