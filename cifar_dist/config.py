@@ -275,12 +275,6 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in option_fields() if (value := getattr(args, name)) is not None}
 
 
-def set_up_local_cluster(port: int) -> None:
-    """For a cluster started here: Ray's processes ask its dashboard, at `port`, for its state; nobody takes it away."""
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-
-
 def prepare_environment() -> str | None:
     """Sets what Ray reads from the environment at import; returns RAY_ADDRESS if it is set."""
     defaults = {

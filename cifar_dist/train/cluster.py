@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 
-from cifar_dist.config import set_up_local_cluster
 from cifar_dist.errors import UserError
 
 
@@ -23,17 +22,13 @@ def connect(address: str | None, num_workers: int) -> None:
     if address is None:
         # More workers than cores is slow but sound, and how a laptop rehearses a cluster.
         num_cpus = max(os.cpu_count() or 1, num_workers)
-        # Ray Train asks the dashboard whether its controller lives. Left to itself it asks the cluster that was last
-        # started on this machine: it takes the "no" of another one for a death and stops the workers, and where that
-        # cluster has gone each run ends 12 s late.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        set_up_local_cluster(port)
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes nodes away
         # Ray's processes take seconds to start, torch takes one to import, and both are needed next.
         torch_import = threading.Thread(target=importlib.import_module, args=("torch",))
         torch_import.start()
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, dashboard_port=port, **quiet)
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        # It follows the workers' output for the driver, which is quiet. ray.init() cannot leave it out.
+        ray._private.worker._global_node.kill_log_monitor()  # type: ignore[attr-defined]
         atexit.register(ray.shutdown)  # before Ray's own, which first sleeps half a second
         torch_import.join()
         return

@@ -10,7 +10,7 @@ import ray
 import ray.train
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -24,6 +24,7 @@ from cifar_dist.train.cluster import connect, count_resource, uses_gpu
 from cifar_dist.train.plan import Job, Plan
 from cifar_dist.train.progress import Display, StartUp
 from cifar_dist.train.telemetry import Telemetry
+from cifar_dist.train.trainer import Trainer
 from cifar_dist.versions import git_commit
 
 NODE_SECONDS = 60.0  # for a node to answer preflight's questions
@@ -208,14 +209,17 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
         start_up,
         launch.profile,
     )
-    # Ray Train's controller needs this actor and waits for it: its process may as well start beside the controller's.
-    get_or_create_autoscaling_coordinator()
+    owns_cluster = launch.address is None
+    if launch.min_workers or not owns_cluster:
+        # Ray Train's controller needs this actor and waits for it: they may as well start side by side.
+        get_or_create_autoscaling_coordinator()
     if launch.min_workers:
         look_for_nodes()
     use_gpu = "GPU" in resources
     filesystem, path = open_uri(launch.run_uri)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_function,
+        owns_cluster=owns_cluster,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=(launch.min_workers, launch.num_workers)  # type: ignore[arg-type]

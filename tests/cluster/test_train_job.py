@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from job_process import read_metrics, run_job, train_args
+from job_process import Job, read_metrics, run_job, train_args, wait_until
 from safetensors.torch import load_file
 
 from cifar_dist.data import sources, store
@@ -46,6 +46,19 @@ def test_a_run_leaves_what_the_design_says(whole_run: tuple[Path, str]) -> None:
     assert json.loads((run / "config.json").read_text())["config"] == best.meta["config"]
     assert best.meta["world_size"] == 2
     assert any((run / "tensorboard").iterdir())
+
+
+def test_on_a_cluster_of_its_own_a_run_has_no_processes_of_no_use(tiny_uri: str, tmp_path: Path) -> None:
+    """Each wakes up over 100 times a second and so slows down the step where every core computes."""
+    job = Job(*train_args(tiny_uri, tmp_path, "lean", 1), local=True)
+    wait_until(lambda: list(tmp_path.glob("lean/checkpoints/epoch*")))
+    assert job.family("ray::RayTrainWorker")
+    assert job.family("ray::TrainController")
+    assert job.family("raylet")
+    for name in ("DatasetManager", "PlacementGroupCleaner", "_AutoscalingCoordinator", "log_monitor", "ray-dashboard-"):
+        assert not job.family(name), name
+    code, output = job.wait()
+    assert code == 0, output
 
 
 def test_a_finished_run_says_so_and_does_nothing(whole_run: tuple[Path, str], tiny_uri: str) -> None:

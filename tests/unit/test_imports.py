@@ -32,7 +32,7 @@ TRAIN = {
             "precision",
             "preflight",
         ),
-        *("progress", "saver", "setup", "telemetry"),
+        *("progress", "saver", "setup", "telemetry", "trainer"),
     )
 }
 MAY_IMPORT = {
