@@ -20,7 +20,7 @@ demo: $(SYNCED) ## the main job on built-in data: prepare, train both models, ev
 	$(PYTHON) jobs/pipeline.py --source shapes --num-train 700 --num-test 300 --out demo --workers 2 --shards 2
 
 test: lint types ## lint, types and all tests but the slow ones, in two processes
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not image"
+	$(PYTHON) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow and not image"
 
 test-slow: $(SYNCED) ## the tests that take more than a minute each
 	$(PYTHON) -m pytest -m "slow and not image"

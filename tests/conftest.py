@@ -8,6 +8,7 @@ import pytest
 from cifar_dist.data import sources, store
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One process for each file's tests, and one for all on clusters: what a session or a file shares is made once."""
     for item in items:
