@@ -275,6 +275,11 @@ def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in option_fields() if (value := getattr(args, name)) is not None}
 
 
+def set_up_local_cluster() -> None:
+    """For a cluster started here: nobody takes its node away."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+
 def prepare_environment() -> str | None:
     """Sets what Ray reads from the environment at import; returns RAY_ADDRESS if it is set."""
     defaults = {

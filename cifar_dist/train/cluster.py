@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from cifar_dist.config import set_up_local_cluster
 from cifar_dist.errors import UserError
 
 
@@ -22,7 +23,7 @@ def connect(address: str | None, num_workers: int) -> None:
     if address is None:
         # More workers than cores is slow but sound, and how a laptop rehearses a cluster.
         num_cpus = max(os.cpu_count() or 1, num_workers)
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes nodes away
+        set_up_local_cluster()
         # Ray's processes take seconds to start, torch takes one to import, and both are needed next.
         torch_import = threading.Thread(target=importlib.import_module, args=("torch",))
         torch_import.start()

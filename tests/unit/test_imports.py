@@ -65,6 +65,7 @@ JOBS_MAY_IMPORT = {
 }
 RAY = {
     *("cifar_dist.train.cluster", "cifar_dist.train.launch", "cifar_dist.train.worker", "cifar_dist.train.telemetry"),
+    "cifar_dist.train.trainer",
     "cifar_dist.evaluate.driver",
 }
 
