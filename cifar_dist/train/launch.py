@@ -209,17 +209,13 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
         start_up,
         launch.profile,
     )
-    owns_cluster = launch.address is None
-    if launch.min_workers or not owns_cluster:
-        # Ray Train's controller needs this actor and waits for it: they may as well start side by side.
-        get_or_create_autoscaling_coordinator()
     if launch.min_workers:
         look_for_nodes()
     use_gpu = "GPU" in resources
     filesystem, path = open_uri(launch.run_uri)
     trainer = Trainer(
         train_function,
-        owns_cluster=owns_cluster,
+        owns_cluster=launch.address is None,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=(launch.min_workers, launch.num_workers)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@ cores compute every time costs both the thread that it interrupts and those that
 
 from typing import Any
 
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -32,10 +33,13 @@ class Trainer(TorchTrainer):
         self._owns_cluster = owns_cluster
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        unused: tuple[type, ...] = (DatasetsCallback,)
+        unused: list[type] = [DatasetsCallback]
         if self._owns_cluster:
-            unused = DatasetsCallback, PlacementGroupCleanerCallback
-            if not self.scaling_config.elasticity_enabled:  # type: ignore[attr-defined]
-                parts["scaling_policy"] = FixedScaling(self.scaling_config)  # type: ignore[arg-type]
-        parts["callbacks"] = [c for c in parts["callbacks"] if not isinstance(c, unused)]
+            unused.append(PlacementGroupCleanerCallback)
+        if self._owns_cluster and not self.scaling_config.elasticity_enabled:  # type: ignore[attr-defined]
+            parts["scaling_policy"] = FixedScaling(self.scaling_config)  # type: ignore[arg-type]
+        else:
+            # The controller needs this actor and waits for it: they may as well start side by side.
+            get_or_create_autoscaling_coordinator()
+        parts["callbacks"] = [c for c in parts["callbacks"] if not isinstance(c, tuple(unused))]
         return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
