@@ -1,5 +1,6 @@
 """Fixtures that several test files share: small prepared data sets, and a server that speaks S3."""
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,6 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture
-def s3_uri(s3: str, tmp_path: Path) -> str:
+def s3_uri(s3: str) -> str:
     """An empty place in a bucket."""
-    return f"s3://bucket/{tmp_path.name}/first{s3}"
+    return f"s3://bucket/{uuid.uuid4().hex}/first{s3}"

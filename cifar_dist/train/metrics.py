@@ -59,6 +59,11 @@ class RunLog:
         for file in Path(self._events.name).iterdir():
             self.run.upload(file, f"tensorboard/{file.name}")
 
+    def close(self) -> None:
+        """Removes the local copy of the events."""
+        self._writer.close()
+        self._events.cleanup()
+
 
 def read_lines(run: Folder) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; none if there is no such file. Raises UserError for a damaged one."""

@@ -53,6 +53,12 @@ class Saver:
         """Until all is stored."""
         self._last.result()
 
+    def close(self) -> None:
+        """The same, for good."""
+        self.wait()
+        self._pool.shutdown()
+        self.log.close()
+
     def save(self, cursor: Cursor, state: State, meta: dict[str, Any]) -> None:
         """Copies the state where it lies, which takes milliseconds, and stores the copy by and by.
 

@@ -262,7 +262,7 @@ class Worker:
             self._end_epoch(clock)
         if self.saver:
             stall, seconds = self.saver.stall_seconds, time.monotonic() - self.started_at
-            self.saver.wait()
+            self.saver.close()
             self._say(f"checkpoints held up training for {stall:.2f} s of {seconds:.1f} s, {stall / seconds:.2%}")
             if self.waits["seconds"]:
                 self._say(bottleneck_verdict(**self.waits))

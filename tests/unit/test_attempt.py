@@ -236,9 +236,9 @@ def test_one_owner_is_left_when_workers_start_again_while_the_run_is_taken_over(
         assert_one_owner(run, claim_together(run.uri, {older: False, newer: True}))
 
 
-def test_of_drivers_that_claim_at_the_same_time_in_a_bucket_one_is_the_owner(s3, tmp_path):
+def test_of_drivers_that_claim_at_the_same_time_in_a_bucket_one_is_the_owner(s3):
     for number in range(8):
-        run = new_run(f"s3://bucket/{tmp_path.name}/run-{number}{s3}")
+        run = new_run(f"s3://bucket/claimed-together/run-{number}{s3}")
         assert_one_owner(run, claim_together(run.uri, {A: True, B: True}))
 
 

@@ -6,6 +6,7 @@ A process that is killed at any point of a write leaves a run that can be contin
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -150,6 +151,20 @@ def test_checkpoint_holds_the_lines_so_far_and_so_does_the_runs_log(uri):
     _, loaded = Checkpoints(uri).load_newest(EXPECT)
     assert loaded.lines == read_lines(Folder(uri)) == [*expected, {**expected[1], **resumed.log.lines[2]}]
     assert [line["global_step"] for line in loaded.lines] == [1, 2, 3]
+
+
+def test_closed_it_has_stored_all_and_leaves_no_file_of_its_own(uri, tmp_path, monkeypatch):
+    local = tmp_path / "local"
+    local.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(local))
+    saver = saver_of(uri)
+    assert list(local.iterdir())
+    saver.log.add("step", 0, 2, train_loss=1.0)
+    save(saver, 1, replace(state(1), lines=saver.log.take()))
+    saver.close()
+    assert not list(local.iterdir())
+    assert read_lines(Folder(uri)) == saver.log.lines
+    assert Folder(uri).names("tensorboard")
 
 
 def test_the_newest_and_the_best_are_kept(uri):

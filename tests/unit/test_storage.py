@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +33,7 @@ ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty place: a local path, a file:// URI, an S3 URI."""
     if request.param == "s3":
-        return f"s3://bucket/{tmp_path.name}{request.getfixturevalue('s3')}"
+        return f"s3://bucket/{uuid.uuid4().hex}{request.getfixturevalue('s3')}"
     return f"file://{tmp_path}/place" if request.param == "file" else str(tmp_path / "place")
 
 
