@@ -4,7 +4,7 @@
 
 The job is Ray Train, DALI's input, logging and all else at their defaults. The bare loop has the same network,
 optimizer, batch, precision, memory format and threads from the same library functions, on batches made before: no Ray,
-no DALI, no totals, no log; two workers are two processes in DistributedDataParallel over gloo. Settings of
+no DALI, no totals, no log; two workers are two processes that exchange gradients in the same way. Settings of
 jobs/train.py (such as `--precision fp32`) are options here too, and hold for both.
 
 images/s are wall clock over --num-steps steps after --num-skipped, start-up and validation outside; the job's from the
@@ -32,7 +32,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from side_by_side import RESULTS, Rounds, cell, measure, ratio, store, summary, table
-from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment
 from cifar_dist.data import sources
@@ -41,6 +40,7 @@ from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.models import MODELS
 from cifar_dist.models.frozen import split_frozen
 from cifar_dist.recipes import recipe_config
+from cifar_dist.train.communication import parallel
 from cifar_dist.train.optim import make_optimizers, set_step
 from cifar_dist.train.precision import Precision
 from cifar_dist.train.setup import build_model, image_spec
@@ -137,7 +137,9 @@ def bare_loop(rank: int, num_workers: int, case: Case, meeting: str) -> float:
     base, wrapped = split_frozen(model, precision.dtype)
     if num_workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_workers)
-        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False, gradient_as_bucket_view=True)
+        factors = case.batch_size, precision.dtype
+        wrapped, communication = parallel(wrapped, device, config.loop.gradient_dtype, factors)
+        communication.num_rows = -(-case.batch_size // num_workers)
     wrapped.train()
     num_steps = case.num_skipped + case.num_steps
     for step in range(num_steps):

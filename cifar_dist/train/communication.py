@@ -1,20 +1,27 @@
-"""The exchange of gradients between workers: in which type, and for how long training waits for it."""
+"""The exchange of gradients between workers: as what and in which type, and for how long training waits for it."""
 
 import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+
+BUCKET_BYTES = 25 << 20  # DistributedDataParallel's default: a larger gradient is exchanged alone
 
 
 class Communication:
     """Measures, in every step, from the last gradient of the backward pass to the end of the exchange.
 
     What overlaps with the backward pass costs no time and is not counted; waiting for a slower worker is. On a GPU
-    two events in the stream that computes, which `seconds` reads.
+    two events in the stream that computes, which `seconds` reads. `num_rows`: the most images that any rank has in
+    this step.
     """
+
+    num_rows = 1
 
     def __init__(self, model: DistributedDataParallel, gradient_dtype: str, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
@@ -38,6 +45,15 @@ class Communication:
             self._last = self._now()
         return self.exchange(group, bucket)
 
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, k] on each rank -> [world * num_rows, k], all ranks' rows, each rank's filled up with zeros."""
+        start = self._now()
+        padded = F.pad(rows, (0, 0, 0, self.num_rows - len(rows))).contiguous()
+        every = padded.new_empty(dist.get_world_size() * self.num_rows, rows.shape[1])
+        dist.all_gather_into_tensor(every, padded)
+        self._pairs.append((start, self._now()))
+        return every
+
     def end(self) -> None:
         """After the backward pass that exchanged gradients."""
         self._pairs.append((self._last, self._now()))
@@ -50,3 +66,84 @@ class Communication:
             self._seconds += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
         self._pairs.clear()
         return self._seconds
+
+
+class Factored(torch.autograd.Function):
+    """F.linear(x [n, i], weight [o, i], bias [o]) -> [n, o], whose backward pass returns the mean over ranks of the
+    weight's and the bias's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, communication: Communication
+    ) -> torch.Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.communication = communication
+        return F.linear(x, weight, bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        every = ctx.communication.gather(gradient) / dist.get_world_size()
+        inputs = ctx.communication.gather(x)
+        return gradient @ weight, every.T @ inputs, every.float().sum(0), None
+
+
+class FactoredLinear(nn.Linear):
+    """A Dense layer whose ranks exchange the two factors of its weight's gradient, inputs and output gradients of the
+    images, and multiply them all themselves (sufficient factors: Xie et al., arXiv:1511.08486)."""
+
+    communication: Communication
+
+    @torch.compiler.disable
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        return Factored.apply(x, self.weight, self.bias, self.communication)
+
+
+def factor_layers(model: nn.Module, num_rows: int, dtype: torch.dtype) -> list[FactoredLinear]:
+    """Makes FactoredLinear of those Dense layers whose factors, of `num_rows` images in `dtype`, are at most a
+    quarter of what passes when their gradient is exchanged: once to be summed, once to be handed out.
+
+    With more of them the products of all ranks' images cost what the exchange saves. Only layers of more than
+    BUCKET_BYTES: each collective has its price. None where the ranks' processors differ: each would multiply in its own
+    way, and their weights would drift apart.
+    """
+    found = []
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer.weight.requires_grad and layer.bias is not None:
+            gradient_bytes = layer.weight.numel() * layer.weight.element_size()
+            factor_bytes = num_rows * sum(layer.weight.shape) * dtype.itemsize
+            if gradient_bytes > BUCKET_BYTES and 2 * factor_bytes <= gradient_bytes:
+                found.append(layer)
+    if found:
+        processors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(processors, (torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()))
+        if len(set(processors)) > 1:
+            return []
+    for layer in found:
+        layer.__class__ = FactoredLinear
+        for parameter in layer.parameters():
+            dist.broadcast(parameter.detach(), 0)  # as DistributedDataParallel does with what it has
+    return found  # type: ignore[return-value]
+
+
+def parallel(
+    model: nn.Module, device: torch.device, gradient_dtype: str, factors: tuple[int, torch.dtype] | None = None
+) -> tuple[DistributedDataParallel, Communication]:
+    """The model (compiled or not) in DistributedDataParallel; its moving statistics are left to each rank.
+
+    `factors`: a step's images on all ranks and the type they are computed in, where `factor_layers` may choose.
+    """
+    layers = factor_layers(model, *factors) if factors else []
+    theirs = {parameter for layer in layers for parameter in layer.parameters()}
+    model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if p in theirs]  # type: ignore[assignment]
+    devices = [device] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    communication = Communication(wrapped, gradient_dtype, device)
+    for layer in layers:
+        layer.communication = communication
+    return wrapped, communication

@@ -119,6 +119,8 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     )
     counted = batch.num_counted > 0
     totals = torch.zeros(3, dtype=torch.float64, device=state.device)
+    if state.communication:
+        state.communication.num_rows = -(-batch.global_size // state.world)
     for i, (inputs, labels) in enumerate(chunks):
         last = i == num_chunks - 1
         ddp = state.wrapped if isinstance(state.wrapped, DistributedDataParallel) else None

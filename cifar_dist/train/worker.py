@@ -15,7 +15,6 @@ import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from cifar_dist.data import order
@@ -26,7 +25,7 @@ from cifar_dist.models.frozen import Head, split_frozen
 from cifar_dist.storage import Folder
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
-from cifar_dist.train.communication import Communication
+from cifar_dist.train.communication import parallel
 from cifar_dist.train.features import Features, open_cache
 from cifar_dist.train.loop import (
     Clock,
@@ -230,15 +229,16 @@ class Worker:
         return model if self.source is self.loader else Head(model)  # type: ignore[arg-type]
 
     def _wrap(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        gpu = device.type == "cuda"
         wrapped: Any = torch.compile(model) if self._compiles() else model
         if self.world == 1:
             return wrapped
-        # Moving statistics are averaged where they are read, so DDP need not broadcast them at every step.
-        devices = [device] if gpu else None
-        parallel = DistributedDataParallel(wrapped, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-        self.state.communication = Communication(parallel, self.job.config.loop.gradient_dtype, device)
-        return parallel
+        loop, factors = self.job.config.loop, None
+        # Not measured on a GPU. In more steps than one ranks may differ in how often they exchange.
+        if device.type == "cpu" and loop.accumulation_steps == 1:
+            factors = loop.global_batch_size, self.state.precision.dtype
+        # Moving statistics are averaged where they are read.
+        wrapped, self.state.communication = parallel(wrapped, device, loop.gradient_dtype, factors)
+        return wrapped
 
     def run(self) -> None:
         """Trains from the cursor to the last epoch. Raises UserError on all ranks where the loss is not finite."""

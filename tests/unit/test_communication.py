@@ -3,10 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_dist.train.communication import Communication
+from cifar_dist.models.fan import Fan
+from cifar_dist.models.resnet50v2 import ResNet50V2
+from cifar_dist.train import communication
+from cifar_dist.train.communication import Communication, FactoredLinear, factor_layers, parallel
 from cifar_dist.train.loop import Clock
 from cifar_dist.train.metrics import bottleneck_verdict
 
@@ -54,6 +58,54 @@ def test_waiting_is_measured_and_taken_out_of_computing():
     rates = clock.rates()
     assert rates["communication_seconds"] == 0.25
     assert rates["compute_seconds"] == pytest.approx(rates["seconds"] - 0.25, abs=0.002)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("make", "num_rows", "dtype", "chosen"),
+    [
+        (Fan, 64, torch.bfloat16, ["classifier.0"]),
+        (Fan, 510, torch.bfloat16, ["classifier.0"]),
+        (Fan, 511, torch.bfloat16, []),
+        (Fan, 255, torch.float32, ["classifier.0"]),
+        (Fan, 256, torch.float32, []),
+        (lambda: Fan().requires_grad_(False), 64, torch.bfloat16, []),
+        (ResNet50V2, 64, torch.bfloat16, []),
+    ],
+)
+def test_factors_are_exchanged_where_they_are_few_and_the_gradient_large(make, num_rows, dtype, chosen):
+    """The first Dense layer of Fan has 165,888 x 512 weights: 340 MB, which 1,020 rows of both in bf16 just are."""
+    model = make()
+    factor_layers(model, num_rows, dtype)
+    assert [name for name, module in model.named_modules() if isinstance(module, FactoredLinear)] == chosen
+
+
+@pytest.mark.usefixtures("group")
+def test_a_layer_with_factors_evaluates_and_computes_in_mixed_precision_as_it_did(monkeypatch):
+    monkeypatch.setattr(communication, "BUCKET_BYTES", 1000)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 3)), torch.rand(5, 64, requires_grad=True)
+
+    def run(network):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = network(x)
+        y.float().square().sum().backward()
+        found = [x.grad, *(p.grad for p in model.parameters())]
+        x.grad = None
+        model.zero_grad(set_to_none=True)
+        return y, found
+
+    y, plain = run(model)
+    wrapped, exchange = parallel(model, CPU, "fp32", (5, torch.bfloat16))
+    exchange.num_rows = 5
+    shared_y, shared = run(wrapped)
+    assert isinstance(model[0], FactoredLinear)
+    assert torch.equal(shared_y, y)
+    for mine, theirs in zip(shared, plain, strict=True):
+        assert mine.dtype == theirs.dtype == torch.float32
+        assert torch.allclose(mine, theirs, rtol=0.01, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(model(x), F.linear(F.linear(x, *model[0].parameters()).tanh(), *model[2].parameters()))
 
 
 @pytest.mark.parametrize(

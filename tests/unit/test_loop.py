@@ -19,8 +19,9 @@ from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch, train_plans
 from cifar_dist.data.order import Augmentation, epoch_order, rank_part
 from cifar_dist.models import KerasBatchNorm
-from cifar_dist.train import loop
+from cifar_dist.train import communication, loop
 from cifar_dist.train.checkpoint import Cursor
+from cifar_dist.train.communication import FactoredLinear, factor_layers, parallel
 from cifar_dist.train.loop import (
     Clock,
     TrainState,
@@ -154,6 +155,7 @@ def in_a_group(rank: int, world: int) -> dict:
         state.wrapped = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         totals.append(sum_over_ranks(backward(state, part(whole(n), rank, world))))
         gradients.append(gradient(state.model))
+    factored = with_factors(rank, world)
     layers = nn.Sequential(KerasBatchNorm(2), KerasBatchNorm(2).requires_grad_(False))
     for layer in layers:
         layer.running_mean += torch.tensor([rank, 10.0])
@@ -165,9 +167,34 @@ def in_a_group(rank: int, world: int) -> dict:
     mean = recalibrated[1](mine.images.flatten(1)).mean(0).detach()
     batchnorm = {"found": recalibrated[2].running_mean, "mean": mean}
     return {
-        **{"gradients": gradients, "totals": totals, "layers": layers.state_dict(), "batchnorm": batchnorm},
+        **{
+            "factored": factored,
+            "gradients": gradients,
+            "totals": totals,
+            "layers": layers.state_dict(),
+            "batchnorm": batchnorm,
+        },
         **{"rows": rows, "no_rows": no_rows},
     }
+
+
+def with_factors(rank: int, world: int) -> list[torch.Tensor]:
+    """Gradients where the first layer's factors are exchanged, from rank 0's weights."""
+    communication.BUCKET_BYTES = 500  # the second layer's gradient is smaller
+    gradients = []
+    for n in (7, 2, 7):
+        state = state_of(plain_model(), rank, world)
+        for parameter in state.model.parameters():
+            parameter.data += rank
+        state.wrapped, state.communication = parallel(state.model, CPU, "fp32", (2, torch.float32))
+        assert [type(layer) for layer in state.model[1::2]] == [FactoredLinear, nn.Linear]
+        backward(state, part(whole(n), rank, world))
+        assert len(state.communication._pairs) == 3  # two factors, and the other layer's gradient
+        gradients.append(gradient(state.model))
+    torch.set_num_threads(1 + rank)
+    assert not factor_layers(plain_model(), 2, torch.float32)  # each would multiply in its own way
+    torch.set_num_threads(1)
+    return gradients
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +214,8 @@ def test_real_process_group_gives_the_same(world, groups):
         assert torch.allclose(found["batchnorm"]["found"], batch_mean, atol=1e-6)
         for i, n in enumerate((7, 2)):
             assert torch.allclose(found["gradients"][i], mean_gradient(model, whole(n)), atol=1e-6), (rank, n)
+            assert torch.allclose(found["factored"][i], mean_gradient(model, whole(n)), atol=1e-6), (rank, n)
+            assert torch.equal(found["factored"][i], every[0]["factored"][i])
             assert found["totals"][i].tolist() == pytest.approx(totals_of(model, whole(n)), rel=1e-6), (rank, n)
         mean = (world - 1) / 2
         assert found["layers"]["0.running_mean"].tolist() == [mean, 10]
