@@ -51,7 +51,8 @@ def test_a_run_leaves_what_the_design_says(whole_run: tuple[Path, str]) -> None:
 def test_on_a_cluster_of_its_own_a_run_has_no_processes_of_no_use(tiny_uri: str, tmp_path: Path) -> None:
     """Each wakes up over 100 times a second and so slows down the step where every core computes."""
     job = Job(*train_args(tiny_uri, tmp_path, "lean", 1), local=True)
-    wait_until(lambda: list(tmp_path.glob("lean/checkpoints/epoch*")))
+    wait_until(lambda: job.process.poll() is not None or list(tmp_path.glob("lean/checkpoints/epoch*")))
+    assert job.process.poll() is None, job.wait()
     assert job.family("ray::RayTrainWorker")
     assert job.family("ray::TrainController")
     assert job.family("raylet")
