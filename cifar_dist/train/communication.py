@@ -121,7 +121,7 @@ def factor_layers(model: nn.Module, num_rows: int, dtype: torch.dtype) -> list[F
                 found.append(layer)
     if found:
         processors: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(processors, (torch.cpu.get_capabilities(), torch.get_num_threads()))
+        dist.all_gather_object(processors, (dict(torch.cpu.get_capabilities()), torch.get_num_threads()))
         if any(processor != processors[0] for processor in processors):
             return []
     for layer in found:
