@@ -62,7 +62,7 @@ class DataConfig(Section):
     image_size: int = option(32, "side in pixels to which images are resized", minimum=8, maximum=4096)
     input_range: str = option("0..1", "range of the model's input", choices=("0..1", "-1..1", "0..255"))
     flips: str = option(
-        "both", "how training images are flipped, with probability 1/2", choices=("none", "horizontal", "both")
+        "none", "how training images are flipped, with probability 1/2", choices=("none", "horizontal", "both")
     )
     crop_padding: int = option(
         0, "pixels by which the crop of a padded training image is shifted at most (0: no crop)", minimum=0

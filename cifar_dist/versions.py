@@ -1,4 +1,4 @@
-"""What a result was made with: package versions and the commit of the source."""
+"""What a result was made with: versions of the networks and packages, and the commit of the source."""
 
 import platform
 import subprocess
@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "ray", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pyarrow", "numpy", "cifar-dist")
+# Raised when the same weights mean another function. resnet50v2: version 1 had no ReLU behind the head's convolution.
+MODEL_VERSIONS = {"fan": 1, "resnet50v2": 2}
 
 
 def package_versions() -> dict[str, str]:

@@ -6,8 +6,9 @@ from torch import nn
 from cifar_dist.models.batchnorm import KerasBatchNorm
 from cifar_dist.models.fan import Fan
 from cifar_dist.models.resnet50v2 import ResNet50V2
+from cifar_dist.versions import MODEL_VERSIONS
 
-MODELS = ("fan", "resnet50v2")
+MODELS = tuple(MODEL_VERSIONS)
 
 
 def build(

@@ -1,21 +1,21 @@
-"""Fan: the deck's convolutional network for 32-px images."""
+"""Fan: the deck's convolutional network for 32-px images, layer for layer as its code has it."""
 
 import torch
 from torch import nn
 
 from cifar_dist.models.batchnorm import KerasBatchNorm
 from cifar_dist.models.dropout import Dropout
+from cifar_dist.models.layers import Flatten
 
 CONV_CHANNELS = (32, 64, 128, 128, 256, 256, 512)
 DENSE_UNITS = (512, 128)
-# The deck lists six dropouts and not their places; chosen: after the first six convolution blocks.
-DROPOUTS = (0.05, 0.1, 0.1, 0.1, 0.1, 0.1)
+DROPOUTS = (0.05, 0.1, 0.1, 0.1, 0.1, 0.1)  # after each block but the last
 
 
 class Fan(nn.Module):
     """Seven valid 3x3 convolutions, each with BatchNorm, ReLU and (the first six) dropout; then two Dense blocks.
 
-    Input float [n, 3, 32, 32]; output logits [n, num_classes]. The features are flattened in Keras's order (NHWC).
+    Input float [n, 3, 32, 32]; output logits [n, num_classes]: the deck's softmax is part of the loss.
     """
 
     def __init__(self, num_classes: int = 10, batchnorm_momentum: float = 0.99) -> None:
@@ -28,6 +28,7 @@ class Fan(nn.Module):
                 layers.append(Dropout(DROPOUTS[i]))
             channels = width
         self.features = nn.Sequential(*layers)
+        self.flatten = Flatten()
         side = 32 - 2 * len(CONV_CHANNELS)
         units = [side * side * channels, *DENSE_UNITS]
         layers = []
@@ -36,4 +37,4 @@ class Fan(nn.Module):
         self.classifier = nn.Sequential(*layers, nn.Linear(units[-1], num_classes))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.features(images).permute(0, 2, 3, 1).flatten(1))
+        return self.classifier(self.flatten(self.features(images)))

@@ -84,10 +84,14 @@ class Head(nn.Module):
 
     def __init__(self, model: ResNet50V2) -> None:
         super().__init__()
-        self.conv, self.classifier = model.conv, model.classifier
+        self.conv, self.activation, self.pool, self.classifier = (
+            model.conv,
+            model.activation,
+            model.pool,
+            model.classifier,
+        )
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.conv(features).mean((2, 3)))
+    forward = ResNet50V2.head  # one function for both: they cannot differ
 
 
 def split_frozen(model: nn.Module, dtype: torch.dtype) -> tuple[FrozenBase | None, nn.Module]:

@@ -1,6 +1,7 @@
 """Reads weights that Keras saved into our networks: every tensor exactly once, checked for shape."""
 
 import io
+import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -57,7 +58,9 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> int:
     names the layer for a tensor that is missing, left over, not finite or of a wrong shape; `model` is then unchanged.
     """
     places = keras_layers(model)
-    layers = read_layers(path)
+    layers, described = read_file(path)
+    if isinstance(model, ResNet50V2):
+        check_head(described, path)
     if isinstance(model, ResNet50V2) and not any(layer.kind == "dense" for layer in layers):
         places = base_layers(model.base)
     found = assign(layers, places, path)
@@ -137,23 +140,43 @@ def assign(layers: list[Layer], places: dict[str, Any], path: str | Path) -> dic
     return found
 
 
-def read_layers(path: str | Path) -> list[Layer]:
-    """The layers with weights, in the model's order as far as the file tells it. Raises UserError for another file."""
+def check_head(described: list[tuple[str, dict[str, Any]]], path: str | Path) -> None:
+    """Refuses weights of a head whose convolution has no ReLU, where the file describes the network's layers."""
+    kinds = [kind for kind, _ in described]
+    if "Dense" not in kinds or "Conv2D" not in kinds:
+        return  # the base alone, or no description
+    last = len(kinds) - 1 - kinds[::-1].index("Conv2D")
+    (_, convolution), (kind, following) = [*described, ("", {})][last : last + 2]
+    if "relu" not in (convolution.get("activation"), following.get("activation"), kind.lower()):
+        raise UserError(
+            f"{path}: the head's convolution {convolution.get('name')} has no ReLU behind it, as the deck's and this "
+            "network's has; the file's weights belong to another network"
+        )
+
+
+def read_file(path: str | Path) -> tuple[list[Layer], list[tuple[str, dict[str, Any]]]]:
+    """The layers with weights, in the model's order as far as the file tells it, and (class, settings) of all layers as
+    far as the file describes them. Raises UserError for another file."""
+    config: Any = "{}"
     try:
+        source: Path | str | io.BytesIO = path
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                source: Path | str | io.BytesIO = io.BytesIO(archive.read("model.weights.h5"))
-        else:
-            source = path
+                source = io.BytesIO(archive.read("model.weights.h5"))
+                config = archive.read("config.json") if "config.json" in archive.namelist() else config
         with h5py.File(source, "r") as file:
             layers = list(layers_of(file.get("model_weights", file)))
+            config = json.loads(file.attrs.get("model_config", config))
+        described = [
+            (layer["class_name"], dict(layer["config"])) for layer in config.get("config", {}).get("layers", [])
+        ]
     except FileNotFoundError:
         raise UserError(f"there is no weights file {path}") from None
-    except (OSError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a Keras weights file (.h5, .weights.h5 or .keras): {error}") from error
     if not layers:
         raise UserError(f"{path} holds no layers: is it a Keras weights file (.h5, .weights.h5 or .keras)?")
-    return layers
+    return layers, described
 
 
 def layers_of(group: h5py.Group) -> Iterator[Layer]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from cifar_dist.models.batchnorm import KerasBatchNorm
 from cifar_dist.models.dropout import Dropout
+from cifar_dist.models.layers import GlobalAveragePooling
 
 STACKS = ((64, 3, 2), (128, 4, 2), (256, 6, 2), (512, 3, 1))  # width, blocks, stride of the last block
 BASE_EPSILON = 1.001e-5  # keras.applications' own
@@ -65,11 +66,12 @@ class HeadDense(nn.Sequential):
 
 
 class ResNet50V2(nn.Module):
-    """The base, a valid 3x3 Conv2D of 128 filters (no activation is named, so none), global average pooling, Dense
-    512, 256, 128 and the logits.
+    """The base, then the deck's head: a valid 3x3 Conv2D of 128 filters, ReLU, global average pooling, Dense 512, 256,
+    128 and the logits.
 
-    Input float [n, 3, S, S] with S >= 96; output logits [n, num_classes]. Unless `finetune`, the base is frozen: no
-    gradient, and its BatchNorm uses the moving statistics also in training mode.
+    Input float [n, 3, S, S] with S >= 96; output logits [n, num_classes]: the deck's softmax is part of the loss.
+    Unless `finetune`, the base is frozen: no gradient, and its BatchNorm uses the moving statistics also in training
+    mode.
     """
 
     def __init__(self, num_classes: int = 10, finetune: bool = False, batchnorm_momentum: float = 0.99) -> None:
@@ -77,7 +79,8 @@ class ResNet50V2(nn.Module):
         self.finetune = finetune
         self.base = ResNet50V2Base(batchnorm_momentum)
         self.base.requires_grad_(finetune)
-        self.conv = nn.Conv2d(2048, 128, 3)
+        self.conv, self.activation = nn.Conv2d(2048, 128, 3), nn.ReLU()
+        self.pool = GlobalAveragePooling()
         units = [128, *DENSE_UNITS]
         dense = [HeadDense(a, b, batchnorm_momentum) for a, b in zip(units, DENSE_UNITS, strict=False)]
         self.classifier = nn.Sequential(*dense, nn.Linear(DENSE_UNITS[-1], num_classes))
@@ -93,4 +96,8 @@ class ResNet50V2(nn.Module):
         else:
             with torch.no_grad():
                 features = self.base(images)
-        return self.classifier(self.conv(features).mean((2, 3)))
+        return self.head(features)
+
+    def head(self, features: torch.Tensor) -> torch.Tensor:
+        """The base's features [n, 2048, S/32, S/32] -> logits [n, num_classes]."""
+        return self.classifier(self.pool(self.activation(self.conv(features))))

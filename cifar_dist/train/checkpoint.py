@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, file_sha256, join_uri, sync, to_json
-from cifar_dist.versions import package_versions
+from cifar_dist.versions import MODEL_VERSIONS, package_versions
 
 if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait for torch
     import torch
@@ -107,6 +107,13 @@ class Checkpoints:
                     version = f"format version {meta['format_version']}, this program reads {FORMAT_VERSION}"
                     damaged[name] = Damaged(f"{where} has {version}; use another --name, or that program")
                     continue
+                made, own = meta.get("model_version", 1), MODEL_VERSIONS[meta["model"]]
+                if made != own:
+                    damaged[name] = Damaged(
+                        f"{where} holds version {made} of the network {meta['model']}, this program computes version "
+                        f"{own}, to which its weights do not belong; train it again under another --name"
+                    )
+                    continue
                 checkpoint = Checkpoint(name, meta)
                 _ = checkpoint.score, [meta[key] for key in USED]  # a KeyError here, not later
                 if not meta["files"].keys() >= NEEDED or name != name_of(checkpoint.cursor, meta["attempt"]):
@@ -158,6 +165,7 @@ class Checkpoints:
         fence()
         whole = {
             "format_version": FORMAT_VERSION,
+            "model_version": MODEL_VERSIONS[meta["model"]],
             "epoch": cursor.epoch,
             "step": cursor.step,
             "attempt": attempt,

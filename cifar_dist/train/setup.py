@@ -84,7 +84,10 @@ def weights_notice(config: Config, weights: dict[str, Any] | None) -> str | None
     if config.model.model != "resnet50v2" or (weights and weights["is_imagenet"]):
         return None
     if weights:
-        return f"resnet50v2 starts from {weights['uri']}, which is not the published file of ImageNet weights"
+        notice = f"resnet50v2 starts from {weights['uri']}, which is not the published file of ImageNet weights"
+        if weights["uri"].endswith(".weights.h5"):
+            notice += "; such a file does not say whether its network has the ReLU of the deck's head"
+        return notice
     base = "" if config.model.finetune else "its frozen base is random too, "
     return (
         f"resnet50v2 starts from RANDOM weights, not ImageNet's: {base}so it cannot be held against the deck "

@@ -1,149 +1,142 @@
-"""Our networks against real Keras: the same weights, the same functions, the same training."""
+"""Our networks against the deck's code in real Keras: the same layers, the same functions, the same training."""
 
-import math
+import ast
+import json
 import os
+import re
 from pathlib import Path
 
+import comparison
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import run_keras
-from torch import nn
+from comparison import BASE_FILES, FLOAT64, FP32, WHOLE_FILES, loaded, nchw, relative_error
+from conftest import ROOT, run_keras
+from structure import keras_lines, our_lines
 
 from cifar_dist import models
+from cifar_dist.data.order import Augment, flips, no_augment
 from cifar_dist.data.pipeline import ImagePipeline
 from cifar_dist.data.spec import ImageSpec
+from cifar_dist.deck import DECK
 from cifar_dist.models.keras_weights import load_keras_weights
 from cifar_dist.recipes import recipe_config
-from cifar_dist.train.optim import make_optimizers, set_step
 
-# Max abs error over the logits' scale.
-LOGITS = {"fan": 1e-4, "resnet50v2": 1e-4, "resnet50v2_224": 1e-4}
-FP32_BETAS = float(np.float32(0.9)), float(np.float32(0.999))
-LOGITS |= {"fan_float64": 1e-9, "resnet50v2_float64": 1e-9, "finetune_float64": 1e-9}
-
-
-def loaded(name: str, reference: Path) -> tuple[nn.Module, dict[str, np.ndarray]]:
-    """Our network with Keras's weights, dropout off, and what Keras computed."""
-    network = "fan" if name.startswith("fan") else "resnet50v2"
-    model = models.build(network, finetune=name.startswith("finetune"))
-    load_keras_weights(model, reference / f"{network}.weights.h5")
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    model.to(torch.float64 if name.endswith("float64") else torch.float32)
-    return model, dict(np.load(reference / f"{name}.npz"))
+DECK_TEXT = ROOT.parent / "shared/seed/deck.txt"
+# Max abs error over the logits' scale; benchmarks/results/parity.json has the spread over seeds.
+INFERENCE = dict.fromkeys(FP32, 1e-5) | dict.fromkeys(FLOAT64, 1e-12)
+TRAINING = dict.fromkeys(FP32, 1e-3) | dict.fromkeys(FLOAT64, 1e-10)
 
 
-def nchw(images: np.ndarray) -> torch.Tensor:
-    images = images.astype(np.float64 if images.dtype == np.float64 else np.float32)
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+def sequential_layers(code: str) -> list[str]:
+    """The layers of the code's Sequential, each as Python writes it."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    (stack,) = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "Sequential"]
+    (layers,) = stack.args
+    assert isinstance(layers, ast.List)
+    return [ast.unparse(layer) for layer in layers.elts]
 
 
-def relative_error(ours: torch.Tensor, keras: np.ndarray) -> float:
-    return float((ours.detach() - torch.from_numpy(keras)).abs().max() / np.abs(keras).max())
+def test_the_reference_is_the_decks_code():
+    if not DECK_TEXT.exists():
+        pytest.skip("the deck is not beside this clone")
+    blocks = re.findall(r"```\n(.*?)```", DECK_TEXT.read_text(), re.DOTALL)
+    stated = {len(layers): layers for block in blocks if "Sequential" in block and (layers := sequential_layers(block))}
+    source = Path(__file__).with_name("deck_keras.py").read_text()
+    functions = [ast.unparse(node) for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    ours = {
+        len(layers): layers for f in functions if (layers := sequential_layers(f.replace("side, side", "224, 224")))
+    }
+    assert ours == stated
+    assert len(ours) == 2
 
 
-@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("network", ["fan", "resnet50v2"])
+def test_layers_order_arguments_and_activations_are_the_decks(network: str, reference: Path):
+    """From what happens to the images to the softmax, every layer and what feeds it."""
+    config = recipe_config(f"deck_{network}")
+    keras = keras_lines(json.loads((reference / "structure.json").read_text())[network])
+    ours = our_lines(models.build(network, batchnorm_momentum=config.model.batchnorm_momentum), config)
+    first = next((pair for pair in zip(keras, ours, strict=False) if len(set(pair)) > 1), None)
+    assert first is None, f"the deck's {network} has {first[0]!r}, ours has {first[1]!r}"
+    assert len(keras) == len(ours)
+
+
+def test_flips_are_keras_2_s_each_direction_drawn_by_itself(reference: Path):
+    """Keras 3 has one draw for both directions: no image is flipped in one of them alone. Ours follows Keras 2."""
+    found = json.loads((reference / "structure.json").read_text())
+    drawn = flips(0, 0, np.arange(4000)) @ np.array([1, 2])
+    ours = dict(zip(("none", "horizontal", "vertical", "both"), np.bincount(drawn, minlength=4), strict=True))
+    assert found["flips of Keras 3"].keys() == {"none", "both"}
+    for counts, expected in ((found["flips of Keras 3"], 2000), (found["flips of Keras 2"], 1000), (ours, 1000)):
+        assert sum(counts.values()) == 4000
+        deviation = (4000 * (expected / 4000) * (1 - expected / 4000)) ** 0.5
+        assert all(abs(count - expected) < 4 * deviation for count in counts.values()), counts
+    assert found["flips of Keras 2"].keys() == ours.keys()
+
+
+@pytest.mark.parametrize("name", INFERENCE)
 def test_logits_in_inference_mode(name: str, reference: Path):
-    model, keras = loaded(name, reference)
-    model.eval()
-    inputs = [key.removeprefix("infer_") for key in keras if key.startswith("infer_")]
-    assert inputs
-    with torch.inference_mode():
-        errors = [relative_error(model(nchw(keras[key])), keras[f"infer_{key}"]) for key in inputs]
-        last = model(nchw(keras[inputs[-1]]).contiguous(memory_format=torch.channels_last))
-    print(f"parity {name} inference {max(errors):.2e}")
-    assert max(errors) <= LOGITS[name]
-    assert relative_error(last, keras[f"infer_{inputs[-1]}"]) <= LOGITS[name]
+    error = comparison.inference_error(name, reference)
+    print(f"parity {name} inference {error:.2e}")
+    assert error <= INFERENCE[name]
 
 
-@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("name", TRAINING)
 def test_logits_in_training_mode(name: str, reference: Path):
-    model, keras = loaded(name, reference)
-    error = relative_error(model.train()(nchw(keras["images"][0])), keras["train"])
+    error = comparison.training_error(name, reference)
     print(f"parity {name} training {error:.2e}")
-    assert error <= LOGITS[name]
-    inference = model.eval()(nchw(keras["images"][0]))
-    assert relative_error(inference, keras["train"]) > 0.01  # the modes do differ
+    assert error <= TRAINING[name]
 
 
-def keras_rounding(step: int) -> float:
-    """Keras's bias corrections hold the betas in fp32 also in float64: a first rate 7e-6 too low."""
-    correction = [math.sqrt(1 - beta2**step) / (1 - beta1**step) for beta1, beta2 in (FP32_BETAS, (0.9, 0.999))]
-    return correction[0] / correction[1]
-
-
-@pytest.mark.parametrize("name", ["fan_float64", "resnet50v2_float64", "finetune_float64"])
+@pytest.mark.parametrize("name", FLOAT64)
 def test_ten_steps_of_the_decks_adam(name: str, reference: Path):
-    model, keras = loaded(name, reference)
-    config = recipe_config("deck_fan" if name.startswith("fan") else "deck_resnet50v2").optim
-    frozen = {} if "finetune" in name else {k: v.clone() for k, v in model.state_dict().items() if "base." in k}
-    optimizers, losses = make_optimizers(model, config), []
-    model.train()
-    for step, (images, labels) in enumerate(zip(keras["images"], keras["labels"], strict=True)):
-        set_step(optimizers, config, step, 10)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] *= keras_rounding(step + 1)
-        loss = F.cross_entropy(model(nchw(images)), torch.from_numpy(labels))
-        model.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        losses.append(loss.item())
-    worst = np.abs(np.array(losses) / keras["losses"] - 1).max()
-    print(f"parity {name} losses of ten steps {worst:.2e}: {losses[0]:.3f} to {losses[-1]:.3f}")
-    assert len(losses) == 10
-    assert worst <= 1e-7
-    trained = [m for m in model.modules() if isinstance(m, models.KerasBatchNorm) and m.weight.requires_grad]
-    # Keras lists a nested base's layers first.
-    total = sum(key.startswith("mean_") for key in keras)
-    for i, layer in enumerate(trained, total - len(trained)):
-        for ours, theirs in ((layer.running_mean, keras[f"mean_{i}"]), (layer.running_var, keras[f"variance_{i}"])):
-            assert relative_error(ours, theirs) <= 1e-6
-    for key, value in frozen.items():
-        assert torch.equal(model.state_dict()[key], value)
+    losses, statistics = comparison.adam_errors(name, reference)
+    print(f"parity {name} losses of ten steps {losses:.2e}, statistics {statistics:.2e}")
+    assert losses <= 1e-7
+    assert statistics <= 1e-6
 
 
-@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("name", FP32 + FLOAT64)
 def test_parameter_counts_are_keras_own(name: str, reference: Path):
     model, keras = loaded(name, reference)
     assert models.count_parameters(model) == tuple(keras["counts"])
-    if name in ("fan", "resnet50v2"):  # those of the deck
-        assert models.count_parameters(model)[0] == {"fan": 87_316_426, "resnet50v2": 26_159_370}[name]
+    if name in DECK:
+        assert models.count_parameters(model)[0] == DECK[name].num_parameters
 
 
-def test_resizing_is_keras_own(reference: Path):
-    keras = np.load(reference / "resizing.npz")
-    pipeline = ImagePipeline(ImageSpec(224, "0..255", True), 4, False, True, torch.device("cpu"), 1)
-    pipeline.submit(keras["images"])
-    ours = pipeline.collect()
-    assert (ours - nchw(keras["resized"])).abs().max() <= 1e-3  # of 255
+def pipeline() -> ImagePipeline:
+    config = recipe_config("deck_resnet50v2").data
+    spec = ImageSpec(config.image_size, config.input_range, True)
+    return ImagePipeline(spec, 8, False, True, torch.device("cpu"), 1)
 
 
-BASE_FILES = ["base.weights.h5", "base.keras", "base_published.h5", "base_unsuffixed.h5"]
-WHOLE_FILES = ["resnet50v2.keras", "resnet50v2_legacy.h5", "resnet50v2_flat.weights.h5"]
+def test_from_pixels_to_logits_it_is_the_decks_model(reference: Path):
+    """Our decoded pixels through our resize and network, against the deck's whole Sequential."""
+    keras = np.load(reference / "pixels.npz")
+    model, _ = loaded("resnet50v2_224", reference)
+    dali = pipeline()
+    dali.submit(keras["pixels"].copy())
+    images = dali.collect()
+    assert (images - nchw(keras["resized"] / 127.5 - 1)).abs().max() <= 1e-5
+    with torch.inference_mode():
+        assert relative_error(model.eval()(images), keras["logits"]) <= INFERENCE["resnet50v2_224"]
 
 
-@pytest.mark.parametrize("file", BASE_FILES + WHOLE_FILES)
+def test_to_flip_before_the_resize_is_to_flip_after_it(reference: Path):
+    """The deck resizes first; to flip 32 px costs less, and gives the same."""
+    keras = np.load(reference / "pixels.npz")
+    ways = np.array([[x, y] for x in (False, True) for y in (False, True)] * 2)
+    dali = pipeline()
+    dali.submit(keras["pixels"].copy(), Augment(ways, *no_augment(8, 224)[1:]))
+    for image, resized, (x, y) in zip(dali.collect(), keras["resized"], ways, strict=True):
+        flipped = resized[:: -1 if y else 1, :: -1 if x else 1] / 127.5 - 1
+        assert (image - torch.from_numpy(flipped.copy()).permute(2, 0, 1)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("file", [*BASE_FILES, *WHOLE_FILES, "fan.keras"])
 def test_every_format_gives_the_same_weights(file: str, reference: Path):
-    expected, _ = loaded("resnet50v2", reference)
-    model = models.build("resnet50v2", seed=5)
-    start = {k: v.clone() for k, v in model.state_dict().items()}
-    whole = file in WHOLE_FILES
-    assert load_keras_weights(model, reference / file) == (len(start) if whole else 270)
-    for key, value in model.state_dict().items():
-        wanted = expected.state_dict()[key] if whole or key.startswith("base.") else start[key]
-        assert torch.equal(value, wanted), key
-
-
-def test_fan_from_a_keras_file(reference: Path):
-    expected, _ = loaded("fan", reference)
-    model = models.build("fan", seed=5)
-    assert load_keras_weights(model, reference / "fan.keras") == len(model.state_dict())
-    assert all(torch.equal(v, expected.state_dict()[k]) for k, v in model.state_dict().items())
+    comparison.check_format(file, reference)
 
 
 def test_the_published_imagenet_weights(image_file: list[object], tmp_path: Path):
@@ -158,4 +151,4 @@ def test_the_published_imagenet_weights(image_file: list[object], tmp_path: Path
         features = model.base(nchw(keras["images"])).permute(0, 2, 3, 1)
     error = relative_error(features, keras["features"])
     print(f"parity imagenet features {error:.2e}")
-    assert error <= LOGITS["resnet50v2"]
+    assert error <= INFERENCE["resnet50v2"]

@@ -1,0 +1,145 @@
+"""Both sides' networks as one list of lines, so that they can be held against each other layer by layer.
+
+A line is a layer with its settings and the numbers of the lines that feed it: `12 add <- 7, 11`. Lines come in the
+order in which a walk back from the output meets them, whatever the order in the source.
+"""
+
+import operator
+from typing import Any
+
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+
+from cifar_dist.config import Config
+from cifar_dist.models import KerasBatchNorm
+from cifar_dist.models.layers import Flatten, GlobalAveragePooling
+
+Graph = dict[str, tuple[str, list[str]]]  # name -> (layer and settings, the names that feed it)
+
+
+def lines_of(graph: Graph, output: str) -> list[str]:
+    numbers: dict[str, int] = {"input": 0}
+    lines: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in numbers:
+            return
+        label, inputs = graph[name]
+        for feeding in inputs:
+            visit(feeding)
+        numbers[name] = len(lines) + 1
+        lines.append(f"{numbers[name]} {label} <- {', '.join(str(numbers[i]) for i in inputs)}")
+
+    visit(output)
+    return lines
+
+
+def chain(graph: Graph, name: str, inputs: list[str], labels: list[str]) -> None:
+    """Adds `labels` one after another; the last one has the name."""
+    for i, label in enumerate(labels):
+        own = name if i == len(labels) - 1 else f"{name}/{i}"
+        graph[own] = (label, inputs)
+        inputs = [own]
+
+
+def keras_lines(layers: list[dict[str, Any]]) -> list[str]:
+    """Of a network that keras_reference.py described."""
+    graph: Graph = {}
+    for layer in layers:
+        chain(graph, layer["name"], layer["inputs"], keras_labels(layer["class"], layer["config"]))
+    return lines_of(graph, layers[-1]["name"])
+
+
+def keras_labels(kind: str, c: dict[str, Any]) -> list[str]:
+    frozen = "" if c["trainable"] else " frozen"
+    if kind in ("Conv2D", "Dense"):
+        assert c["kernel_initializer"]["class_name"] == "GlorotUniform"
+        assert c["bias_initializer"]["class_name"] == "Zeros"
+        bias = "bias" if c["use_bias"] else "no bias"
+        label = f"dense {c.get('units')} {bias}{frozen}"
+        if kind == "Conv2D":
+            (height, width), (stride, _) = c["kernel_size"], c["strides"]
+            label = f"conv {c['filters']} {height}x{width} stride {stride} {c['padding']} {bias}{frozen}"
+            assert c["dilation_rate"] == [1, 1]
+            assert c["groups"] == 1
+        return [label] + ([c["activation"]] if c["activation"] != "linear" else [])
+    if kind == "BatchNormalization":
+        assert c["axis"] in (-1, 3)
+        return [f"batchnorm epsilon {c['epsilon']:g} momentum {c['momentum']:g}{frozen}"]
+    if kind == "ZeroPadding2D":
+        return [f"pad {c['padding'][0][0]}"]
+    if kind == "MaxPooling2D":
+        (size, _), (stride, _) = c["pool_size"], c["strides"]
+        return [f"subsample {stride}" if size == 1 else f"max-pool {size} stride {stride}"]
+    if kind == "Resizing":
+        return [f"resize {c['height']} {c['interpolation']}{' antialias' if c['antialias'] else ''}"]
+    others = {"Activation": "activation", "Dropout": "rate", "RandomFlip": "mode"}
+    plain = {"Add": "add", "Flatten": "flatten", "GlobalAveragePooling2D": "global average"}
+    return [plain[kind]] if kind in plain else [f"{kind.lower()} {c[others[kind]]}".removeprefix("activation ")]
+
+
+class Tracer(torch.fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        own = isinstance(module, KerasBatchNorm | nn.Dropout | Flatten | GlobalAveragePooling)
+        return own or super().is_leaf_module(module, name)
+
+
+def our_lines(model: nn.Module, config: Config) -> list[str]:
+    """Of our network, behind what the recipe does to its images; the softmax of the loss is its last line."""
+    graph: Graph = {}
+    before = "input"
+    data = config.data
+    flips = {"none": [], "horizontal": ["horizontal"], "both": ["horizontal_and_vertical"]}[data.flips]
+    images = [f"resize {data.image_size} bilinear"] * (data.image_size != 32) + [f"randomflip {mode}" for mode in flips]
+    if images:
+        chain(graph, "images", [before], images)
+        before = "images"
+    names: dict[str, str] = {}  # of what does nothing -> what feeds it
+    output = ""
+    for node in Tracer().trace(model).nodes:
+        inputs = [names.get(arg.name, arg.name) for arg in node.args if isinstance(arg, torch.fx.Node)]
+        if node.op == "placeholder":
+            names[node.name] = before
+        elif node.op == "output":
+            (output,) = inputs
+        else:
+            module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+            labels = module_labels(module) if module else function_labels(node)
+            if labels:
+                chain(graph, node.name, inputs, labels)
+            else:
+                (names[node.name],) = inputs
+    chain(graph, "loss", [output], ["softmax"])
+    return lines_of(graph, "loss")
+
+
+def module_labels(module: Any) -> list[str]:
+    frozen = "" if all(p.requires_grad for p in module.parameters()) else " frozen"
+    if isinstance(module, nn.Conv2d):
+        (height, width), (stride, _), (pad, _) = module.kernel_size, module.stride, module.padding
+        assert (module.dilation, module.groups) == ((1, 1), 1)
+        bias = "no bias" if module.bias is None else "bias"
+        label = f"conv {module.out_channels} {height}x{width} stride {stride} valid {bias}{frozen}"
+        return [f"pad {pad}", label] if pad else [label]
+    if isinstance(module, nn.Linear):
+        return [f"dense {module.out_features} {'no bias' if module.bias is None else 'bias'}{frozen}"]
+    if isinstance(module, KerasBatchNorm):
+        return [f"batchnorm epsilon {module.epsilon:g} momentum {module.momentum:g}{frozen}"]
+    if isinstance(module, nn.Dropout):
+        return [f"dropout {module.p:g}"]
+    return [{nn.ReLU: "relu", Flatten: "flatten", GlobalAveragePooling: "global average"}[type(module)]]
+
+
+def function_labels(node: torch.fx.Node) -> list[str]:
+    if node.target is F.pad:
+        (pad,) = set(node.args[1])  # type: ignore[arg-type]
+        return [f"pad {pad}"]
+    if node.target is operator.getitem:
+        *whole, height, width = node.args[1]  # type: ignore[misc]
+        assert whole == [slice(None)] * 2
+        assert height == width
+        return [f"subsample {height.step}"] if height.step > 1 else []
+    if node.target is F.max_pool2d:
+        return [f"max-pool {node.args[1]} stride {node.kwargs['stride']}"]
+    return [{F.relu: "relu", operator.add: "add"}[node.target]]  # type: ignore[index]
