@@ -60,7 +60,7 @@ def repeat(data: str, times: int, target: Path) -> store.Manifest:
     splits = {**manifest.splits, "train": {**split, **counts, "files": files}}
     values = {**asdict(manifest), "source": f"{manifest.source}, {times} times", "splits": splits}
     repeated = store.Manifest(**{**values, "sha256": store.Manifest(**values).digest()})
-    (target / "manifest.json").write_bytes(to_json(asdict(repeated)))
+    (target / store.MANIFEST).write_bytes(to_json(asdict(repeated)))
     return repeated
 
 

@@ -27,12 +27,17 @@ ROWS_PER_FILE = 10_000
 BYTES_PER_FILE = 256 << 20
 ROWS_PER_GROUP = 1_000  # also the rows of one Arrow batch: staging holds one in memory
 PREPARING = ".preparing"
+MANIFEST = "_manifest.json"  # readers of a whole folder, such as Arrow and Spark, leave names with _ out
+OLD_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json. `splits[name]` holds num_rows, num_rows_per_class, encodings, the heights and widths [least, most]
-    in pixels, and the files with their rows and SHA-256; `sha256` is that of all the rest."""
+    """The data set's manifest file.
+
+    `splits[name]` holds num_rows, num_rows_per_class, encodings, the heights and widths [least, most] in pixels, and
+    the files with their rows and SHA-256; `sha256` is that of all the rest.
+    """
 
     format_version: int
     source: str
@@ -59,16 +64,20 @@ class Manifest:
 
 def read_manifest(uri: str) -> Manifest:
     """The data set's manifest. Raises UserError if there is none, or one that is damaged or of another version."""
-    where = join_uri(uri, "manifest.json")
+    where = join_uri(uri, MANIFEST)
     try:
-        values = json.loads(Folder(uri).read("manifest.json"))
+        values = json.loads(Folder(uri).read(MANIFEST))
         version = values["format_version"]
         if version == FORMAT_VERSION:
             manifest = Manifest(**values)
             _ = [manifest.splits[name]["files"] for name in ("train", "test")]
             damaged = manifest.sha256 != manifest.digest()
     except FileNotFoundError:
-        raise UserError(f"{uri} is no data set: it has no manifest.json; make one with jobs/prepare.py") from None
+        if Folder(uri).exists(OLD_MANIFEST):
+            raise UserError(
+                f"{uri} is of an earlier version; rename its {OLD_MANIFEST} to {MANIFEST}, or prepare it again"
+            ) from None
+        raise UserError(f"{uri} is no data set: it has no {MANIFEST}; make one with jobs/prepare.py") from None
     except UserError as error:
         if isinstance(error.__cause__, NotADirectoryError):
             raise UserError(f"{uri} is no data set: it is a file; make one with jobs/prepare.py") from error
@@ -96,7 +105,8 @@ def prepare(
     """
     folder = Folder(uri)
     try:
-        old = read_manifest(uri) if folder.exists("manifest.json") and not overwrite else None
+        has_manifest = folder.exists(MANIFEST) or folder.exists(OLD_MANIFEST)
+        old = read_manifest(uri) if has_manifest and not overwrite else None
     except UserError as error:
         raise UserError(f"{error} with --overwrite") from error
     folder.delete(PREPARING)
@@ -114,13 +124,13 @@ def prepare(
             return manifest, False
         if old is not None and not same:
             raise UserError(f"{uri} already holds another data set ({old.source}); use --overwrite or another --out")
-        folder.delete("manifest.json")
+        folder.delete(MANIFEST)
         for name in folder.names():  # of an older data set or of a write that was cut off; nobody else's files
             if re.fullmatch(r"(train|test)-\d{5}\.parquet", name):
                 folder.delete(name)
         for name in [file["name"] for s in splits.values() for file in s["files"]]:
             folder.move(f"{PREPARING}/{name}", name)
-        folder.write("manifest.json", to_json(asdict(manifest)))
+        folder.write(MANIFEST, to_json(asdict(manifest)))
         return manifest, True
     except FileNotFoundError as error:
         raise UserError(f"{error} while {uri} was written; is another job preparing the same folder?") from error

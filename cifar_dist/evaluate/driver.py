@@ -48,9 +48,11 @@ def choose(run_uris: list[str], data_uri: str) -> dict[str, tuple[str, Checkpoin
     manifest = read_manifest(absolute_uri(data_uri))
     chosen = {}
     for name, uri in zip(names, run_uris, strict=True):
-        best = Checkpoints(uri).best()
+        checkpoints = Checkpoints(uri)
+        best = checkpoints.best()
         if best is None:
             raise UserError(f"{uri} has no checkpoint to evaluate; train it first, or check the path")
+        checkpoints.check_version(best)
         check_checkpoint(best, manifest, uri)
         chosen[name] = uri, best
     return chosen

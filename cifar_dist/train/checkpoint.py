@@ -107,13 +107,6 @@ class Checkpoints:
                     version = f"format version {meta['format_version']}, this program reads {FORMAT_VERSION}"
                     damaged[name] = Damaged(f"{where} has {version}; use another --name, or that program")
                     continue
-                made, own = meta.get("model_version", 1), MODEL_VERSIONS[meta["model"]]
-                if made != own:
-                    damaged[name] = Damaged(
-                        f"{where} holds version {made} of the network {meta['model']}, this program computes version "
-                        f"{own}, to which its weights do not belong; train it again under another --name"
-                    )
-                    continue
                 checkpoint = Checkpoint(name, meta)
                 _ = checkpoint.score, [meta[key] for key in USED]  # a KeyError here, not later
                 if not meta["files"].keys() >= NEEDED or name != name_of(checkpoint.cursor, meta["attempt"]):
@@ -142,6 +135,16 @@ class Checkpoints:
     def where(self, name: str) -> str:
         return join_uri(self.folder.uri, name)
 
+    def check_version(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError for weights of another version of the network: they would mean another function."""
+        model = checkpoint.meta["model"]
+        made, own = checkpoint.meta.get("model_version", 1), MODEL_VERSIONS.get(model)
+        if made != own:
+            raise UserError(
+                f"{self.where(checkpoint.name)} holds version {made} of the network {model}, this program computes "
+                f"version {own}, to which its weights do not belong; train it again under another --name"
+            )
+
     def write(
         self, cursor: Cursor, attempt: int, state: State, meta: dict[str, Any], fence: Callable[[], None] = lambda: None
     ) -> Checkpoint:
@@ -165,7 +168,7 @@ class Checkpoints:
         fence()
         whole = {
             "format_version": FORMAT_VERSION,
-            "model_version": MODEL_VERSIONS[meta["model"]],
+            "model_version": MODEL_VERSIONS.get(meta["model"]),
             "epoch": cursor.epoch,
             "step": cursor.step,
             "attempt": attempt,
@@ -218,14 +221,15 @@ class Checkpoints:
         """The checkpoint's tensors, on the CPU, verified.
 
         Raises Damaged if a file is missing, does not match its SHA-256 or was not written by this program, and
-        UserError if meta.json differs from `expect` (the model, the data set). Nothing is unpickled but tensors and
-        plain values, and only after its checksum held.
+        UserError if meta.json differs from `expect` (the model, the data set) or names another version of the network.
+        Nothing is unpickled but tensors and plain values, and only after its checksum held.
         """
         where = self.where(checkpoint.name)
         for key, value in (expect or {}).items():
             if checkpoint.meta.get(key) != value:
                 made = checkpoint.meta.get(key)
                 raise UserError(f"{where} was made with {key} {made!r}, this run has {value!r}; use another --name")
+        self.check_version(checkpoint)
         loaded: dict[str, Any] = {"average": None, "ranks": {}, "optimizer": {}}
         with tempfile.TemporaryDirectory() as temporary:
             for file, sha256 in checkpoint.meta["files"].items():

@@ -15,6 +15,7 @@ import numpy as np
 from cifar_dist.config import FREE_ON_RESUME, Config
 from cifar_dist.data import order
 from cifar_dist.data.store import Manifest, read_manifest, use_decoded
+from cifar_dist.deck import choices
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, absolute_uri, join_uri
 from cifar_dist.train.attempt import Attempts
@@ -119,10 +120,13 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         "recipe": launch.recipe,
         "data_uri": launch.data_uri,
         "num_workers": launch.num_workers,
+        "chosen_where_the_deck_is_silent": choices(config),
     }
     check_stored(card, launch, config.model.weights)
     checkpoints = Checkpoints(launch.run_uri)
     found: Any = checkpoints.latest()
+    if found and found.meta["model"] == config.model.model:  # another model's is refused when it is loaded
+        checkpoints.check_version(found)
     if found and found.cursor.epoch >= config.loop.epochs:
         from cifar_dist.train.setup import expected_of  # noqa: PLC0415
 

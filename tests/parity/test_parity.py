@@ -4,9 +4,12 @@ import ast
 import json
 import os
 import re
+import shutil
+import zipfile
 from pathlib import Path
 
 import comparison
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -19,6 +22,7 @@ from cifar_dist.data.order import Augment, flips, no_augment
 from cifar_dist.data.pipeline import ImagePipeline
 from cifar_dist.data.spec import ImageSpec
 from cifar_dist.deck import DECK
+from cifar_dist.errors import UserError
 from cifar_dist.models.keras_weights import load_keras_weights
 from cifar_dist.recipes import recipe_config
 
@@ -137,6 +141,32 @@ def test_to_flip_before_the_resize_is_to_flip_after_it(reference: Path):
 @pytest.mark.parametrize("file", [*BASE_FILES, *WHOLE_FILES, "fan.keras"])
 def test_every_format_gives_the_same_weights(file: str, reference: Path):
     comparison.check_format(file, reference)
+
+
+@pytest.mark.parametrize("file", ["resnet50v2.keras", "resnet50v2_legacy.h5"])
+def test_weights_of_a_head_without_its_relu_are_refused(file: str, reference: Path, tmp_path: Path):
+    """The same tensors, saved by Keras from a network whose convolution has no activation."""
+
+    def without_relu(text: str | bytes) -> str:
+        description = json.loads(text)
+        (head,) = [c for c in description["config"]["layers"] if c["class_name"] == "Conv2D"]
+        assert head["config"]["activation"] == "relu"
+        head["config"]["activation"] = "linear"
+        return json.dumps(description)
+
+    other = Path(shutil.copy(reference / file, tmp_path))
+    if file.endswith(".keras"):
+        with zipfile.ZipFile(reference / file) as archive, zipfile.ZipFile(other, "w") as changed:
+            for name in archive.namelist():
+                content = archive.read(name)
+                changed.writestr(name, without_relu(content) if name == "config.json" else content)
+    else:
+        with h5py.File(other, "a") as opened:
+            opened.attrs["model_config"] = without_relu(opened.attrs["model_config"])
+    model = models.build("resnet50v2", seed=5)
+    with pytest.raises(UserError, match=r"the head's convolution conv2d\S* has no ReLU behind it"):
+        load_keras_weights(model, other)
+    assert torch.equal(model.conv.weight, models.build("resnet50v2", seed=5).conv.weight)
 
 
 def test_the_published_imagenet_weights(image_file: list[object], tmp_path: Path):

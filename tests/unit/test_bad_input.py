@@ -43,7 +43,7 @@ SECRET = "hunter2secret"  # in an argument: it must not be printed
 TRACE = "trace"  # in the working folder: what a malicious pickle would make
 
 # Where the stored things lie.
-MANIFEST, CONFIG = "data/manifest.json", "runs/first/config.json"
+MANIFEST, CONFIG = "data/_manifest.json", "runs/first/config.json"
 TRAIN_FILE, TEST_FILE = "data/train-00000.parquet", "data/test-00000.parquet"
 SOURCE_TRAIN, SOURCE_TEST = "parquet/train-00000.parquet", "parquet/test-00000.parquet"
 CAT = "pictures/train/cat/0.png"
@@ -425,7 +425,7 @@ PLACES = [
     train("data that are not there", "--data {s}/nowhere", "{s}/nowhere is no data set", "jobs/prepare.py"),
     train("data that are a file", "--data {s}/notes.txt", "{s}/notes.txt is no data set", "jobs/prepare.py"),
     train("data that are a source", "--data {s}/pictures", "{s}/pictures is no data set", "jobs/prepare.py"),
-    train("data without a manifest", "", "no manifest.json", "jobs/prepare.py", damage=removed(MANIFEST)),
+    train("data without a manifest", "", "no _manifest.json", "jobs/prepare.py", damage=removed(MANIFEST)),
     train("data of an unknown kind", "--data foo://data", "cannot open the URI foo://data"),
 ]
 
@@ -495,6 +495,8 @@ CHECKPOINTS = [
     resume("checkpoints of another format", "", "format version 99", "--name", damage=every_meta(format_version=99)),
     resume("checkpoints of another model", "", "model 'resnet50v2'", "'fan'", "use another --name",
            damage=every_meta(model="resnet50v2")),
+    resume("checkpoints of another version of the network", "", "version 7 of the network fan",
+           "this program computes version 1", "another --name", damage=every_meta(model_version=7)),
     resume("checkpoints of another class count", "", "num_classes 7", "10", "use another --name",
            damage=every_meta(num_classes=7)),
     resume("checkpoints of another data set", "", "manifest_sha256", "use another --name",
@@ -690,6 +692,8 @@ LIVE = [  # on a Ray cluster of 2 CPUs
     evaluate("all weights cut off", "", *DAMAGED_STATE, "checksum", damage=every(file_of(MODEL, cut))),
     evaluate("a malicious pickle for weights", "", *DAMAGED_STATE, damage=every(forged(MODEL, PICKLE))),
     evaluate("weights of other layers", "", "{s}/runs/first/checkpoints/epoch-"),
+    evaluate("another version of the network", NO_CLUSTER, "{s}/runs/first/checkpoints/epoch-",
+             "version 7 of the network fan", damage=every_meta(model_version=7)),
     evaluate("an unknown setting in every checkpoint", "", "unknown setting 'speed'", "{s}/runs/first",
              damage=every_meta(config={"loop": {"speed": 3}})),
     train("more GPUs than exist", "--device gpu --workers 2", "2 workers need a GPU each", "the cluster has 0",

@@ -19,6 +19,7 @@ from checkpoint_states import EXPECT, meta_of, same, state, tree, weights, write
 
 from cifar_dist.errors import UserError
 from cifar_dist.train.checkpoint import FORMAT_VERSION, Checkpoint, Checkpoints, Cursor, Damaged
+from cifar_dist.versions import MODEL_VERSIONS
 
 FILES = ["model.safetensors", "average.safetensors", "ranks.safetensors", "optimizer.pt", "metrics.jsonl"]
 
@@ -58,6 +59,28 @@ def test_what_is_written_comes_back(run, average, ranks):
     loaded = run.load(found, EXPECT)
     assert same(loaded, whole)
     assert all(tensor.device.type == "cpu" for tensor in loaded.model.values())
+
+
+def test_a_checkpoint_says_which_version_of_the_network_it_is_of(run):
+    for cursor, (model, number) in enumerate(MODEL_VERSIONS.items()):
+        meta = run.write(Cursor(cursor, 1), 1, state(1), {**meta_of(), "model": model}).meta
+        assert meta["model_version"] == number
+    assert MODEL_VERSIONS == {"fan": 1, "resnet50v2": 2}  # raise one when a network computes something else
+
+
+@pytest.mark.parametrize("made", [None, 1, 3])
+def test_weights_of_another_version_of_the_network_are_refused(run, made):
+    """Those without a number are of version 1: that head had no ReLU, the same tensors would fit."""
+    written = run.write(Cursor(2, 0), 1, state(1), {**meta_of((0.5, 1.0)), "model": "resnet50v2"})
+    meta = {key: value for key, value in written.meta.items() if key != "model_version"}
+    path_of(run, written, "meta.json").write_text(json.dumps(meta | ({"model_version": made} if made else {})))
+    sentence = rf"holds version {made or 1} of the network resnet50v2, this program computes version 2.* another --name"
+    (found,) = run.all()
+    for read in (lambda: run.load(found), lambda: run.load_newest({"model": "resnet50v2"})):
+        with pytest.raises(UserError, match=sentence):
+            read()
+    path_of(run, written, "meta.json").write_text(json.dumps(written.meta))
+    assert same(run.load(run.all()[0]), state(1))
 
 
 def test_a_run_without_a_log_yet_has_no_lines(run):

@@ -17,6 +17,7 @@ from cifar_dist.config import (
     nearest,
     option_fields,
 )
+from cifar_dist.deck import choices, differences
 from cifar_dist.errors import UserError
 from cifar_dist.recipes import RECIPES, describe_recipes, recipe_config
 
@@ -185,17 +186,35 @@ def test_every_recipe_builds_and_says_what_it_is_for(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "epochs", "size"), [("deck_fan", 64, 30, 32), ("deck_resnet50v2", 128, 3, 224)]
+    ("name", "batch", "epochs", "size", "flips"),
+    [("deck_fan", 64, 30, 32, "none"), ("deck_resnet50v2", 128, 3, 224, "both")],
 )
-def test_deck_recipes_are_the_decks(name, batch, epochs, size):
+def test_deck_recipes_are_the_decks(name, batch, epochs, size, flips):
     config = recipe_config(name)
+    assert config.data.flips == flips
+    assert differences(config) == {}
     assert (config.loop.global_batch_size, config.loop.epochs, config.data.image_size) == (batch, epochs, size)
     assert (config.optim.optimizer, config.optim.learning_rate, config.optim.epsilon) == ("adam", 1e-3, 1e-7)
     assert (config.optim.beta1, config.optim.beta2, config.optim.schedule) == (0.9, 0.999, "constant")
-    assert (config.model.batchnorm_momentum, config.model.finetune, config.data.flips) == (0.99, False, "both")
+    assert (config.model.batchnorm_momentum, config.model.finetune) == (0.99, False)
     extras = config.optim
     assert not any((extras.weight_decay, extras.clip_norm, extras.label_smoothing, extras.ema_decay))
     assert not any((config.data.crop_padding, config.data.cutout_size, config.loop.recalibrate_batches))
+
+
+def test_what_differs_from_the_deck_and_what_it_leaves_open_are_said():
+    """Flips are left open only where there are two: whether one draw serves both."""
+    assert differences(recipe_config("best_fan", flips="none", optimizer="adam")) == {"epochs": "2 (deck: 30)"}
+    assert differences(recipe_config("finetune_resnet50v2")) == {"finetune": "True (deck: False)"}
+    open_settings = ["input range", "validation split", "learning rate", "loss", "seeds"]
+    assert list(choices(recipe_config("deck_fan"))) == open_settings
+    assert list(choices(recipe_config("deck_resnet50v2"))) == [*open_settings, "flips"]
+    said = choices(recipe_config("best_fan", label_smoothing=0.1, seed=7, split_seed=3))
+    assert said["input range"].startswith("-1..1: ")
+    assert said["validation split"] == "10% of each class of train, drawn with seed 3"
+    assert said["learning rate"].startswith("0.001, one-cycle after a warm-up of 20% of the steps")
+    assert said["loss"].endswith(" with label smoothing 0.1")
+    assert said["seeds"].startswith("7 ")
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -129,7 +129,7 @@ def test_expected_bytes_are_what_the_flips_bring():
 
 
 def test_the_notice_names_disk_and_memory(shapes_uri, base, tmp_path):
-    config = Config().replace(model="resnet50v2", image_size=96, features="cached", epochs=3)
+    config = Config().replace(model="resnet50v2", image_size=96, flips="both", features="cached", epochs=3)
     opened = open_cache(config, store.read_manifest(shapes_uri), base, 200, (180, 20), str(tmp_path))
     most = 200 * 4 * math.ceil(96 / 32) ** 2 * 2048 * 4
     assert f"at most {most / 2**30:.2f} GiB" in opened.notice

@@ -41,12 +41,13 @@ MAY_IMPORT = {
     "config": {"errors"},
     "storage": {"errors"},
     "recipes": {"config", "errors"},
+    "deck": {"config"},
     "data": BASE,
     "models": BASE,
-    "train": BASE | {"data", "models"} | TRAIN,
+    "train": BASE | {"data", "models", "deck"} | TRAIN,
     "train.worker": BASE | {"data", "models"} | TRAIN,
     "train.launch": BASE | {"data"} | TRAIN | {"train.worker"},
-    "evaluate": BASE | {"data", "train.checkpoint", "train.metrics", "train.setup", "models.frozen"},
+    "evaluate": BASE | {"deck", "data", "train.checkpoint", "train.metrics", "train.setup", "models.frozen"},
 }
 JOBS_MAY_IMPORT = {
     "config",

@@ -7,6 +7,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 
 from cifar_dist import models
 from cifar_dist.errors import UserError
-from cifar_dist.models.keras_weights import base_layers, load_keras_weights, tensors_of
+from cifar_dist.models.keras_weights import base_layers, check_head, load_keras_weights, tensors_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 import weights as weights_job
@@ -124,6 +125,45 @@ def test_a_whole_model_that_names_the_base_and_numbers_the_head(resnet: nn.Modul
     network = models.build("resnet50v2", seed=2)
     assert load_keras_weights(network, tmp_path / "whole.h5") == len(network.state_dict())
     assert same(network, resnet)
+
+
+def layer(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"class_name": kind, "config": {"name": kind.lower(), **settings}}
+
+
+RELU_HEADS = {
+    "own activation": [layer("Conv2D", activation="relu"), layer("GlobalAveragePooling2D")],
+    "a layer ReLU": [layer("Conv2D", activation="linear"), layer("ReLU")],
+    "a layer Activation": [layer("Conv2D", activation="linear"), layer("Activation", activation="relu")],
+}
+OTHER_HEADS = {
+    "none": [layer("Conv2D", activation="linear"), layer("GlobalAveragePooling2D")],
+    "another": [layer("Conv2D", activation="gelu"), layer("GlobalAveragePooling2D")],
+    "later": [layer("Conv2D", activation="linear"), layer("Dropout", rate=0.1), layer("ReLU")],
+}
+
+
+@pytest.mark.parametrize("head", [*RELU_HEADS, *OTHER_HEADS])
+def test_a_file_that_describes_its_head_must_have_the_relu(head: str):
+    """The base's own convolutions, whose ReLUs are layers of their own, come first in what Keras describes."""
+    layers = [layer("Conv2D", activation="linear"), layer("BatchNormalization")]
+    layers += [*(RELU_HEADS | OTHER_HEADS)[head], layer("Dense", units=10)]
+    described = [(entry["class_name"], entry["config"]) for entry in layers]
+    if head in RELU_HEADS:
+        check_head(described, "w.keras")
+    else:
+        with pytest.raises(UserError, match=r"w\.keras: the head's convolution conv2d has no ReLU behind it"):
+            check_head(described, "w.keras")
+    check_head(described[:2], "w.keras")  # the base alone
+    check_head([], "w.keras")
+
+
+@pytest.mark.parametrize("description", ["[]", "{", '{"config": {"layers": [3]}}', '{"config": {"layers": [{}]}}'])
+def test_a_description_that_is_none_of_keras_s(description: str, numbered: Path):
+    with h5py.File(numbered, "a") as opened:
+        opened.attrs["model_config"] = description
+    with pytest.raises(UserError, match="is not a Keras weights file"):
+        load_keras_weights(small(2), numbered)
 
 
 def remove(name: str) -> Callable[[h5py.File], None]:

@@ -219,7 +219,7 @@ def test_other_data_fails_and_both_are_named(judged, shapes_uri):
 
 
 def test_data_that_is_not_there_fails_with_the_reason(judged, shapes_uri):
-    fault = "fault: /data is no data set: it has no manifest.json; make one with jobs/prepare.py"
+    fault = "fault: /data is no data set: it has no _manifest.json; make one with jobs/prepare.py"
     text = only(judged(manifest_sha256=fault), "data set", "failed")
     assert fault in text
     assert store.read_manifest(shapes_uri).sha256[:16] in text

@@ -95,14 +95,14 @@ def test_a_folder_with_bad_files(tmp_path: Path, pictures: Path):
     message = one_sentence(prepare("--source", "folder", "--path", pictures, "--out", out))
     assert str(bad) in message or "empty.png" in message  # whichever the drawn split reads first
     assert "--skip-bad" in message
-    assert not (out / "manifest.json").exists()
+    assert not (out / "_manifest.json").exists()
 
     skipped = prepare("--source", "folder", "--path", pictures, "--out", out, "--skip-bad")
     assert skipped.returncode == 0, skipped.stderr
     assert "2 bad images left out" in skipped.stdout
     assert [line.startswith("skipped: ") for line in skipped.stderr.splitlines()] == [True, True]
     assert str(bad) in skipped.stderr
-    manifest = json.loads((out / "manifest.json").read_bytes())
+    manifest = json.loads((out / "_manifest.json").read_bytes())
     assert manifest["num_skipped"] == 2
     assert manifest["class_names"] == ["cat", "dog"]
     assert sum(split["num_rows"] for split in manifest["splits"].values()) == 20

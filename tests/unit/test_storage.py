@@ -477,7 +477,7 @@ def test_a_data_set_is_the_same_on_every_storage(uri: str, shapes_uri: str, stag
     manifest, written = store.prepare(sources.shapes(200, 100), uri)
     assert written
     assert manifest == store.read_manifest(uri) == store.read_manifest(shapes_uri)
-    names = ["manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    names = ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
     assert Folder(uri).names() == Folder(shapes_uri).names() == names
     for name in names:
         assert Folder(uri).read(name) == Folder(shapes_uri).read(name)
@@ -493,7 +493,7 @@ def test_a_data_set_in_a_bucket_is_protected_and_replaced(s3: str, staging_folde
         store.prepare(sources.shapes(20, 20, seed=1), uri)
     assert len(store.stage(uri, "test", staging_folder)) == 20
     manifest, _ = store.prepare(sources.shapes(30, 20, seed=1), uri, overwrite=True)
-    assert Folder(uri).names() == ["manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    assert Folder(uri).names() == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
     assert len(store.stage(uri, "train", staging_folder, manifest)) == 30
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -55,7 +56,7 @@ def test_prepared_twice_gives_the_same_bytes(tmp_path: Path):
     for name in ("one", "two"):
         assert store.prepare(small_shapes(), str(tmp_path / name))[1]
     files = files_of(tmp_path / "one")
-    assert sorted(files) == ["manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    assert sorted(files) == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
     assert files == files_of(tmp_path / "two")
 
 
@@ -151,6 +152,27 @@ def test_images_of_several_sizes_have_no_one_shape(tmp_path: Path):
     assert manifest.image_shape("test") == (8, 8)
 
 
+def test_a_manifest_under_its_old_name_is_said_and_works_when_renamed(data: str):
+    folder = Path(data)
+    manifest = store.read_manifest(data)
+    (folder / "_manifest.json").rename(folder / "manifest.json")
+    before = files_of(folder)
+    with pytest.raises(UserError, match=r"earlier version; rename its manifest\.json to _manifest\.json"):
+        store.read_manifest(data)
+    with pytest.raises(UserError, match=r"rename its manifest\.json .*, or prepare it again with --overwrite"):
+        store.prepare(small_shapes(), data)
+    assert files_of(folder) == before
+    (folder / "manifest.json").rename(folder / "_manifest.json")
+    assert store.read_manifest(data) == manifest
+
+
+def test_a_reader_of_the_whole_folder_finds_images_only(shapes_uri: str):
+    """Arrow leaves out names that begin with an underscore, as Spark does."""
+    table = pyarrow.dataset.dataset(shapes_uri, format="parquet").to_table()
+    assert table.num_rows == 300
+    assert table.column_names == ["image", "label"]
+
+
 def test_duckdb_reads_the_store(shapes_uri: str):
     rows = duckdb.sql(
         f"select image.path, image.bytes, label from '{shapes_uri}/train-*.parquet' where label = 3 order by image.path"
@@ -186,8 +208,8 @@ def test_a_file_holds_so_many_rows_and_bytes():
 
 
 def change_manifest(folder: str, change: Callable[[dict[str, Any]], object], seal: bool = False) -> None:
-    """Edits manifest.json; `seal` makes its own checksum right again."""
-    path = Path(folder) / "manifest.json"
+    """Edits _manifest.json; `seal` makes its own checksum right again."""
+    path = Path(folder) / "_manifest.json"
     values = json.loads(path.read_bytes())
     change(values)
     if seal:
@@ -196,14 +218,14 @@ def change_manifest(folder: str, change: Callable[[dict[str, Any]], object], sea
 
 
 def test_a_folder_without_a_manifest_is_no_data_set(data: str):
-    (Path(data) / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"is no data set: it has no manifest\.json; make one with jobs/prepare\.py"):
+    (Path(data) / "_manifest.json").unlink()
+    with pytest.raises(UserError, match=r"is no data set: it has no _manifest\.json; make one with jobs/prepare\.py"):
         store.read_manifest(data)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"format_version": 1}', b"\xff\xfe\x00"])
 def test_a_damaged_manifest_is_refused(data: str, content: bytes):
-    (Path(data) / "manifest.json").write_bytes(content)
+    (Path(data) / "_manifest.json").write_bytes(content)
     with pytest.raises(UserError, match=r"manifest\.json is damaged .*prepare the data set again") as caught:
         store.read_manifest(data)
     assert "\n" not in str(caught.value)
@@ -236,7 +258,7 @@ def test_a_damaged_manifest_can_be_overwritten(tmp_path: Path):
     out = tmp_path / "out"
     store.prepare(small_shapes(), str(out))
     before = files_of(out)
-    (out / "manifest.json").write_bytes(b"{")
+    (out / "_manifest.json").write_bytes(b"{")
     with pytest.raises(UserError, match="is damaged"):
         store.prepare(small_shapes(), str(out))
     store.prepare(small_shapes(), str(out), overwrite=True)
@@ -554,7 +576,7 @@ def test_preparing_again_mends_a_damaged_file(harm: str, tmp_path: Path) -> None
 def test_a_damaged_manifest_is_replaced_with_overwrite_only(tmp_path: Path) -> None:
     prepare = partial(store.prepare, sources.shapes(20, 20), str(tmp_path / "data"))
     prepare()
-    manifest = tmp_path / "data" / "manifest.json"
+    manifest = tmp_path / "data" / "_manifest.json"
     good = manifest.read_bytes()
     manifest.write_bytes(good[:-9])
     with pytest.raises(UserError, match=r"is damaged .* with --overwrite"):
