@@ -4,54 +4,40 @@
 # ///
 """Trains one of the deck's two networks in Keras on TensorFlow and prints images/s as JSON: a peer of peers.py.
 
-As the deck has it: flips and the resize to 224 px are layers of the model, fit() runs it as a compiled graph. Images
-are decoded and in memory, which spares Keras what the others do; tf.data shuffles and batches them ahead. Random
-weights.
-Runs in an environment of its own (`uv run --script`), since TensorFlow is nothing that the project needs.
+The deck's own code (tests/parity/deck_keras.py): flips and the resize to 224 px are layers of the ResNet, fit() runs it
+as a compiled graph. Images are decoded and in memory, which spares Keras what the others do; tf.data shuffles and
+batches them ahead. Random weights.
+Runs in an environment of its own (`uv run --script`), since the project itself does not need TensorFlow.
 """
 
 import argparse
 import json
 import os
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ |= {"KERAS_BACKEND": "tensorflow", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
 
+import deck_keras
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers as L
 
 
-def fan(x: Any) -> Any:
-    for filters, rate in zip((32, 64, 128, 128, 256, 256, 512), (0.05, 0.1, 0.1, 0.1, 0.1, 0.1, 0), strict=True):
-        x = L.ReLU()(L.BatchNormalization()(L.Conv2D(filters, 3)(x)))
-        x = L.Dropout(rate)(x) if rate else x
-    x = L.Flatten()(x)
-    for units in (512, 128):
-        x = L.ReLU()(L.BatchNormalization()(L.Dense(units)(x)))
-    return x
-
-
-def resnet50v2(x: Any) -> Any:
-    base = keras.applications.ResNet50V2(include_top=False, weights=None, input_shape=x.shape[1:])
-    base.trainable = False
-    x = L.GlobalAveragePooling2D()(L.Conv2D(128, 3)(base(x)))
-    for units in (512, 256, 128):
-        x = L.ReLU()(L.Dropout(0.1)(L.BatchNormalization()(L.Dense(units)(x))))
-    return x
-
-
 def build(name: str, num_classes: int, image_size: int, jit_compile: bool | str) -> keras.Model:
-    """Takes uint8 pixels as floats; compiled with the deck's optimizer."""
-    inputs = L.Input((32, 32, 3))
-    x = L.RandomFlip("horizontal_and_vertical")(inputs)
+    """The deck's network behind the scaling of uint8 pixels given as floats; compiled with the deck's optimizer."""
+    if num_classes != 10:
+        sys.exit(f"the deck's networks have 10 classes, the images {num_classes}")
     if name == "fan":
-        x = fan(L.Rescaling(1 / 255)(x))
+        deck, scaled = deck_keras.fan(), L.Rescaling(1 / 255)
     else:
-        x = resnet50v2(L.Rescaling(1 / 127.5, -1)(L.Resizing(image_size, image_size)(x)))
-    model = keras.Model(inputs, L.Dense(num_classes, activation="softmax", dtype="float32")(x))
+        deck, scaled = deck_keras.resnet50v2(image_size), L.Rescaling(1 / 127.5, -1)
+    deck.layers[-1].dtype_policy = keras.DTypePolicy("float32")  # the softmax, also under mixed_bfloat16
+    model = keras.Sequential([L.Input((32, 32, 3)), scaled, *deck.layers])
     adam, loss = keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy"
     model.compile(adam, loss, metrics=["accuracy"], jit_compile=jit_compile)
     return model

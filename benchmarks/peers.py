@@ -47,13 +47,13 @@ WAYS = (JOB, JOB_FP32, "Keras", "Keras, bf16", "PyTorch", EVAL_BASE)
 
 
 class Images(Dataset):
-    """Encoded images, decoded and transformed one by one."""
+    """Encoded images, decoded and transformed one by one, with the deck's flips: the ResNet's, none for Fan."""
 
-    def __init__(self, uri: str, image_size: int) -> None:
+    def __init__(self, uri: str, image_size: int, flipped: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:
             self.staged = datasets.stage(uri, "train", folder)
         resize = [v2.Resize(image_size)] if image_size != 32 else []
-        flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+        flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()] if flipped else []
         to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
         self.transform = v2.Compose([v2.ToImage(), *resize, *flips, *to_float])
 
@@ -107,7 +107,7 @@ def plain_resnet50v2(num_classes: int) -> nn.Module:
             base.append(Block(channels, width, stride if i == num_blocks - 1 else 1, i == 0))
             channels = 4 * width
     base += [nn.BatchNorm2d(channels), nn.ReLU()]
-    head: list[nn.Module] = [nn.Conv2d(channels, 128, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    head: list[nn.Module] = [nn.Conv2d(channels, 128, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     channels = 128
     for units in (512, 256, 128):
         head += [nn.Linear(channels, units), nn.BatchNorm1d(units), nn.Dropout(0.1), nn.ReLU()]
@@ -125,7 +125,7 @@ def plain_loop(_rank: int, _num_processes: int, case: Case, eval_base: bool) -> 
     """images/s of the tutorial's script."""
     num_workers = os.cpu_count() or 1
     torch.set_num_threads(num_workers)
-    dataset = Images(case.data, case.config.data.image_size)
+    dataset = Images(case.data, case.config.data.image_size, case.config.data.flips == "both")
     loader = DataLoader(
         *(dataset, case.batch_size, True), num_workers=num_workers, drop_last=True, multiprocessing_context="fork"
     )

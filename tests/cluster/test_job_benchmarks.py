@@ -12,6 +12,7 @@ from job_process import Job
 
 from cifar_dist import models
 from cifar_dist.errors import UserError
+from cifar_dist.models.frozen import Head
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = (
@@ -56,6 +57,16 @@ def test_the_plain_network_is_the_same_network(name: str) -> None:
 
     for trained in (True, False):
         assert shapes(plain, trained) == shapes(ours, trained)
+
+    def kinds(model: torch.nn.Module) -> list[str]:
+        """Of the layers in their order, but for those that do nothing and how Dense's input is flattened."""
+        leaves = [m for m in model.modules() if not any(m.children()) and getattr(m, "p", 1)]
+        names = {"KerasBatchNorm": "BatchNorm2d", "BatchNorm1d": "BatchNorm2d", "GlobalAveragePooling": "pool"}
+        kinds = [names.get(type(m).__name__, type(m).__name__) for m in leaves]
+        return [kind.replace("AdaptiveAvgPool2d", "pool") for kind in kinds if kind != "Flatten"]
+
+    heads = (plain[1], Head(ours)) if name == "resnet50v2" else (plain, ours)
+    assert kinds(heads[0]) == kinds(heads[1])
 
 
 @pytest.mark.usefixtures("benchmarks")

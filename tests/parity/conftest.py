@@ -32,11 +32,8 @@ def run_keras(*words: object) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.fixture(scope="session")
-def real_images() -> np.ndarray | None:
-    """uint8 [NUM_REAL, 32, 32, 3] of the real CIFAR-10 where it is at hand."""
-    if not CIFAR10.exists():
-        return None
+def some_images() -> np.ndarray:
+    """Uint8 [NUM_REAL, 32, 32, 3] of the real CIFAR-10."""
     images: list[np.ndarray] = []
     with tarfile.open(CIFAR10) as archive:
         for member in archive:
@@ -50,11 +47,12 @@ def real_images() -> np.ndarray | None:
 
 
 @pytest.fixture(scope="session")
-def image_file(real_images: np.ndarray | None, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    if real_images is None:
+def image_file(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """The option that names real images, where they are at hand."""
+    if not CIFAR10.exists():
         return []
     path = tmp_path_factory.mktemp("images") / "real.npz"
-    np.savez(path, images=real_images)
+    np.savez(path, images=some_images())
     return ["--images", path]
 
 
