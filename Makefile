@@ -39,8 +39,17 @@ format: $(SYNCED) ## rewrite the code in ruff's format
 types: $(SYNCED) ## mypy
 	.venv/bin/mypy
 
-bench: $(SYNCED) ## the benchmarks (minutes; prints tables, writes benchmarks/results)
-	$(PYTHON) benchmarks/input.py
+bench: $(SYNCED) ## what docs/ quotes, on DATA, a prepared CIFAR-10 (hours; writes benchmarks/results)
+	@[ -n "$(DATA)" ] || { echo "make bench needs DATA=FOLDER, a prepared CIFAR-10"; exit 2; }
+	$(PYTHON) benchmarks/parity.py
+	$(PYTHON) benchmarks/input.py --data $(DATA) --num-images 50000 --rounds 5
+	$(PYTHON) benchmarks/step.py
+	$(PYTHON) benchmarks/features.py --data $(DATA) --rounds 2 --global-batch-size 64
+	$(PYTHON) benchmarks/scaling.py --data $(DATA) --rounds 3 --num-images 1000 --num-skipped 4 --num-steps 12 \
+	  --global-batch-size 64
+	$(PYTHON) benchmarks/growth.py --data $(DATA)
+	$(PYTHON) benchmarks/job.py --data $(DATA) --rounds 3 --num-skipped 10 --num-steps 20 --global-batch-size 64
+	$(PYTHON) benchmarks/peers.py --data $(DATA) --rounds 3 --num-skipped 2 --num-steps 5 --global-batch-size 64
 	$(PYTHON) benchmarks/recovery.py
 
 imagenet-check: $(SYNCED) ## download ResNet50V2's ImageNet weights and hold them against Keras (needs network)

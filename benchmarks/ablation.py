@@ -1,4 +1,4 @@
-"""What each choice of the recipe best_fan brings: the recipe, and the recipe with one choice changed, on a subset.
+"""The recipe best_fan, and the recipe with one choice changed, on a subset: what the choice brings.
 
 Accuracy is on validation; the test split is not read. All runs of a seed see the same images in the same order.
 """

@@ -1,4 +1,4 @@
-"""Files under a URI, on anything that pyarrow.fs opens: local paths, NFS, S3, GCS."""
+"""Files under a URI, on anything that pyarrow.fs opens: local paths, NFS, S3; GCS too, which has never been tried."""
 
 import contextlib
 import errno
