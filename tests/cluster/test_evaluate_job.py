@@ -1,17 +1,25 @@
 """jobs/evaluate.py and jobs/pipeline.py on a real Ray cluster, in separate hosts' raylets, and on S3."""
 
 import json
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from job_process import Job, run_job, train_args, wait_until
 from moto.server import ThreadedMotoServer
 from ray.cluster_utils import Cluster
+from ray_cluster import Nodes
 
+from cifar_dist.errors import UserError
+from cifar_dist.evaluate import driver, shard
 from cifar_dist.storage import Folder
 from cifar_dist.train.checkpoint import Checkpoints
+from cifar_dist.train.cluster import connect
 
 
 def integers(report: Path) -> dict:
@@ -58,6 +66,55 @@ def test_any_number_of_shards_gives_the_same_integers_and_a_killed_shard_is_retr
     for split in integers(one_shard):
         name = Path("predictions") / f"whole-{split}.parquet"
         assert pq.read_table(tmp_path / name).equals(pq.read_table(one_shard / name))
+
+
+@pytest.fixture
+def connected(nodes: Nodes) -> Iterator[None]:
+    """This process is the driver: the tests say what its tasks run."""
+    connect(nodes.address, 1)
+    yield
+    ray.shutdown()
+
+
+def dying(num_deaths: int, attempts: Path) -> Callable[[shard.Shard], dict]:
+    """evaluate_shard, whose worker process dies in the last shard's first attempts; each leaves a line in a file."""
+
+    def evaluate_shard(given: shard.Shard) -> dict:
+        if given.index == given.num_shards - 1:
+            with open(attempts, "a") as file:
+                file.write("tried\n")
+            if len(attempts.read_text().splitlines()) <= num_deaths:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return shard.evaluate_shard(given)
+
+    return evaluate_shard
+
+
+@pytest.mark.usefixtures("connected")
+def test_a_shard_that_is_lost_three_times_comes_with_the_fourth_attempt(
+    one_shard: Path, whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = tmp_path / "attempts"
+    monkeypatch.setattr(driver, "evaluate_shard", dying(3, attempts))
+    chosen = driver.choose([str(whole_run[0])], tiny_uri)
+    (found,) = driver.evaluate(chosen, tiny_uri, str(tmp_path), num_shards=2)
+    assert len(attempts.read_text().splitlines()) == 4
+    assert {split: counts.to_dict() for split, counts in found.counts.items()} == integers(one_shard)
+    for split, table in found.predictions.items():
+        assert table.equals(pq.read_table(one_shard / "predictions" / f"whole-{split}.parquet"))
+
+
+@pytest.mark.usefixtures("connected")
+def test_a_shard_that_is_lost_four_times_is_given_up(
+    whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = tmp_path / "attempts"
+    monkeypatch.setattr(driver, "evaluate_shard", dying(100, attempts))
+    chosen = driver.choose([str(whole_run[0])], tiny_uri)
+    with pytest.raises(UserError, match="an evaluation shard was lost more than 3 times"):
+        driver.evaluate(chosen, tiny_uri, str(tmp_path), num_shards=1)
+    assert len(attempts.read_text().splitlines()) == 4
+    assert not list(tmp_path.glob("predictions/*"))
 
 
 def test_a_run_of_another_data_set_is_refused(whole_run: tuple[Path, str], shapes_uri: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Real raylets, real signals; each test leaves as many nodes as it found.
 """
 
+import gzip
 import os
 import re
 import signal
@@ -93,6 +94,34 @@ def test_killed_at_every_place_it_ends_with_the_same_bits(
     assert code == 0, output
     assert "(attempt 5)" in output
     assert_same_run(run, whole_run[0])
+
+
+@pytest.mark.slow
+def test_fan_with_muon_an_average_and_factors_ends_with_the_same_bits(
+    nodes: Nodes, tiny_uri: str, tmp_path: Path
+) -> None:
+    """A worker, then the driver, each inside the one epoch: a checkpoint waits until the one before it is stored."""
+    fan = ("--recipe", "quickstart_fan", "--optimizer", "muon", "--ema-decay", "0.9", "--keep-checkpoints", "1")
+    steps = ("--epochs", "1", "--train-images", "48", "--global-batch-size", "4", "--validation-fraction", "0.15")
+    few = [*fan, *steps, "--checkpoint-every-steps", "0"]
+    code, output = run_job(*train_args(tiny_uri, tmp_path, "whole", 2, *few, "--profile"))
+    assert code == 0, output
+    (trace,) = tmp_path.glob("whole/profile/*")
+    assert b"FactoredBackward" in gzip.decompress(trace.read_bytes())
+    run = tmp_path / "run"
+    job = Job(*train_args(tiny_uri, tmp_path, "run", 2, *few, "--checkpoint-every-steps", "2"))
+    wait_for_attempt(run, 1, job)
+    os.kill(nodes.train_workers()[0], signal.SIGKILL)
+    wait_for_attempt(run, 2, job)
+    job.process.kill()
+    job.wait()
+    stored = newest(run)
+    assert stored is not None
+    assert stored.cursor.epoch == 0
+    code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 2, *few))
+    assert code == 0, output
+    assert f"continuing from {stored.name} (attempt 3)" in output
+    assert_same_run(run, tmp_path / "whole")
 
 
 def test_another_number_of_workers_sees_the_same_batches(tiny_uri: str, tmp_path: Path) -> None:

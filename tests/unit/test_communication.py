@@ -1,5 +1,7 @@
 """The exchange of gradients and the verdict on what bounds a run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,12 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cifar_dist.config import Config
 from cifar_dist.models.fan import Fan
 from cifar_dist.models.resnet50v2 import ResNet50V2
 from cifar_dist.train import communication
 from cifar_dist.train.communication import Communication, FactoredLinear, factor_layers, parallel
 from cifar_dist.train.loop import Clock
 from cifar_dist.train.metrics import bottleneck_verdict
+from cifar_dist.train.precision import Precision
+from cifar_dist.train.worker import Worker
 
 CPU = torch.device("cpu")
 
@@ -106,6 +111,33 @@ def test_a_layer_with_factors_evaluates_and_computes_in_mixed_precision_as_it_di
         assert torch.allclose(mine, theirs, rtol=0.01, atol=1e-3)
     with torch.no_grad():
         assert torch.equal(model(x), F.linear(F.linear(x, *model[0].parameters()).tanh(), *model[2].parameters()))
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("settings", "world", "chosen"),
+    [
+        ({"global_batch_size": 10, "precision": "fp32"}, 2, True),
+        ({"global_batch_size": 11, "precision": "fp32"}, 2, False),
+        ({"global_batch_size": 11, "precision": "bf16"}, 2, True),
+        ({"global_batch_size": 10, "precision": "fp32", "accumulation_steps": 2}, 2, False),
+        ({"global_batch_size": 10, "precision": "fp32"}, 1, False),
+    ],
+)
+def test_workers_on_cpus_exchange_factors_by_themselves(settings, world, chosen, monkeypatch):
+    """The first layer's gradient has 8 KiB: twice its factors in fp32 are less of ten images, and more of eleven."""
+    monkeypatch.setattr(communication, "BUCKET_BYTES", 1000)
+    config, worker = Config().replace(**settings), Worker.__new__(Worker)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 3))
+    worker.world, worker.job = world, SimpleNamespace(config=config)
+    precision = Precision(config.loop.precision, CPU)
+    worker.state = SimpleNamespace(device=CPU, precision=precision, communication=None)
+    wrapped = worker._wrap(model, CPU)
+    assert isinstance(model[0], FactoredLinear) is chosen
+    assert isinstance(wrapped, DistributedDataParallel) is (world > 1)
+    assert (worker.state.communication is None) is (world == 1)
+    if chosen:
+        assert model[0].communication is worker.state.communication
 
 
 @pytest.mark.parametrize(

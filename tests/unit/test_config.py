@@ -222,6 +222,46 @@ def test_unknown_recipe_names_the_nearest():
         recipe_config("dek_fan")
 
 
+def settings_of(config: Config) -> dict:
+    return {name: value for section in config.to_dict().values() for name, value in section.items()}
+
+
+# Recipe -> every setting in which it differs from the defaults.
+NOT_THE_DECKS = {
+    "finetune_resnet50v2": {
+        **{"model": "resnet50v2", "finetune": True, "batchnorm_momentum": 0.9},
+        **{"image_size": 224, "input_range": "-1..1", "flips": "both"},
+        **{"learning_rate": 1e-4, "schedule": "cosine"},
+        **{"epochs": 3, "global_batch_size": 128},
+    },
+    "best_fan": {
+        **{"batchnorm_momentum": 0.9, "input_range": "-1..1", "flips": "horizontal"},
+        **{"optimizer": "muon", "muon_learning_rate": 0.035, "schedule": "one-cycle", "warmup_fraction": 0.2},
+        **{"epochs": 2, "recalibrate_batches": 20},
+    },
+    "quickstart_fan": {
+        **{"batchnorm_momentum": 0.8, "validation_fraction": 0.15},
+        **{"epochs": 2, "global_batch_size": 32, "log_every_steps": 5},
+    },
+    "quickstart_resnet50v2": {
+        **{"model": "resnet50v2", "batchnorm_momentum": 0.8},
+        **{"image_size": 96, "input_range": "-1..1", "flips": "both", "validation_fraction": 0.15},
+        **{"epochs": 5, "global_batch_size": 32, "log_every_steps": 5},
+    },
+}
+
+
+def test_every_value_of_the_recipes_that_are_not_the_decks():
+    """The defaults themselves are the deck's, or off; what the deck's recipes change is pinned above."""
+    defaults = settings_of(Config())
+    found = {
+        name: {key: value for key, value in settings_of(recipe_config(name)).items() if value != defaults[key]}
+        for name in RECIPES
+        if not name.startswith("deck_")
+    }
+    assert found == NOT_THE_DECKS
+
+
 # Command line.
 
 
