@@ -12,7 +12,7 @@ export UV_COMPILE_BYTECODE ?= 1
 PYTHON := .venv/bin/python
 SYNCED := .venv/.synced
 
-.PHONY: help demo test test-slow image-test lint format types bench imagenet-check clean
+.PHONY: help demo test test-slow mutants image-test lint format types bench imagenet-check clean
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -24,6 +24,9 @@ test: lint types ## lint, types and all tests but the slow ones, in two processe
 
 test-slow: $(SYNCED) ## the tests that take more than a minute each
 	$(PYTHON) -m pytest -m "slow and not image"
+
+mutants: $(SYNCED) ## plant faults in the code and see the tests find them (minutes)
+	$(PYTHON) tests/mutants.py
 
 image-test: $(SYNCED) ## build the image and run it confined (needs root, buildah, mmdebstrap, 20 GB)
 	$(PYTHON) -m pytest -rP tests/image

@@ -116,6 +116,15 @@ def test_writing_a_cursor_again_replaces_it(run):
     assert same(run.load(again), state(9))
 
 
+def test_a_checkpoint_that_is_being_replaced_is_none_until_it_is_whole(run):
+    """Its old meta.json would vouch for files that are no longer those it names."""
+    write(run, 1)
+    seen = []
+    run.write(Cursor(1, 0), 1, state(9), meta_of(), lambda: seen.append(len(run.all())))
+    assert seen == [1, 0]
+    assert len(run.all()) == 1
+
+
 # Which ones.
 
 

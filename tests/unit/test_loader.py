@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cifar_dist.data import order, sources, store
-from cifar_dist.data.loader import Batch, Loader, Plan, eval_plans, train_plans, use_decoded
+from cifar_dist.data.loader import STEPS_PER_DRAW, Batch, Loader, Plan, eval_plans, train_plans, use_decoded
 from cifar_dist.data.spec import ImageSpec
 from cifar_dist.errors import UserError
 from cifar_dist.recipes import recipe_config
@@ -322,6 +322,15 @@ def test_global_batches_do_not_depend_on_the_world_size(world: int):
 @pytest.mark.parametrize("first_step", [1, 7, 10, 11])
 def test_plans_from_a_cursor_are_the_rest_of_the_epoch(world: int, first_step: int):
     assert global_steps(world, first_step=first_step) == global_steps(1)[first_step:]
+
+
+@pytest.mark.parametrize("first_step", [0, 40])
+def test_an_epoch_of_more_steps_than_are_drawn_at_a_time_is_whole(first_step: int):
+    ids = np.arange(3 * STEPS_PER_DRAW + 2)
+    steps = global_steps(2, ids=ids, global_batch_size=1, first_step=first_step)
+    assert (
+        np.concatenate([step for step, _ in steps]).tolist() == order.epoch_order(3, 2, len(ids))[first_step:].tolist()
+    )
 
 
 def test_epochs_and_seeds_change_order_and_augmentation():

@@ -107,6 +107,15 @@ def test_resnet_head_has_the_deck_s_layers_in_order(resnet):
     assert head == [*expected, "dense 128-10"]
 
 
+def test_resnet_head_has_its_relu_between_convolution_and_pooling(resnet):
+    features = torch.randn(2, 2048, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        convolved = F.conv2d(features, resnet.conv.weight, resnet.conv.bias)
+        expected = resnet.classifier(convolved.clamp(min=0).mean((2, 3)))
+        assert torch.allclose(resnet.head(features), expected, atol=1e-5)
+        assert not torch.allclose(resnet.classifier(convolved.mean((2, 3))), expected, atol=1e-3)
+
+
 def test_resnet_base_has_keras_s_blocks(resnet):
     assert described(resnet.base.conv1) == "conv 3-64 7x7 stride 2 pad 3"
     expected, channels = [], 64

@@ -53,6 +53,12 @@ def test_epoch_order_is_a_permutation(n: int):
     assert sorted(drawn.tolist()) == list(range(n))
 
 
+def test_epoch_order_does_not_depend_on_how_many_keys_are_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    whole = order.epoch_order(1, 2, 1000)
+    monkeypatch.setattr(order, "CHUNK", 7)
+    assert (order.epoch_order(1, 2, 1000) == whole).all()
+
+
 def test_epochs_and_seeds_give_unrelated_orders():
     orders = [order.epoch_order(seed, epoch, 2000) for seed in (0, 1) for epoch in (0, 1, 2)]
     orders.append(np.arange(2000))

@@ -21,7 +21,8 @@ from cifar_dist import models
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import report
-from cifar_dist.evaluate.driver import Evaluation, merge
+from cifar_dist.evaluate.driver import Evaluation, choose, merge
+from cifar_dist.evaluate.scores import count
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
 from cifar_dist.recipes import recipe_config
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
@@ -249,6 +250,29 @@ def test_checkpoint_of_another_data_set_is_refused(run):
     foreign = dataclasses.replace(run, checkpoint=Checkpoint(run.checkpoint.name, meta))
     with pytest.raises(UserError, match=r"first-run was trained on another data set"):
         foreign.shard(0, 1)
+
+
+def test_a_run_s_best_checkpoint_is_evaluated_not_its_latest(run, tmp_path):
+    uri, state = str(tmp_path / "runs" / "again"), State({"a": torch.ones(1)}, None, {}, {}, [])
+    for epoch, accuracy in enumerate((0.3, 0.9, 0.2), 1):
+        scores = {"validation_accuracy": accuracy, "validation_loss": 1.0}
+        meta = {key: run.checkpoint.meta[key] for key in ("model", "global_step", "world_size", "config")}
+        meta |= {"manifest_sha256": run.checkpoint.meta["manifest_sha256"], "metrics": scores}
+        Checkpoints(uri).write(Cursor(epoch, 0), 1, state, meta)
+    chosen = choose([run.run_uri, uri], run.data_uri)
+    assert list(chosen) == ["first-run", "again"]
+    assert [checkpoint.cursor.epoch for _, checkpoint in chosen.values()] == [2, 2]
+    with pytest.raises(UserError, match="must differ in name"):
+        choose([uri, str(tmp_path / "elsewhere" / "again")], run.data_uri)
+
+
+def test_counts_are_those_of_the_table(merged):
+    """Each column counted is the one that the table names."""
+    for split, (table, counts) in merged.items():
+        columns = {name: table[name].to_numpy() for name in table.column_names}
+        ranked = np.stack([columns[f"prediction_{k}"] for k in range(1, 6)], 1)
+        expected = count(columns["label"], ranked, columns["probability_1"], columns["loss"], 10)
+        assert counts.to_dict() == expected.to_dict(), split
 
 
 def test_splits_are_the_run_s_own():

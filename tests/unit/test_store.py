@@ -141,15 +141,16 @@ def test_the_manifest_describes_the_files(shapes_uri: str):
             assert pq.read_metadata(path).num_rows == file["num_rows"]
 
 
-def test_images_of_several_sizes_have_no_one_shape(tmp_path: Path):
-    def square(side: int) -> np.ndarray:
-        return np.zeros((side, 8, 3), np.uint8)
+@pytest.mark.parametrize("axis", ["height", "width"])
+def test_images_of_several_sizes_have_no_one_shape(tmp_path: Path, axis: str):
+    def rectangle(side: int) -> np.ndarray:
+        return np.zeros((side, 8, 3) if axis == "height" else (8, side, 3), np.uint8)
 
-    items = [sources.Item(str(side), 0, partial(square, side)) for side in (8, 9)]
-    source = sources.Source("squares", ["a"], {"train": items, "test": items[:1]})
+    items = [sources.Item(str(side), 0, partial(rectangle, side)) for side in (9, 8)]
+    source = sources.Source("rectangles", ["a"], {"train": items, "test": items[:1]})
     manifest, _ = store.prepare(source, str(tmp_path / "out"))
     assert manifest.image_shape("train") is None
-    assert manifest.image_shape("test") == (8, 8)
+    assert manifest.image_shape("test") == ((9, 8) if axis == "height" else (8, 9))
 
 
 def test_a_manifest_under_its_old_name_is_said_and_works_when_renamed(data: str):
