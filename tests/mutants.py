@@ -3,8 +3,7 @@
 A row has `wrong` (what is wrong, in words), `file`, `text` (stands once in the file), `fault` (what it becomes), `test`
 (the node id of the test that must fail) and, where no test can see the fault, `survives` (why).
 
-Usage: python tests/mutants.py [--only SUBSTRING] [--jobs 2]. Exit code 0: all named tests pass without a fault, and the
-rows with a reason survive, no others.
+Exit code 0: all named tests pass without a fault, and the rows with a reason survive, no others. --help has the usage.
 """
 
 import argparse
@@ -24,15 +23,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("cifar_dist", "jobs", "tests", "benchmarks", "pyproject.toml")
+FOLDERS = ("cifar_dist", "jobs", "tests", "benchmarks")
 LIMIT_SECONDS = 300
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short")
 CAUGHT, SURVIVED = "caught", "SURVIVED"  # any other outcome is a mistake of the table
 
 
 class Mutant(NamedTuple):
-    """A row of the table."""
-
     area: str
     wrong: str
     file: str
@@ -51,11 +48,9 @@ def read_table() -> list[Mutant]:
 def copied(mutant: Mutant | None = None) -> Iterator[Path]:
     """A copy of the source for a while, with the fault in it."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(ROOT / name, folder)
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant:
             file = Path(folder) / mutant.file
             file.write_text(file.read_text().replace(mutant.text, mutant.fault))
@@ -106,13 +101,10 @@ def main() -> int:
     mutants = [m for m in read_table() if args.only in " ".join((m.area, m.wrong, m.file, m.test))]
     tests = sorted({m.test for m in mutants})
     with copied() as folder:
-        code, output = run_python(
-            folder, *PYTEST, "-n", str(args.jobs), "--dist", "loadgroup", *tests, limit_seconds=3600
-        )
+        code, output = run_python(folder, *PYTEST, f"-n{args.jobs}", "--dist=loadgroup", *tests, limit_seconds=3600)
+    print(f"the {len(tests)} named tests pass without a fault" if code == 0 else output, flush=True)
     if code != 0:
-        print(f"{output}\nwithout a fault not all of the {len(tests)} named tests pass")
         return 1
-    print(f"the {len(tests)} named tests pass without a fault", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(mutants, pool.map(run_mutant, mutants), strict=True))
     survivors = [m for m in mutants if found[m] == SURVIVED]
