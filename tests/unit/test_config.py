@@ -222,68 +222,6 @@ def test_unknown_recipe_names_the_nearest():
         recipe_config("dek_fan")
 
 
-def settings_of(config: Config) -> dict:
-    return {name: value for section in config.to_dict().values() for name, value in section.items()}
-
-
-# Recipe -> every setting in which it differs from the defaults.
-NOT_THE_DECKS = {
-    "finetune_resnet50v2": {
-        **{"model": "resnet50v2", "finetune": True, "batchnorm_momentum": 0.9},
-        **{"image_size": 224, "input_range": "-1..1", "flips": "both"},
-        **{"learning_rate": 1e-4, "schedule": "cosine"},
-        **{"epochs": 3, "global_batch_size": 128},
-    },
-    "best_fan": {
-        **{"batchnorm_momentum": 0.9, "input_range": "-1..1", "flips": "horizontal"},
-        **{"optimizer": "muon", "muon_learning_rate": 0.035, "schedule": "one-cycle", "warmup_fraction": 0.2},
-        **{"epochs": 2, "recalibrate_batches": 20},
-    },
-    "quickstart_fan": {
-        **{"batchnorm_momentum": 0.8, "validation_fraction": 0.15},
-        **{"epochs": 2, "global_batch_size": 32, "log_every_steps": 5},
-    },
-    "quickstart_resnet50v2": {
-        **{"model": "resnet50v2", "batchnorm_momentum": 0.8},
-        **{"image_size": 96, "input_range": "-1..1", "flips": "both", "validation_fraction": 0.15},
-        **{"epochs": 5, "global_batch_size": 32, "log_every_steps": 5},
-    },
-}
-
-
-# What decides what is learned; best_fan's momentum, for one, is a default.
-DEFAULTS = {
-    **{"model": "fan", "finetune": False, "batchnorm_momentum": 0.99, "weights": "", "image_size": 32},
-    **{"input_range": "0..1", "flips": "none", "crop_padding": 0, "cutout_size": 0, "validation_fraction": 0.1},
-    **{"split_seed": 0, "train_images": 0, "synthetic_data": False, "optimizer": "adam", "learning_rate": 1e-3},
-    **{"schedule": "constant", "warmup_fraction": 0.0, "weight_decay": 0.0, "momentum": 0.9},
-    **{"muon_learning_rate": 0.02, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-7, "clip_norm": 0.0},
-    **{"label_smoothing": 0.0, "ema_decay": 0.0, "epochs": 30, "global_batch_size": 64, "accumulation_steps": 1},
-    **{"seed": 0, "precision": "auto", "recalibrate_batches": 0, "gradient_dtype": "fp32"},
-}
-
-
-def test_the_defaults_are_the_decks_or_off():
-    defaults = settings_of(Config())
-    assert {name: defaults[name] for name in DEFAULTS} == DEFAULTS
-    others = {name for name, (section, _) in option_fields().items() if section != "checkpoint"} - DEFAULTS.keys()
-    assert others == {
-        *("cache", "cache_budget_mib", "features", "dali_threads", "memory_format", "compile", "deterministic"),
-        *("record_samples", "log_every_steps", "chance_warning_steps"),
-    }
-
-
-def test_every_value_of_the_recipes_that_are_not_the_decks():
-    """Written out where it is not the default; what the deck's recipes change is pinned above."""
-    defaults = settings_of(Config())
-    found = {
-        name: {key: value for key, value in settings_of(recipe_config(name)).items() if value != defaults[key]}
-        for name in RECIPES
-        if not name.startswith("deck_")
-    }
-    assert found == NOT_THE_DECKS
-
-
 # Command line.
 
 

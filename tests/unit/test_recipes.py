@@ -4,7 +4,7 @@ import pytest
 
 from cifar_dist.config import FREE_ON_RESUME, Config
 from cifar_dist.deck import DECK, differences
-from cifar_dist.recipes import recipe_config
+from cifar_dist.recipes import RECIPES, recipe_config
 
 # What deck_fan has, also where the deck is silent; what is free on resume does not change what is learned.
 DECK_FAN = {
@@ -29,6 +29,14 @@ EXPECTED = {
     "deck_resnet50v2": DECK_RESNET,
     "quickstart_fan": DECK_FAN | QUICK | {"epochs": 2},
     "quickstart_resnet50v2": DECK_RESNET | QUICK | {"epochs": 5, "image_size": 96},
+    "finetune_resnet50v2": DECK_RESNET
+    | {"finetune": True, "batchnorm_momentum": 0.9, "learning_rate": 1e-4, "schedule": "cosine"},
+    "best_fan": DECK_FAN
+    | {
+        **{"batchnorm_momentum": 0.9, "input_range": "-1..1", "flips": "horizontal", "recalibrate_batches": 20},
+        **{"optimizer": "muon", "muon_learning_rate": 0.035, "schedule": "one-cycle", "warmup_fraction": 0.2},
+        **{"epochs": 2},
+    },
 }
 
 
@@ -37,8 +45,8 @@ def learned_with(config: Config) -> dict[str, object]:
     return {name: value for name, value in values.items() if name not in FREE_ON_RESUME or name == "epochs"}
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_every_setting_of_the_deck_s_and_the_quickstart_recipes(name):
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_setting_of_every_recipe(name):
     assert learned_with(recipe_config(name)) == EXPECTED[name]
 
 
