@@ -27,11 +27,11 @@ import numpy as np
 import tensorflow as tf
 from keras import layers as L
 
+NUM_CLASSES = 10  # of the deck's networks
 
-def build(name: str, num_classes: int, image_size: int, jit_compile: bool | str) -> keras.Model:
+
+def build(name: str, image_size: int, jit_compile: bool | str) -> keras.Model:
     """The deck's network behind the scaling of uint8 pixels given as floats; compiled with the deck's optimizer."""
-    if num_classes != 10:
-        sys.exit(f"the deck's networks have 10 classes, the images {num_classes}")
     if name == "fan":
         deck, scaled = deck_keras.fan(), L.Rescaling(1 / 255)
     else:
@@ -68,7 +68,9 @@ def main() -> None:
     keras.config.set_dtype_policy(args.policy)
     with np.load(args.images) as file:
         images, labels = file["images"], file["labels"]
-    model = build(args.model, int(labels.max()) + 1, args.image_size, args.xla or "auto")
+    if labels.max() >= NUM_CLASSES:
+        sys.exit(f"the deck's networks have {NUM_CLASSES} classes, the images have a label {labels.max()}")
+    model = build(args.model, args.image_size, args.xla or "auto")
     data = tf.data.Dataset.from_tensor_slices((images, labels)).shuffle(len(images)).repeat()
     data = data.batch(args.batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
     times, num_steps = Times(), args.num_skipped + args.num_steps

@@ -1,8 +1,9 @@
 """What the student deck states of its two networks, and what was chosen where it is silent."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from cifar_dist.config import Config
+from cifar_dist.config import FREE_ON_RESUME, Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +12,7 @@ class Statement:
 
     num_parameters: int
     accuracy: dict[str, float]
-    settings: dict[str, object]  # by their names in Config
+    settings: dict[str, Any]  # by their names in Config
 
 
 DECK = {
@@ -35,25 +36,44 @@ DECK = {
 }
 
 
+# Settings that the deck leaves open, see choices(), and those that do not change what is learned.
+OPEN = {
+    *("input_range", "validation_fraction", "split_seed", "learning_rate", "schedule", "warmup_fraction"),
+    *("muon_learning_rate", "seed", "precision", "memory_format", "compile", "gradient_dtype", "deterministic"),
+    *("label_smoothing", "weights", "accumulation_steps"),
+}
+
+
 def choices(config: Config) -> dict[str, str]:
     """What the run has where the deck is silent, by subject: one sentence each."""
     data, optim, loop = config.data, config.optim, config.loop
-    warmup = f" after a warm-up of {optim.warmup_fraction:.0%} of the steps" if optim.warmup_fraction else ""
+    muon = f", {optim.muon_learning_rate:g} for the convolutions by Muon" if optim.optimizer == "muon" else ""
+    warmup = f" after a warm-up of {100 * optim.warmup_fraction:g}% of the steps" if optim.warmup_fraction else ""
     smoothing = f" with label smoothing {optim.label_smoothing:g}" if optim.label_smoothing else ""
+    share = f"{100 * data.validation_fraction:g}%"
     chosen = {
         "input range": f"{data.input_range}: the deck's code has no preprocessing",
-        "validation split": f"{data.validation_fraction:.0%} of each class of train, drawn with seed {data.split_seed}",
-        "learning rate": f"{optim.learning_rate:g}, {optim.schedule}{warmup} (Keras's default for Adam is 0.001)",
+        "validation split": f"{share} of each class of train, drawn with seed {data.split_seed}",
+        "learning rate": f"{optim.learning_rate:g}{muon}, {optim.schedule}{warmup} (Keras's default for Adam is 0.001)",
         "loss": f"cross-entropy of the softmax with the class number{smoothing}",
-        "seeds": f"{loop.seed} for weights, order, augmentation and dropout",
+        "seeds": f"{loop.seed} for weights that are not loaded, order, augmentation and dropout",
     }
     if data.flips == "both":
         chosen["flips"] = "each direction by a draw of its own, as in Keras 2; Keras 3 has one draw for both"
     return chosen
 
 
-def differences(config: Config) -> dict[str, str]:
-    """What the run has other than the deck states, by setting: 'X (deck: Y)'."""
-    values = {name: value for section in config.to_dict().values() for name, value in section.items()}
-    stated = DECK[config.model.model].settings
-    return {name: f"{values[name]} (deck: {value})" for name, value in stated.items() if values[name] != value}
+def differences(config: Config, weights: dict[str, Any] | None) -> dict[str, str]:
+    """What the run has other than the deck, by setting: 'X (deck: Y)'. `weights`: the card of those it started from.
+
+    The deck has what it states and, for what it does not mention, Keras's defaults; what it leaves open is no
+    difference.
+    """
+    deck = Config().replace(model=config.model.model, **DECK[config.model.model].settings).to_dict()
+    names = {name for section in deck.values() for name in section} - OPEN - (FREE_ON_RESUME - {"epochs"})
+    mine = {name: value for section in config.to_dict().values() for name, value in section.items() if name in names}
+    theirs = {name: value for section in deck.values() for name, value in section.items()}
+    found = {name: f"{value} (deck: {theirs[name]})" for name, value in mine.items() if value != theirs[name]}
+    if config.model.model == "resnet50v2" and not (weights and weights["is_imagenet"]):
+        found["weights"] = f"{weights['uri'] if weights else 'random'} (deck: ImageNet's)"
+    return found

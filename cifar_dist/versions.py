@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGES = ("torch", "ray", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pyarrow", "numpy", "cifar-dist")
 # Raised when the same weights mean another function. resnet50v2: version 1 had no ReLU behind the head's convolution.
 MODEL_VERSIONS = {"fan": 1, "resnet50v2": 2}
+MODEL_CHANGES = {"resnet50v2": ", with a ReLU behind the head's convolution"}  # what the newest version brought
 
 
 def package_versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def read_manifest(uri: str) -> Manifest:
             _ = [manifest.splits[name]["files"] for name in ("train", "test")]
             damaged = manifest.sha256 != manifest.digest()
     except FileNotFoundError:
-        if Folder(uri).exists(OLD_MANIFEST):
+        if has_old_manifest(Folder(uri)):
             raise UserError(
                 f"{uri} is of an earlier version; rename its {OLD_MANIFEST} to {MANIFEST}, or prepare it again"
             ) from None
@@ -91,6 +91,15 @@ def read_manifest(uri: str) -> Manifest:
     return manifest
 
 
+def has_old_manifest(folder: Folder) -> bool:
+    """Whether the folder has a manifest as an earlier version of this program named it; others have files so named."""
+    try:
+        found = json.loads(folder.read(OLD_MANIFEST))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(found, dict) and found.keys() == {field.name for field in fields(Manifest)}
+
+
 def prepare(
     source: Source,
     uri: str,
@@ -105,7 +114,8 @@ def prepare(
     """
     folder = Folder(uri)
     try:
-        has_manifest = folder.exists(MANIFEST) or folder.exists(OLD_MANIFEST)
+        old_name = has_old_manifest(folder)
+        has_manifest = folder.exists(MANIFEST) or old_name
         old = read_manifest(uri) if has_manifest and not overwrite else None
     except UserError as error:
         raise UserError(f"{error} with --overwrite") from error
@@ -125,6 +135,8 @@ def prepare(
         if old is not None and not same:
             raise UserError(f"{uri} already holds another data set ({old.source}); use --overwrite or another --out")
         folder.delete(MANIFEST)
+        if old_name:
+            folder.delete(OLD_MANIFEST)
         for name in folder.names():  # of an older data set or of a write that was cut off; nobody else's files
             if re.fullmatch(r"(train|test)-\d{5}\.parquet", name):
                 folder.delete(name)

@@ -142,16 +142,35 @@ def assign(layers: list[Layer], places: dict[str, Any], path: str | Path) -> dic
 
 def check_head(described: list[tuple[str, dict[str, Any]]], path: str | Path) -> None:
     """Refuses weights of a head whose convolution has no ReLU, where the file describes the network's layers."""
-    kinds = [kind for kind, _ in described]
-    if "Dense" not in kinds or "Conv2D" not in kinds:
+    convolutions = [
+        i
+        for i, (kind, settings) in enumerate(described)
+        if kind == "Conv2D" and not KERAS_NAME.fullmatch(str(settings.get("name")))
+    ]
+    if not convolutions or all(kind != "Dense" for kind, _ in described):
         return  # the base alone, or no description
-    last = len(kinds) - 1 - kinds[::-1].index("Conv2D")
-    (_, convolution), (kind, following) = [*described, ("", {})][last : last + 2]
-    if "relu" not in (convolution.get("activation"), following.get("activation"), kind.lower()):
+    (_, convolution), (kind, following) = [*described, ("", {})][convolutions[-1] :][:2]
+    if "relu" not in (activation_of(convolution), activation_of(following), kind.lower()):
         raise UserError(
             f"{path}: the head's convolution {convolution.get('name')} has no ReLU behind it, as the deck's and this "
             "network's has; the file's weights belong to another network"
         )
+
+
+def activation_of(settings: dict[str, Any]) -> str:
+    """'relu', 'linear', ...; a layer given as an activation is stored as its description."""
+    activation = settings.get("activation")
+    return str(activation.get("class_name") if isinstance(activation, dict) else activation).lower()
+
+
+def described_layers(model: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(class, settings) of the layers that Keras's description of a model names, those of nested models in place."""
+    settings = model.get("config", {})
+    for layer in settings if isinstance(settings, list) else settings.get("layers", []):
+        if isinstance(layer["config"], list) or "layers" in layer["config"]:
+            yield from described_layers(layer)
+        else:
+            yield layer["class_name"], dict(layer["config"])
 
 
 def read_file(path: str | Path) -> tuple[list[Layer], list[tuple[str, dict[str, Any]]]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, file_sha256, join_uri, sync, to_json
-from cifar_dist.versions import MODEL_VERSIONS, package_versions
+from cifar_dist.versions import MODEL_CHANGES, MODEL_VERSIONS, package_versions
 
 if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait for torch
     import torch
@@ -142,7 +142,8 @@ class Checkpoints:
         if made != own:
             raise UserError(
                 f"{self.where(checkpoint.name)} holds version {made} of the network {model}, this program computes "
-                f"version {own}, to which its weights do not belong; train it again under another --name"
+                f"version {own}{MODEL_CHANGES.get(model, '')}: the weights do not belong to it; train it again under "
+                "another --name"
             )
 
     def write(

@@ -122,11 +122,12 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         "num_workers": launch.num_workers,
         "chosen_where_the_deck_is_silent": choices(config),
     }
-    check_stored(card, launch, config.model.weights)
     checkpoints = Checkpoints(launch.run_uri)
+    for stored in checkpoints.scan()[0][-1:]:
+        if stored.meta["model"] == config.model.model:  # another model's is refused when it is loaded
+            checkpoints.check_version(stored)
+    check_stored(card, launch, config.model.weights)
     found: Any = checkpoints.latest()
-    if found and found.meta["model"] == config.model.model:  # another model's is refused when it is loaded
-        checkpoints.check_version(found)
     if found and found.cursor.epoch >= config.loop.epochs:
         from cifar_dist.train.setup import expected_of  # noqa: PLC0415
 

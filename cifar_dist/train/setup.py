@@ -84,10 +84,10 @@ def weights_notice(config: Config, weights: dict[str, Any] | None) -> str | None
     if config.model.model != "resnet50v2" or (weights and weights["is_imagenet"]):
         return None
     if weights:
-        notice = f"resnet50v2 starts from {weights['uri']}, which is not the published file of ImageNet weights"
-        if weights["uri"].endswith(".weights.h5"):
-            notice += "; such a file does not say whether its network has the ReLU of the deck's head"
-        return notice
+        return (
+            f"resnet50v2 starts from {weights['uri']}, which is not the published file of ImageNet weights; if it has "
+            "a head and does not describe its layers (.weights.h5), nothing says that the head has the deck's ReLU"
+        )
     base = "" if config.model.finetune else "its frozen base is random too, "
     return (
         f"resnet50v2 starts from RANDOM weights, not ImageNet's: {base}so it cannot be held against the deck "

@@ -192,7 +192,7 @@ def test_every_recipe_builds_and_says_what_it_is_for(name):
 def test_deck_recipes_are_the_decks(name, batch, epochs, size, flips):
     config = recipe_config(name)
     assert config.data.flips == flips
-    assert differences(config) == {}
+    assert differences(config, {"is_imagenet": True}) == {}
     assert (config.loop.global_batch_size, config.loop.epochs, config.data.image_size) == (batch, epochs, size)
     assert (config.optim.optimizer, config.optim.learning_rate, config.optim.epsilon) == ("adam", 1e-3, 1e-7)
     assert (config.optim.beta1, config.optim.beta2, config.optim.schedule) == (0.9, 0.999, "constant")
@@ -204,15 +204,28 @@ def test_deck_recipes_are_the_decks(name, batch, epochs, size, flips):
 
 def test_what_differs_from_the_deck_and_what_it_leaves_open_are_said():
     """Flips are left open only where there are two: whether one draw serves both."""
-    assert differences(recipe_config("best_fan", flips="none", optimizer="adam")) == {"epochs": "2 (deck: 30)"}
-    assert differences(recipe_config("finetune_resnet50v2")) == {"finetune": "True (deck: False)"}
+    assert differences(recipe_config("best_fan", flips="none", optimizer="adam"), None) == {
+        "batchnorm_momentum": "0.9 (deck: 0.99)",
+        "recalibrate_batches": "20 (deck: 0)",
+        "epochs": "2 (deck: 30)",
+    }
+    mine = {"uri": "/w.h5", "is_imagenet": False}
+    assert differences(recipe_config("finetune_resnet50v2"), mine) == {
+        "finetune": "True (deck: False)",
+        "batchnorm_momentum": "0.9 (deck: 0.99)",
+        "weights": "/w.h5 (deck: ImageNet's)",
+    }
+    changes = {"crop_padding": 4, "ema_decay": 0.5, "clip_norm": 1.0, "train_images": 500, "beta1": 0.8, "seed": 3}
+    assert differences(recipe_config("deck_fan", **changes), None).keys() == changes.keys() - {"seed"}
     open_settings = ["input range", "validation split", "learning rate", "loss", "seeds"]
     assert list(choices(recipe_config("deck_fan"))) == open_settings
     assert list(choices(recipe_config("deck_resnet50v2"))) == [*open_settings, "flips"]
-    said = choices(recipe_config("best_fan", label_smoothing=0.1, seed=7, split_seed=3))
+    said = choices(recipe_config("best_fan", label_smoothing=0.1, seed=7, split_seed=3, validation_fraction=0.125))
     assert said["input range"].startswith("-1..1: ")
-    assert said["validation split"] == "10% of each class of train, drawn with seed 3"
-    assert said["learning rate"].startswith("0.001, one-cycle after a warm-up of 20% of the steps")
+    assert said["validation split"] == "12.5% of each class of train, drawn with seed 3"
+    assert said["learning rate"].startswith(
+        "0.001, 0.035 for the convolutions by Muon, one-cycle after a warm-up of 20% of the steps"
+    )
     assert said["loss"].endswith(" with label smoothing 0.1")
     assert said["seeds"].startswith("7 ")
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from cifar_dist import models
 from cifar_dist.errors import UserError
-from cifar_dist.models.keras_weights import base_layers, check_head, load_keras_weights, tensors_of
+from cifar_dist.models.keras_weights import base_layers, check_head, described_layers, load_keras_weights, tensors_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 import weights as weights_job
@@ -135,10 +135,18 @@ RELU_HEADS = {
     "own activation": [layer("Conv2D", activation="relu"), layer("GlobalAveragePooling2D")],
     "a layer ReLU": [layer("Conv2D", activation="linear"), layer("ReLU")],
     "a layer Activation": [layer("Conv2D", activation="linear"), layer("Activation", activation="relu")],
+    "a layer as activation": [layer("Conv2D", activation={"class_name": "ReLU", "config": {}}), layer("Flatten")],
+    "nested": [layer("Sequential", layers=[layer("Conv2D", activation="relu"), layer("Flatten"), layer("Dense")])],
+    "nested as a list": [
+        {"class_name": "Sequential", "config": [layer("Conv2D", activation="relu"), layer("Flatten")]}
+    ],
+    "none: the base with its own top": [{"class_name": "Conv2D", "config": {"name": "conv5_block3_3_conv"}}],
 }
 OTHER_HEADS = {
     "none": [layer("Conv2D", activation="linear"), layer("GlobalAveragePooling2D")],
     "another": [layer("Conv2D", activation="gelu"), layer("GlobalAveragePooling2D")],
+    "another, nested": [layer("Sequential", layers=[layer("Conv2D", activation="linear"), layer("Flatten")])],
+    "a layer as another activation": [layer("Conv2D", activation={"class_name": "ELU"}), layer("Flatten")],
     "later": [layer("Conv2D", activation="linear"), layer("Dropout", rate=0.1), layer("ReLU")],
 }
 
@@ -146,9 +154,10 @@ OTHER_HEADS = {
 @pytest.mark.parametrize("head", [*RELU_HEADS, *OTHER_HEADS])
 def test_a_file_that_describes_its_head_must_have_the_relu(head: str):
     """The base's own convolutions, whose ReLUs are layers of their own, come first in what Keras describes."""
-    layers = [layer("Conv2D", activation="linear"), layer("BatchNormalization")]
-    layers += [*(RELU_HEADS | OTHER_HEADS)[head], layer("Dense", units=10)]
-    described = [(entry["class_name"], entry["config"]) for entry in layers]
+    base = [{"class_name": "Conv2D", "config": {"name": "conv1_conv", "activation": "linear"}}, layer("MaxPooling2D")]
+    layers = [*base, *(RELU_HEADS | OTHER_HEADS)[head], layer("Dense", units=10)]
+    described = list(described_layers({"class_name": "Functional", "config": {"layers": layers}}))
+    assert described == list(described_layers({"class_name": "Sequential", "config": layers}))
     if head in RELU_HEADS:
         check_head(described, "w.keras")
     else:
@@ -158,7 +167,10 @@ def test_a_file_that_describes_its_head_must_have_the_relu(head: str):
     check_head([], "w.keras")
 
 
-@pytest.mark.parametrize("description", ["[]", "{", '{"config": {"layers": [3]}}', '{"config": {"layers": [{}]}}'])
+@pytest.mark.parametrize(
+    "description",
+    ["[]", "{", '{"config": {"layers": 3}}', '{"config": {"layers": [3]}}', '{"config": {"layers": [{}]}}'],
+)
 def test_a_description_that_is_none_of_keras_s(description: str, numbered: Path):
     with h5py.File(numbered, "a") as opened:
         opened.attrs["model_config"] = description

@@ -51,11 +51,14 @@ def test_every_setting_of_every_recipe(name):
 
 
 def test_a_recipe_s_differences_from_the_deck_are_said():
-    assert [differences(recipe_config(f"deck_{name}")) for name in DECK] == [{}, {}]
-    quick = differences(recipe_config("quickstart_resnet50v2", flips="horizontal"))
+    imagenet = {"is_imagenet": True}
+    assert [differences(recipe_config(f"deck_{name}"), imagenet) for name in DECK] == [{}, {}]
+    quick = differences(recipe_config("quickstart_resnet50v2", flips="horizontal"), None)
     assert quick == {
+        "batchnorm_momentum": "0.8 (deck: 0.99)",
         "image_size": "96 (deck: 224)",
         "flips": "horizontal (deck: both)",
         "global_batch_size": "32 (deck: 128)",
         "epochs": "5 (deck: 3)",
+        "weights": "random (deck: ImageNet's)",
     }

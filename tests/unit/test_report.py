@@ -22,7 +22,7 @@ from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import report
 from cifar_dist.evaluate.driver import Evaluation, choose, merge
-from cifar_dist.evaluate.scores import count
+from cifar_dist.evaluate.scores import count, wilson_interval
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
 from cifar_dist.recipes import recipe_config
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
@@ -425,8 +425,11 @@ def taken_for_cifar10(run, monkeypatch) -> tuple[store.Manifest, store.StagedSpl
     """The drawn data set's own counts and mean pixels stand for those of CIFAR-10."""
     manifest = store.read_manifest(run.data_uri)
     test = store.stage(run.data_uri, "test", Path(run.staging), manifest)
-    means = [[report.pixels_of(test.encoded(i)).mean() for i in np.flatnonzero(test.labels == c)] for c in range(10)]
-    monkeypatch.setattr(report, "CIFAR10_MEANS", tuple(sorted(np.mean(part) for part in means)))
+    means = [
+        np.mean([report.half_means(test.encoded(i)) for i in np.flatnonzero(test.labels == label)], axis=0)
+        for label in (3, 1, 4, 5, 9, 2, 6, 0, 8, 7)  # their order does not matter
+    ]
+    monkeypatch.setattr(report, "CIFAR10_MEANS", means)
     monkeypatch.setattr(report, "CIFAR10_COUNTS", {"train": NUM_TRAIN // 10, "test": NUM_TEST // 10})
     return manifest, test
 
@@ -442,11 +445,32 @@ def test_cifar10_is_compared_with_the_deck(run, merged, tmp_path):
     assert f"test {accuracy:.2f}% 84.51% {accuracy - 84.51:+.2f} " in text
     assert f"resnet50v2 26,159,370 128 3 95.59% 89.22% 84.51% {accuracy:.2f}% (only)" in text
     assert "fan 87,316,426 64 30 97.79% 78.04% 76.00% not in this report" in text
-    assert (
-        "Other settings than the deck's: image_size 96 (deck: 224), global_batch_size 32 (deck: 128), epochs 5" in text
-    )
+    other = text.partition("Other settings than the deck's: ")[2]
+    for words in (
+        "image_size 96 (deck: 224)",
+        "batchnorm_momentum 0.8 (deck: 0.99)",
+        "weights random (deck: ImageNet's)",
+    ):
+        assert words in other
     assert "input range: -1..1: the deck's code has no preprocessing" in text
     assert json.loads((tmp_path / "report.json").read_text())["data"]["is_cifar10"]
+
+
+@pytest.mark.usefixtures("taken_for_cifar10")
+@pytest.mark.parametrize("splits", [["validation"], ["train", "validation"], ["test", "test+flip"]])
+def test_the_deck_is_shown_beside_the_splits_that_there_are(run, merged, flipped, splits, tmp_path):
+    """The deck has no figures with flip test-time augmentation."""
+    parts = {split: (merged | flipped)[split] for split in splits}
+    report.write_report([evaluation(run, parts, "only", "resnet50v2")], run.data_uri, str(tmp_path), run.staging)
+    text = Page((tmp_path / "report.html").read_text()).text
+    stated = {"train": "95.59%", "validation": "89.22%", "test": "84.51%"}
+    for split in splits:
+        counts = parts[split][1]
+        accuracy = 100 * counts.confusion.trace() / counts.num_images
+        deck = f"{stated[split]} {accuracy - float(stated[split][:-1]):+.2f} " if split in stated else ""
+        low, _ = wilson_interval(int(counts.confusion.trace()), counts.num_images)
+        assert f" {split} {accuracy:.2f}% {deck}{100 * low:.2f}% to " in text
+    assert text.count("not in this report") == (1 if "test" in splits else 2)
 
 
 def test_counts_sizes_and_content_make_cifar10_not_names(run, taken_for_cifar10, monkeypatch, tmp_path):

@@ -167,6 +167,21 @@ def test_a_manifest_under_its_old_name_is_said_and_works_when_renamed(data: str)
     assert store.read_manifest(data) == manifest
 
 
+def test_an_old_manifest_goes_when_its_data_set_is_replaced_and_nobody_else_s(data: str, tmp_path: Path):
+    folder, foreign = Path(data), tmp_path / "foreign"
+    (folder / "_manifest.json").rename(folder / "manifest.json")
+    store.prepare(small_shapes(), data, overwrite=True)
+    assert sorted(files_of(folder)) == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    foreign.mkdir()
+    for content in (b'{"name": "an app"}', b"[]", b"no JSON"):
+        (foreign / "manifest.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"is no data set: it has no _manifest\.json"):
+            store.read_manifest(str(foreign))
+        store.prepare(small_shapes(), str(foreign), overwrite=True)
+        assert (foreign / "manifest.json").read_bytes() == content
+        (foreign / "_manifest.json").unlink()
+
+
 def test_a_reader_of_the_whole_folder_finds_images_only(shapes_uri: str):
     """Arrow leaves out names that begin with an underscore, as Spark does."""
     table = pyarrow.dataset.dataset(shapes_uri, format="parquet").to_table()
