@@ -83,7 +83,7 @@ def is_cifar10(manifest: Manifest, test: StagedSplit) -> bool:
     found = [halves[test.labels == label].mean(0) for label in range(len(CIFAR10_MEANS))]
     # The expected rows are far apart, so that each finds a class of its own.
     distances = [[np.abs(row - mean).max() for mean in found] for row in np.array(CIFAR10_MEANS)]
-    return max(min(row) for row in distances) <= CIFAR10_TOLERANCE
+    return bool(max(min(row) for row in distances) <= CIFAR10_TOLERANCE)
 
 
 def half_means(encoded: np.ndarray) -> np.ndarray:
