@@ -5,7 +5,7 @@
 - precision: images/s of job.py's bare loop, both networks, fp32 and bf16, contiguous and channels_last.
 - memory: the same in bf16, channels_last, with the MALLOC_* settings by which the C library keeps freed memory, and
   without them.
-- base: images/s of the frozen ResNet50V2 base alone: plain in inference mode, folded, and folded in chunks.
+- base: images/s of the frozen ResNet50V2 base alone: plain in inference mode, folded, and folded in chunks of images.
 - dropout: million values per second of torch's dropout and of ours, in training mode.
 
 Drawn images, two cores or as many as there are; each figure of the first two parts comes from a process of its own.
@@ -36,6 +36,7 @@ from cifar_dist.models.dropout import Dropout
 
 PRECISIONS, LAYOUTS = ("fp32", "bf16"), ("contiguous", "channels_last")
 BATCH_SIZE = 64
+CHUNKS = 4, 8, 16, 32
 NUM_VALUES = 30_000_000  # of dropout, about what a step of Fan drops at 64 images
 
 Ways = dict[str, Callable[[], float]]
@@ -84,15 +85,16 @@ def base_ways(image_size: int, num_calls: int) -> dict[str, Ways]:
         folded = frozen.FrozenBase(model.base, dtype)
         plain = models.build("resnet50v2").base.eval().to(dtype).to(memory_format=torch.channels_last)
 
-        def whole(folded: frozen.FrozenBase = folded) -> torch.Tensor:
-            with patch.object(frozen, "CPU_CHUNK", BATCH_SIZE):
+        def chunked(size: int, folded: frozen.FrozenBase = folded) -> torch.Tensor:
+            with patch.object(frozen, "CPU_CHUNK", size):
                 return folded(images)
 
         def in_inference_mode(plain: Any = plain, dtype: torch.dtype = dtype) -> torch.Tensor:
             with torch.inference_mode():
                 return plain(images.to(dtype))
 
-        calls = {"plain": in_inference_mode, "folded": whole, "in chunks": partial(folded, images)}
+        calls: dict[str, Callable[[], object]] = {"plain": in_inference_mode, "folded": partial(chunked, BATCH_SIZE)}
+        calls |= {f"chunks of {size}": partial(chunked, size) for size in CHUNKS}
         found[f"base, {precision}"] = {n: partial(rate_of, call, BATCH_SIZE, num_calls) for n, call in calls.items()}
     return found
 

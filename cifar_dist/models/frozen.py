@@ -11,8 +11,7 @@ from cifar_dist.models.batchnorm import KerasBatchNorm
 from cifar_dist.models.resnet50v2 import Block, ResNet50V2, ResNet50V2Base
 
 # Images that go through the base together on a CPU: their activations stay in its caches, and in memory that the C
-# library keeps (it gives blocks above 32 MiB back at once). ms per image at 224 px for 4, 8, 16 and 32 of them, two
-# cores: fp32 25.1, 24.4, 28.6, 31.8; bf16 9.7, 9.7, 10.4, 13.5.
+# library keeps (it gives blocks above 32 MiB back at once). benchmarks/step.py compares other numbers.
 CPU_CHUNK = 8
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
-QUIET_SECONDS = 60.0  # without a word from the workers, which start within 20 s on two cores
+QUIET_SECONDS = 60.0  # without a word from the workers, which usually start in a third of it
 
 
 @dataclass

@@ -20,7 +20,8 @@ from cifar_dist.train.precision import Precision
 
 
 def image_spec(config: Config, device: torch.device) -> ImageSpec:
-    """What the configured model wants; channels_last pays on GPUs, in bf16 and, measured, for resnet50v2 on the CPU."""
+    """What the configured model wants; channels_last pays on GPUs, in bf16, and for resnet50v2 on the CPU
+    (benchmarks/step.py)."""
     chosen = config.loop.memory_format
     if chosen == "auto":
         pays = device.type == "cuda" or config.model.model == "resnet50v2"

@@ -1,4 +1,7 @@
-"""The figures that the docs quote from benchmarks are those of the committed result files."""
+"""The figures that the docs quote from benchmarks are those of the committed result files.
+
+Those of the form MEDIAN (LEAST to GREATEST); that they stand in the right row is for a reader to see.
+"""
 
 import json
 import re
