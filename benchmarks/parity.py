@@ -5,7 +5,7 @@
 For each seed tests/parity/keras_reference.py draws weights, BatchNorm statistics and images and stores what Keras
 computes; tests/parity/comparison.py has the errors. Every weight format must give the same weights. Needs uv, which
 makes Keras's environment, some three minutes a seed, and 2 GB of disk. Real images of CIFAR-10 are half of each batch
-where tests/parity/conftest.py finds them.
+where tests/parity/keras_run.py finds them.
 
 Prints a table and writes benchmarks/results/parity.json.
 """
@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
 
 import comparison
 import numpy as np
-from conftest import CIFAR10, run_keras, some_images
+from keras_run import CIFAR10, run_keras, some_images
 
 
 def errors_of(reference: Path) -> Iterator[tuple[str, float]]:

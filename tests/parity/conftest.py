@@ -1,49 +1,10 @@
-"""Real Keras, once per session, in an environment of its own."""
+"""Real Keras, once per session."""
 
-import os
-import shutil
-import subprocess
-import tarfile
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("keras_reference.py")
-CIFAR10 = ROOT.parent / "shared/data/cifar10-jpeg.tar.gz"
-NUM_REAL = 64
-
-
-def run_keras(*words: object) -> None:
-    """Runs the reference script. Without uv or a network the tests are skipped, but never in CI."""
-    uv = shutil.which("uv") or shutil.which(str(ROOT / ".uv/bin/uv"))
-    unset = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
-    command = [uv or "uv", "{}", "--locked", "--script", str(SCRIPT)]
-    quietly: dict[str, Any] = {"capture_output": True, "text": True, "env": unset}
-    made = uv and subprocess.run([w.format("sync") for w in command], check=False, **quietly)
-    if not made or made.returncode:
-        reason = f"Keras's environment cannot be made: {made.stderr.strip() if made else 'there is no uv'}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    done = subprocess.run([*(w.format("run") for w in command), *map(str, words)], check=False, **quietly)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def some_images() -> np.ndarray:
-    """Uint8 [NUM_REAL, 32, 32, 3] of the real CIFAR-10."""
-    images: list[np.ndarray] = []
-    with tarfile.open(CIFAR10) as archive:
-        for member in archive:
-            if member.isfile() and member.name.lower().endswith((".jpg", ".jpeg")):
-                file = archive.extractfile(member)
-                assert file
-                images.append(np.asarray(Image.open(BytesIO(file.read())).convert("RGB")))
-                if len(images) == NUM_REAL:
-                    break
-    return np.stack(images)
+from keras_run import CIFAR10, run_keras, some_images
 
 
 @pytest.fixture(scope="session")

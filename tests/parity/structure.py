@@ -51,29 +51,58 @@ def keras_lines(layers: list[dict[str, Any]]) -> list[str]:
     return lines_of(graph, layers[-1]["name"])
 
 
+# Arguments whose default is what our layers do; another value is an error, as is an argument that nobody knows.
+INITIALIZERS = {"kernel": "GlorotUniform", "bias": "Zeros", "gamma": "Ones", "beta": "Zeros"}
+INITIALIZERS |= {"moving_mean": "Zeros", "moving_variance": "Ones"}
+DEFAULTS: dict[str, Any] = {
+    **{f"{name}_{kind}": None for name in INITIALIZERS for kind in ("regularizer", "constraint")},
+    **{"activity_regularizer": None, "data_format": "channels_last", "dilation_rate": [1, 1], "groups": 1},
+    **{"center": True, "scale": True, "synchronized": False, "renorm": False, "renorm_clipping": None},
+    **{"renorm_momentum": 0.99, "seed": None, "noise_shape": None, "quantization_config": None, "keepdims": False},
+    **{"crop_to_aspect_ratio": False, "pad_to_aspect_ratio": False, "fill_mode": "constant", "fill_value": 0.0},
+}
+READ = {
+    *("trainable", "filters", "kernel_size", "strides", "padding", "activation", "use_bias", "axis", "momentum"),
+    *("epsilon", "rate", "units", "height", "width", "interpolation", "antialias", "mode", "pool_size"),
+}
+
+
+def check_arguments(c: dict[str, Any]) -> None:
+    """Every argument that keras_labels does not read has the value that it must have."""
+    for name, value in c.items():
+        if name.endswith("_initializer"):
+            assert value["class_name"] == INITIALIZERS[name.removesuffix("_initializer")], (name, value)
+        elif name not in READ:
+            assert value == DEFAULTS[name], (name, value)
+
+
+def square(pair: list[int]) -> int:
+    assert pair[0] == pair[1]
+    return pair[0]
+
+
 def keras_labels(kind: str, c: dict[str, Any]) -> list[str]:
+    check_arguments(c)
     frozen = "" if c["trainable"] else " frozen"
     if kind in ("Conv2D", "Dense"):
-        assert c["kernel_initializer"]["class_name"] == "GlorotUniform"
-        assert c["bias_initializer"]["class_name"] == "Zeros"
         bias = "bias" if c["use_bias"] else "no bias"
         label = f"dense {c.get('units')} {bias}{frozen}"
         if kind == "Conv2D":
-            (height, width), (stride, _) = c["kernel_size"], c["strides"]
-            label = f"conv {c['filters']} {height}x{width} stride {stride} {c['padding']} {bias}{frozen}"
-            assert c["dilation_rate"] == [1, 1]
-            assert c["groups"] == 1
+            height, width = c["kernel_size"]
+            label = f"conv {c['filters']} {height}x{width} stride {square(c['strides'])} {c['padding']} {bias}{frozen}"
         return [label] + ([c["activation"]] if c["activation"] != "linear" else [])
     if kind == "BatchNormalization":
         assert c["axis"] in (-1, 3)
         return [f"batchnorm epsilon {c['epsilon']:g} momentum {c['momentum']:g}{frozen}"]
     if kind == "ZeroPadding2D":
-        return [f"pad {c['padding'][0][0]}"]
+        return [f"pad {square([square(side) for side in c['padding']])}"]
     if kind == "MaxPooling2D":
-        (size, _), (stride, _) = c["pool_size"], c["strides"]
+        size, stride = square(c["pool_size"]), square(c["strides"])
+        assert c["padding"] == "valid"
         return [f"subsample {stride}" if size == 1 else f"max-pool {size} stride {stride}"]
     if kind == "Resizing":
-        return [f"resize {c['height']} {c['interpolation']}{' antialias' if c['antialias'] else ''}"]
+        size = square([c["height"], c["width"]])
+        return [f"resize {size} {c['interpolation']}{' antialias' if c['antialias'] else ''}"]
     others = {"Activation": "activation", "Dropout": "rate", "RandomFlip": "mode"}
     plain = {"Add": "add", "Flatten": "flatten", "GlobalAveragePooling2D": "global average"}
     return [plain[kind]] if kind in plain else [f"{kind.lower()} {c[others[kind]]}".removeprefix("activation ")]
