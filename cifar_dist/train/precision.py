@@ -7,7 +7,8 @@ class Precision:
     """The resolved precision of a run on a device: fp32, bf16 or fp16.
 
     auto is bf16 on a GPU that has it and fp16 on an older one; on a CPU bf16 where it has instructions for it (AMX,
-    AVX-512 BF16), else fp32. Without AMX bf16 may be slower (docs/performance.md). fp16 scales the loss, others do not need it.
+    AVX-512 BF16), else fp32. Without AMX bf16 may be slower (docs/performance.md). fp16 scales the loss, others do not
+    need it.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
