@@ -9,7 +9,7 @@ from cifar_dist.models.layers import Flatten
 
 CONV_CHANNELS = (32, 64, 128, 128, 256, 256, 512)
 DENSE_UNITS = (512, 128)
-DROPOUTS = (0.05, 0.1, 0.1, 0.1, 0.1, 0.1)  # after each block but the last
+DROPOUTS = (0.05, 0.1, 0.1, 0.1, 0.1, 0.1)  # after each convolution block but the last
 
 
 class Fan(nn.Module):

@@ -186,9 +186,7 @@ def read_file(path: str | Path) -> tuple[list[Layer], list[tuple[str, dict[str, 
         with h5py.File(source, "r") as file:
             layers = list(layers_of(file.get("model_weights", file)))
             config = json.loads(file.attrs.get("model_config", config))
-        described = [
-            (layer["class_name"], dict(layer["config"])) for layer in config.get("config", {}).get("layers", [])
-        ]
+        described = list(described_layers(config))
     except FileNotFoundError:
         raise UserError(f"there is no weights file {path}") from None
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
