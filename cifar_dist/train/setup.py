@@ -20,7 +20,7 @@ from cifar_dist.train.precision import Precision
 
 
 def image_spec(config: Config, device: torch.device) -> ImageSpec:
-    """What the configured model wants; channels_last pays on GPUs, in bf16, and for resnet50v2 on the CPU
+    """What the configured model wants; channels_last pays on GPUs and in bf16, for resnet50v2 in fp32 on some CPUs only
     (benchmarks/step.py)."""
     chosen = config.loop.memory_format
     if chosen == "auto":

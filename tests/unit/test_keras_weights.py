@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import sys
 import threading
 import zipfile
@@ -17,7 +18,14 @@ from torch import nn
 
 from cifar_dist import models
 from cifar_dist.errors import UserError
-from cifar_dist.models.keras_weights import base_layers, check_head, described_layers, load_keras_weights, tensors_of
+from cifar_dist.models.keras_weights import (
+    base_layers,
+    check_head,
+    described_layers,
+    load_keras_weights,
+    read_file,
+    tensors_of,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 import weights as weights_job
@@ -165,6 +173,17 @@ def test_a_file_that_describes_its_head_must_have_the_relu(head: str):
             check_head(described, "w.keras")
     check_head(described[:2], "w.keras")  # the base alone
     check_head([], "w.keras")
+
+
+def test_a_file_s_description_is_read_with_nested_models(numbered: Path, tmp_path: Path):
+    described = {"class_name": "Sequential", "config": {"layers": [*RELU_HEADS["nested"], layer("Dense", units=10)]}}
+    with zipfile.ZipFile(tmp_path / "small.keras", "w") as archive:
+        archive.write(numbered, "model.weights.h5")
+        archive.writestr("config.json", json.dumps(described))
+    with h5py.File(numbered, "a") as opened:
+        opened.attrs["model_config"] = json.dumps(described)
+    for file in (numbered, tmp_path / "small.keras"):
+        assert [kind for kind, _ in read_file(file)[1]] == ["Conv2D", "Flatten", "Dense", "Dense"]
 
 
 @pytest.mark.parametrize(
