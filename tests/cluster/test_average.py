@@ -100,6 +100,7 @@ def test_evaluation_scores_the_average_and_not_the_weights(
         assert counts.confusion.tolist() != scored(state.model, checkpoint, tiny_uri, split)[0].tolist()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_with_its_average(
     run: Path, stored: list[tuple[Checkpoint, State]], tiny_uri: str, tmp_path: Path
 ) -> None:
