@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cifar_dist.config import FREE_ON_RESUME, Config
+from cifar_dist.config import FREE_ON_RESUME, Config, option_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +69,11 @@ def differences(config: Config, weights: dict[str, Any] | None) -> dict[str, str
     The deck has what it states and, for what it does not mention, Keras's defaults; what it leaves open is no
     difference.
     """
-    deck = Config().replace(model=config.model.model, **DECK[config.model.model].settings).to_dict()
-    names = {name for section in deck.values() for name in section} - OPEN - (FREE_ON_RESUME - {"epochs"})
-    mine = {name: value for section in config.to_dict().values() for name, value in section.items() if name in names}
-    theirs = {name: value for section in deck.values() for name, value in section.items()}
-    found = {name: f"{value} (deck: {theirs[name]})" for name, value in mine.items() if value != theirs[name]}
+    deck, found = Config().replace(model=config.model.model, **DECK[config.model.model].settings), {}
+    for name, (section, _) in option_fields().items():
+        mine, theirs = (getattr(getattr(c, section), name) for c in (config, deck))
+        if mine != theirs and name not in OPEN | FREE_ON_RESUME - {"epochs"}:
+            found[name] = f"{mine} (deck: {theirs})"
     if config.model.model == "resnet50v2" and not (weights and weights["is_imagenet"]):
         found["weights"] = f"{weights['uri'] if weights else 'random'} (deck: ImageNet's)"
     return found

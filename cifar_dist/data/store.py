@@ -27,7 +27,7 @@ ROWS_PER_FILE = 10_000
 BYTES_PER_FILE = 256 << 20
 ROWS_PER_GROUP = 1_000  # also the rows of one Arrow batch: staging holds one in memory
 PREPARING = ".preparing"
-MANIFEST = "_manifest.json"  # readers of a whole folder, such as Arrow and Spark, leave names with _ out
+MANIFEST = "_manifest.json"  # Arrow and Spark, reading a whole folder, skip names that begin with _
 OLD_MANIFEST = "manifest.json"
 
 

@@ -123,11 +123,10 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         "chosen_where_the_deck_is_silent": choices(config),
     }
     checkpoints = Checkpoints(launch.run_uri)
-    for stored in checkpoints.scan()[0][-1:]:
-        if stored.meta["model"] == config.model.model:  # another model's is refused when it is loaded
-            checkpoints.check_version(stored)
-    check_stored(card, launch, config.model.weights)
     found: Any = checkpoints.latest()
+    if found and found.meta["model"] == config.model.model:  # load() refuses another model
+        checkpoints.check_version(found)
+    check_stored(card, launch, config.model.weights)
     if found and found.cursor.epoch >= config.loop.epochs:
         from cifar_dist.train.setup import expected_of  # noqa: PLC0415
 

@@ -98,7 +98,7 @@ def compute(model, images, labels, steps, images_infer):
     """
     out = {f"infer_{name}": logits(model, x, training=False) for name, x in images_infer.items()}
     out["counts"] = np.array([model.count_params(), sum(int(np.prod(w.shape)) for w in model.trainable_weights)])
-    resized = [x for x in images]
+    resized = list(images)
     if isinstance(model.layers[0], L.Resizing):
         resized = [keras.ops.convert_to_numpy(model.layers[0](x)).astype(x.dtype) for x in images]
         out |= {name: keras.ops.convert_to_numpy(model.layers[0](x)) for name, x in images_infer.items()}

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cifar_dist.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("keras_reference.py")
 CIFAR10 = ROOT.parent / "shared/data/cifar10-jpeg.tar.gz"
@@ -19,17 +21,24 @@ NUM_REAL = 64
 
 
 def run_keras(*words: object) -> None:
-    """Runs the reference script. Without uv or a network the tests are skipped, but never in CI."""
+    """Runs the reference script. Raises UserError where its environment cannot be made, without uv or a network."""
     uv = shutil.which("uv") or shutil.which(str(ROOT / ".uv/bin/uv"))
     unset = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
     command = [uv or "uv", "{}", "--locked", "--script", str(SCRIPT)]
     quietly: dict[str, Any] = {"capture_output": True, "text": True, "env": unset}
     made = uv and subprocess.run([w.format("sync") for w in command], check=False, **quietly)
     if not made or made.returncode:
-        reason = f"Keras's environment cannot be made: {made.stderr.strip() if made else 'there is no uv'}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        raise UserError(f"Keras's environment cannot be made: {made.stderr.strip() if made else 'there is no uv'}")
     done = subprocess.run([*(w.format("run") for w in command), *map(str, words)], check=False, **quietly)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run_keras_or_skip(*words: object) -> None:
+    """As run_keras, for tests: they are skipped where it cannot run, but never in CI."""
+    try:
+        run_keras(*words)
+    except UserError as error:
+        pytest.fail(str(error)) if os.environ.get("CI") else pytest.skip(str(error))
 
 
 def some_images() -> np.ndarray:

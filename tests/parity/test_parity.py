@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from comparison import BASE_FILES, FLOAT64, FP32, WHOLE_FILES, loaded, nchw, relative_error
-from keras_run import ROOT, run_keras
+from keras_run import ROOT, run_keras_or_skip
 from structure import keras_lines, our_lines
 
 from cifar_dist import models
@@ -179,7 +179,7 @@ def test_the_published_imagenet_weights(image_file: list[object], tmp_path: Path
     """`make imagenet-check` names the file; the base's features are Keras's on random and real images."""
     if not (path := os.environ.get("IMAGENET_WEIGHTS")):
         pytest.skip("IMAGENET_WEIGHTS names no file; `make imagenet-check` downloads it")
-    run_keras(tmp_path, "--imagenet", path, *image_file)
+    run_keras_or_skip(tmp_path, "--imagenet", path, *image_file)
     keras = np.load(tmp_path / "imagenet.npz")
     model = models.build("resnet50v2").eval()
     assert load_keras_weights(model, path) == 270
