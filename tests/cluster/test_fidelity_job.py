@@ -95,6 +95,7 @@ def test_recalibration_changes_the_statistics_and_nothing_else(
     assert all(name.startswith("classifier") and "running_" in name for name in different)
 
 
+@pytest.mark.slow
 def test_the_decks_ten_percent(tmp_path: Path) -> None:
     """Momentum 0.99: validation near chance, the same weights far better with batch statistics; the job says so."""
     store.prepare(sources.shapes(num_train=600, num_test=20), str(tmp_path / "data"))
