@@ -23,8 +23,7 @@ from cifar_dist.errors import exit_code_of
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
 
 import comparison
-import numpy as np
-from keras_run import CIFAR10, run_keras, some_images
+from keras_run import images_option, run_keras
 
 
 def errors_of(reference: Path) -> Iterator[tuple[str, float]]:
@@ -42,21 +41,18 @@ def errors_of(reference: Path) -> Iterator[tuple[str, float]]:
 
 def main(num_seeds: int, out: Path) -> None:
     found: dict[str, list[float]] = {}
-    with_real = CIFAR10.exists()
-    for seed in range(num_seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            images = []
-            if with_real:
-                np.savez(f"{folder}/real.npz", images=some_images())
-                images = ["--images", f"{folder}/real.npz"]
-            run_keras(folder, "--seed", seed, *images)
-            for what, error in errors_of(Path(folder)):
-                found.setdefault(what, []).append(error)
-                print(f"seed {seed}, {what}: {error:.2e}", flush=True)
+    with tempfile.TemporaryDirectory() as shared:
+        images = images_option(Path(shared))
+        for seed in range(num_seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                run_keras(folder, "--seed", seed, *images)
+                for what, error in errors_of(Path(folder)):
+                    found.setdefault(what, []).append(error)
+                    print(f"seed {seed}, {what}: {error:.2e}", flush=True)
     results = {what: {**summary(errors), "errors": errors} for what, errors in found.items()}
     rows = [(what, *(f"{r[k]:.2e}" for k in ("median", "low", "high"))) for what, r in results.items()]
     print(table((f"{num_seeds} seeds", "median", "least", "greatest"), rows))
-    print(store("parity", {"with_real_images": with_real, "errors": results}, out))
+    print(store("parity", {"with_real_images": bool(images), "errors": results}, out))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import io
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,9 +36,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from cifar_dist.config import Parser
+from cifar_dist.config import DataConfig, Parser
 from cifar_dist.data import store as datasets
 from cifar_dist.errors import UserError, exit_code_of
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
+
+from keras_run import outside, script_command
 
 KERAS = Path(__file__).with_name("keras_peer.py")
 JOB, JOB_FP32, EVAL_BASE = "job", "job, fp32", "PyTorch, base in eval mode"
@@ -47,13 +50,13 @@ WAYS = (JOB, JOB_FP32, "Keras", "Keras, bf16", "PyTorch", EVAL_BASE)
 
 
 class Images(Dataset):
-    """Encoded images, decoded and transformed one by one, with the deck's flips: the ResNet's, none for Fan."""
+    """Encoded images, decoded, resized and flipped one by one as the recipe says; the deck does not flip for Fan."""
 
-    def __init__(self, uri: str, image_size: int, flipped: bool) -> None:
+    def __init__(self, uri: str, config: DataConfig) -> None:
         with tempfile.TemporaryDirectory() as folder:
             self.staged = datasets.stage(uri, "train", folder)
-        resize = [v2.Resize(image_size)] if image_size != 32 else []
-        flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()] if flipped else []
+        resize = [v2.Resize(config.image_size)] if config.image_size != 32 else []
+        flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()] if config.flips == "both" else []
         to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
         self.transform = v2.Compose([v2.ToImage(), *resize, *flips, *to_float])
 
@@ -125,7 +128,7 @@ def plain_loop(_rank: int, _num_processes: int, case: Case, eval_base: bool) -> 
     """images/s of the tutorial's script."""
     num_workers = os.cpu_count() or 1
     torch.set_num_threads(num_workers)
-    dataset = Images(case.data, case.config.data.image_size, case.config.data.flips == "both")
+    dataset = Images(case.data, case.config.data)
     loader = DataLoader(
         *(dataset, case.batch_size, True), num_workers=num_workers, drop_last=True, multiprocessing_context="fork"
     )
@@ -150,22 +153,10 @@ def plain_loop(_rank: int, _num_processes: int, case: Case, eval_base: bool) -> 
 
 def keras_command() -> list[str]:
     """What runs keras_peer.py in its environment, which is made first. Raises UserError if it cannot be."""
-    uv = shutil.which("uv") or shutil.which(str(KERAS.parents[1] / ".uv/bin/uv"))
-    if not uv:
-        raise UserError(
-            "Keras's environment is made by uv, which is not there; install it, or leave Keras out by --ways"
-        )
-    made = subprocess.run(
-        [uv, "sync", "--locked", "--script", str(KERAS)], check=False, capture_output=True, text=True, env=outside()
-    )
-    if made.returncode:
-        raise UserError(f"Keras's environment cannot be made, leave it out by --ways: {made.stderr.strip()}")
-    return [uv, "run", "--locked", "--script", str(KERAS)]
-
-
-def outside() -> dict[str, str]:
-    """The environment without this project's own."""
-    return {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    try:
+        return script_command(KERAS)
+    except UserError as error:
+        raise UserError(f"{error}; mend that, or leave Keras out by --ways") from error
 
 
 def keras_rate(case: Case, command: list[str], images: Path, *more: str) -> float:

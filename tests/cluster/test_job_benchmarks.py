@@ -13,6 +13,7 @@ from job_process import Job
 from cifar_dist import models
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import Head
+from cifar_dist.recipes import recipe_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = (
@@ -67,6 +68,16 @@ def test_the_plain_network_is_the_same_network(name: str) -> None:
 
     heads = (plain[1], Head(ours)) if name == "resnet50v2" else (plain, ours)
     assert kinds(heads[0]) == kinds(heads[1])
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.parametrize(("recipe", "flipped"), [("deck_fan", False), ("deck_resnet50v2", True)])
+def test_the_plain_network_s_images_are_flipped_as_the_deck_s(recipe: str, flipped: bool, tiny_uri: str) -> None:
+    from peers import Images
+
+    steps = [type(step).__name__ for step in Images(tiny_uri, recipe_config(recipe).data).transform.transforms]
+    flips = [name for name in steps if "Flip" in name]
+    assert flips == (["RandomHorizontalFlip", "RandomVerticalFlip"] if flipped else [])
 
 
 @pytest.mark.usefixtures("benchmarks")

@@ -2,19 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from keras_run import CIFAR10, run_keras_or_skip, some_images
+from keras_run import images_option, run_keras_or_skip
 
 
 @pytest.fixture(scope="session")
 def image_file(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """The option that names real images, where they are at hand."""
-    if not CIFAR10.exists():
-        return []
-    path = tmp_path_factory.mktemp("images") / "real.npz"
-    np.savez(path, images=some_images())
-    return ["--images", path]
+    return images_option(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")

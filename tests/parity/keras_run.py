@@ -6,7 +6,6 @@ import subprocess
 import tarfile
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,16 +19,30 @@ CIFAR10 = ROOT.parent / "shared/data/cifar10-jpeg.tar.gz"
 NUM_REAL = 64
 
 
-def run_keras(*words: object) -> None:
-    """Runs the reference script. Raises UserError where its environment cannot be made, without uv or a network."""
+def script_command(script: Path) -> list[str]:
+    """What runs a script of Keras's in its own environment, which is made first.
+
+    Raises UserError where the environment cannot be made, without uv or a network.
+    """
     uv = shutil.which("uv") or shutil.which(str(ROOT / ".uv/bin/uv"))
-    unset = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
-    command = [uv or "uv", "{}", "--locked", "--script", str(SCRIPT)]
-    quietly: dict[str, Any] = {"capture_output": True, "text": True, "env": unset}
-    made = uv and subprocess.run([w.format("sync") for w in command], check=False, **quietly)
-    if not made or made.returncode:
-        raise UserError(f"Keras's environment cannot be made: {made.stderr.strip() if made else 'there is no uv'}")
-    done = subprocess.run([*(w.format("run") for w in command), *map(str, words)], check=False, **quietly)
+    if not uv:
+        raise UserError("Keras's environment cannot be made: there is no uv")
+    words = ["--locked", "--script", str(script)]
+    made = subprocess.run([uv, "sync", *words], check=False, capture_output=True, text=True, env=outside())
+    if made.returncode:
+        raise UserError(f"Keras's environment cannot be made: {made.stderr.strip()}")
+    return [uv, "run", *words]
+
+
+def outside() -> dict[str, str]:
+    """The environment variables without those of this project's own environment."""
+    return {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH")}
+
+
+def run_keras(*words: object) -> None:
+    """Runs the reference script. Raises UserError where its environment cannot be made."""
+    command = [*script_command(SCRIPT), *map(str, words)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=outside())
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -53,3 +66,11 @@ def some_images() -> np.ndarray:
                 if len(images) == NUM_REAL:
                     break
     return np.stack(images)
+
+
+def images_option(folder: Path) -> list[object]:
+    """The option of the reference script that names real images, which are put into `folder`; none without them."""
+    if not CIFAR10.exists():
+        return []
+    np.savez(folder / "real.npz", images=some_images())
+    return ["--images", folder / "real.npz"]
