@@ -8,7 +8,7 @@
 - base: images/s of the frozen ResNet50V2 base alone: plain in inference mode, folded, and folded in chunks of images.
 - dropout: million values per second of torch's dropout and of ours, in training mode.
 
-Drawn images, two cores or as many as there are; each figure of the first two parts comes from a process of its own.
+Drawn images, on all cores; each figure of the first two parts comes from a process of its own.
 Prints a table and writes benchmarks/results/step.json.
 """
 

@@ -36,7 +36,7 @@ DECK = {
 }
 
 
-# Settings that the deck leaves open, see choices(), and those that do not change what is learned.
+# Settings that the deck leaves open, see choices(), and settings that hardly change what is learned.
 OPEN = {
     *("input_range", "validation_fraction", "split_seed", "learning_rate", "schedule", "warmup_fraction"),
     *("muon_learning_rate", "seed", "precision", "memory_format", "compile", "gradient_dtype", "deterministic"),
@@ -45,7 +45,7 @@ OPEN = {
 
 
 def choices(config: Config) -> dict[str, str]:
-    """What the run has where the deck is silent, by subject: one sentence each."""
+    """What was chosen for the run where the deck is silent: by subject, a sentence each."""
     data, optim, loop = config.data, config.optim, config.loop
     muon = f", {optim.muon_learning_rate:g} for the convolutions by Muon" if optim.optimizer == "muon" else ""
     warmup = f" after a warm-up of {100 * optim.warmup_fraction:g}% of the steps" if optim.warmup_fraction else ""
@@ -64,10 +64,11 @@ def choices(config: Config) -> dict[str, str]:
 
 
 def differences(config: Config, weights: dict[str, Any] | None) -> dict[str, str]:
-    """What the run has other than the deck, by setting: 'X (deck: Y)'. `weights`: the card of those it started from.
+    """The settings in which the run differs from the deck, each as 'X (deck: Y)'. `weights`: what the run card says of
+    the start weights.
 
-    The deck has what it states and, for what it does not mention, Keras's defaults; what it leaves open is no
-    difference.
+    The deck's value is what it states, or Keras's default for a setting that it does not mention. A setting that the
+    deck leaves open is no difference.
     """
     deck, found = Config().replace(model=config.model.model, **DECK[config.model.model].settings), {}
     for name, (section, _) in option_fields().items():

@@ -92,7 +92,8 @@ def read_manifest(uri: str) -> Manifest:
 
 
 def has_old_manifest(folder: Folder) -> bool:
-    """Whether the folder has a manifest as an earlier version of this program named it; others have files so named."""
+    """Whether the folder has a manifest under its earlier name. Other programs write files of that name too: the keys
+    tell."""
     try:
         found = json.loads(folder.read(OLD_MANIFEST))
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""Keras's layers without weights that torch has not, or has in another order."""
+"""Keras's layers without weights, where torch has none or orders the values in another way."""
 
 import torch
 from torch import nn

@@ -136,7 +136,8 @@ class Checkpoints:
         return join_uri(self.folder.uri, name)
 
     def check_version(self, checkpoint: Checkpoint) -> None:
-        """Raises UserError for weights of another version of the network: they would mean another function."""
+        """Raises UserError for weights of another version of the network, with which this one would compute another
+        function."""
         model = checkpoint.meta["model"]
         made, own = checkpoint.meta.get("model_version", 1), MODEL_VERSIONS.get(model)
         if made != own:

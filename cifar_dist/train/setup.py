@@ -20,8 +20,8 @@ from cifar_dist.train.precision import Precision
 
 
 def image_spec(config: Config, device: torch.device) -> ImageSpec:
-    """What the configured model wants; channels_last pays on GPUs and in bf16, for resnet50v2 in fp32 on some CPUs only
-    (benchmarks/step.py)."""
+    """What the configured model wants. `auto` takes channels_last on a GPU, in bf16 and for resnet50v2; on a CPU
+    benchmarks/step.py compares the layouts, on a GPU nobody has yet."""
     chosen = config.loop.memory_format
     if chosen == "auto":
         pays = device.type == "cuda" or config.model.model == "resnet50v2"

@@ -43,7 +43,7 @@ def relative_error(ours: torch.Tensor, keras: np.ndarray) -> float:
 
 
 def inference_error(name: str, reference: Path) -> float:
-    """Of the logits, over all kinds of images and both memory formats."""
+    """The largest error of the logits, over all kinds of images and both memory formats."""
     model, keras = loaded(name, reference)
     inputs = [key.removeprefix("infer_") for key in keras if key.startswith("infer_")]
     assert inputs
@@ -57,7 +57,7 @@ def inference_error(name: str, reference: Path) -> float:
 
 
 def training_error(name: str, reference: Path) -> float:
-    """Of the logits in training mode, which must not be those of inference mode."""
+    """The error of the logits in training mode, which must differ from those of inference mode."""
     model, keras = loaded(name, reference)
     error = relative_error(model.train()(nchw(keras["images"][0])), keras["train"])
     assert relative_error(model.eval()(nchw(keras["images"][0])), keras["train"]) > 0.01
@@ -71,7 +71,7 @@ def keras_rounding(step: int) -> float:
 
 
 def adam_errors(name: str, reference: Path) -> tuple[float, float]:
-    """(relative error of the losses, of the moving statistics) of ten steps of the deck's Adam.
+    """(relative error of the losses, error of the moving statistics) after ten steps of the deck's Adam.
 
     What is frozen must not have changed.
     """

@@ -44,7 +44,7 @@ def chain(graph: Graph, name: str, inputs: list[str], labels: list[str]) -> None
 
 
 def keras_lines(layers: list[dict[str, Any]]) -> list[str]:
-    """Of a network that keras_reference.py described."""
+    """The lines of a network that keras_reference.py described."""
     graph: Graph = {}
     for layer in layers:
         chain(graph, layer["name"], layer["inputs"], keras_labels(layer["class"], layer["config"]))
@@ -115,7 +115,7 @@ class Tracer(torch.fx.Tracer):
 
 
 def our_lines(model: nn.Module, config: Config) -> list[str]:
-    """Of our network, behind what the recipe does to its images; the softmax of the loss is its last line."""
+    """The lines of our network, behind those of what the recipe does to its images; the softmax is the last one."""
     graph: Graph = {}
     before = "input"
     data = config.data
