@@ -92,7 +92,10 @@ class OptimConfig(Section):
     learning_rate: float = option(1e-3, "peak learning rate", minimum=0)
     schedule: str = option("constant", "learning rate over the run", choices=("constant", "cosine", "one-cycle"))
     warmup_fraction: float = option(0.0, "share of the steps spent rising to the peak", minimum=0, maximum=0.9)
-    weight_decay: float = option(0.0, "weight decay (decoupled in adamw and muon)", minimum=0)
+    weight_decay: float = option(
+        0.0, "weight decay (decoupled in adamw and muon), of biases and BatchNorm's scales too", minimum=0
+    )
+    decay_bias_and_norm: bool = option(True, "false: no weight decay of biases and of BatchNorm's scales and shifts")
     momentum: float = option(0.9, "momentum of sgd and muon (Nesterov)", minimum=0, maximum=0.9999)
     muon_learning_rate: float = option(
         0.02, "muon: peak learning rate of the convolutions; the rest takes adamw's", minimum=0
@@ -282,8 +285,8 @@ def set_up_local_cluster() -> None:
 
 def prepare_environment() -> str | None:
     """Sets what Ray reads from the environment at import; returns RAY_ADDRESS if it is set."""
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # whatever an older program has set it to
     defaults = {
-        "RAY_TRAIN_V2_ENABLED": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use the driver's interpreter as it is
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() and failures wait for this poll; Ray's 2 s is slow

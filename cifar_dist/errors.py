@@ -4,16 +4,19 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from cifar_dist import stopping
+
 
 class UserError(Exception):
     """What was wrong, with which file or value, and what to do: shown without a traceback."""
 
 
 def exit_code_of(main: Callable[[], object], debug: bool) -> int:
-    """Runs a job's main; returns 0, 1 for a UserError (one sentence on stderr) or 130 for Ctrl-C.
+    """Runs a job's main; returns 0, 1 for a UserError (one sentence on stderr), 130 for Ctrl-C or 143 for SIGTERM.
 
     Any other exception is a fault of ours and keeps its traceback; `debug` adds one to a UserError.
     """
+    stopping.listen()
     try:
         main()
     except UserError as error:
@@ -22,6 +25,6 @@ def exit_code_of(main: Callable[[], object], debug: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command to go on from what is stored", file=sys.stderr)
-        return 130
+        print(stopping.sentence(), file=sys.stderr)
+        return stopping.exit_code()
     return 0

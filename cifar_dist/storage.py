@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -45,6 +46,9 @@ ADVICE = {
 }
 
 
+RAY_UPLOADS = "/runtime_resources/working_dir_files/"
+
+
 def may_pass(error: OSError) -> bool:
     """Whether the same call may succeed a little later; a full disk or a denied access does not pass by itself."""
     return error.errno in PASSING_ERRNOS or bool(PASSING.search(str(error)))
@@ -57,6 +61,29 @@ def absolute_uri(uri: str) -> str:
     if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", uri) or re.fullmatch(r"[a-z][a-z0-9+.-]*:/*", uri):
         raise UserError(f"{uri} is no URI: write SCHEME://BUCKET/FOLDER, such as s3://bucket/folder")
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+
+
+def output_uri(uri: str, option: str) -> str:
+    """absolute_uri, for what is written. Raises UserError for a path in the folder that Ray unpacks a submitted job into:
+    Ray deletes it, and makes another one for any change of the code."""
+    found = absolute_uri(uri)
+    if "://" not in found and RAY_UPLOADS in os.path.realpath(found):
+        raise UserError(
+            f"{option} {uri} lies in the folder that Ray unpacks a submitted job into and deletes again; give an "
+            f"absolute path or a URI, such as {option} /data/NAME or {option} s3://bucket/NAME"
+        )
+    return found
+
+
+def lies_in(uri: str, folder: str) -> bool:
+    """Whether a file or folder is another one or lies in it, links followed."""
+    (fs_inner, inner), (fs_outer, outer) = open_uri(uri), open_uri(folder)
+    if isinstance(fs_inner, fs.LocalFileSystem):
+        inner = os.path.realpath(inner)
+    if isinstance(fs_outer, fs.LocalFileSystem):
+        outer = os.path.realpath(outer)
+    same = type(fs_inner) is type(fs_outer)
+    return same and f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
 
 
 def join_uri(uri: str, *parts: str) -> str:
@@ -136,6 +163,12 @@ class Folder:
 
         return sorted(info.base_name for info in self.tried("list", name, act))
 
+    def folders(self) -> list[str]:
+        """Sorted base names of the folders in this one."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        found = self.tried("list", "", lambda: self.fs.get_file_info(selector))
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
     def create(self, name: str = "") -> None:
         self.tried("create", name, lambda: self.fs.create_dir(self.at(name), recursive=True))
 
@@ -178,6 +211,14 @@ class Folder:
             elif kind == fs.FileType.File:
                 self.tried("delete", name, lambda: self.fs.delete_file(self.at(name)))
 
+    def delete_empty(self, name: str) -> None:
+        """Deletes a folder if nothing is in it, also not by now."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                Path(self.at(name)).rmdir()
+        elif not self.names(name):
+            self.delete(name)
+
     def download(self, name: str, target: Path) -> str:
         """Copies a file to a local path; returns the SHA-256 of what was copied (hex)."""
 
@@ -217,6 +258,25 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def finite(value: Any) -> Any:
+    """The nested dicts and lists with None for numbers that are not finite, for which JSON has no name."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def to_json(value: Any) -> bytes:
     """Readable JSON with a fixed layout, so that equal values give equal bytes."""
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with `sha256`, that of all the others: what is read back can be told from what was changed."""
+    return {**values, "sha256": hashlib.sha256(to_json({**values, "sha256": ""})).hexdigest()}
+
+
+def is_sealed(values: dict[str, Any]) -> bool:
+    """Whether values that were read back are those that were sealed."""
+    return seal(values) == values

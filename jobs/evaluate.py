@@ -9,6 +9,7 @@ from cifar_dist.config import Parser
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.evaluate import driver, report
 from cifar_dist.evaluate.shard import SPLITS
+from cifar_dist.storage import output_uri
 from cifar_dist.train import cluster
 
 EXAMPLE = """example:
@@ -43,6 +44,7 @@ def check_shards(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace, runs: list[str], data: str, out: str, splits: list[str]) -> str:
     check_shards(args)
+    out = output_uri(out, "--out")
     chosen = driver.choose(runs, data)  # before a cluster is started
     cluster.connect(args.address, 1)
     gpu = cluster.uses_gpu(args.device)

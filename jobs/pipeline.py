@@ -10,7 +10,7 @@ from train import add_launch_options, settings, train
 from cifar_dist.config import Parser, add_config_options
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.recipes import describe_recipes
-from cifar_dist.storage import absolute_uri, join_uri
+from cifar_dist.storage import join_uri, output_uri
 from cifar_dist.train.plan import make_plan
 
 EPILOG = f"""recipes:
@@ -42,12 +42,12 @@ def pipeline(args: argparse.Namespace) -> None:
     check_shards(args)
     if len(set(args.recipes)) < len(args.recipes):
         raise UserError(f"--recipes names one twice: {' '.join(args.recipes)}")
-    out = absolute_uri(args.out)
+    out = output_uri(args.out, "--out")
     data, storage, report = (join_uri(out, name) for name in ("data", "runs", "report"))
     planned = [settings(args, recipe, data, storage, name=recipe) for recipe in args.recipes]
     # One file of weights cannot fit both networks.
     planned = [(c.replace(weights=c.model.weights if c.model.model == "resnet50v2" else ""), w) for c, w in planned]
-    prepare(args, data)
+    prepare(args, data, go_on=True)
     plans = [make_plan(*run) for run in planned]  # all are checked before the first one trains
     runs = [train(plan) for plan in plans]
     evaluate(args, runs, data, report, ["train", "validation", "test"])

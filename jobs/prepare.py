@@ -9,7 +9,7 @@ from tqdm import tqdm
 from cifar_dist.config import Parser
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError, exit_code_of
-from cifar_dist.storage import absolute_uri
+from cifar_dist.storage import absolute_uri, join_uri, lies_in, output_uri
 
 EXAMPLES = """examples:
   python jobs/prepare.py --source shapes --out /tmp/shapes
@@ -38,27 +38,39 @@ def parser() -> Parser:
     return p
 
 
-def open_source(source: str, path: str | None, args: argparse.Namespace) -> sources.Source:
+def check_options(args: argparse.Namespace) -> None:
     if not 0 < args.test_fraction < 1:
         raise UserError(f"--test-fraction must lie between 0 and 1, not {args.test_fraction}")
     if args.data_seed < 0:
         raise UserError(f"--data-seed must be 0 or more, not {args.data_seed}")
-    if source == "shapes":
-        if path:
-            raise UserError("--source shapes draws its images and reads no --path")
+    if args.source == "shapes" and args.path:
+        raise UserError("--source shapes draws its images and reads no --path")
+
+
+def open_source(args: argparse.Namespace) -> sources.Source:
+    if args.source == "shapes":
         return sources.shapes(args.num_train, args.num_test, args.data_seed)
-    if source == "cifar10":
-        return sources.cifar10(path)
-    reader = sources.image_folder if source == "folder" else sources.parquet
-    return reader(path, args.test_fraction, args.data_seed)
+    if args.source == "cifar10":
+        return sources.cifar10(args.path)
+    reader = sources.image_folder if args.source == "folder" else sources.parquet
+    return reader(args.path, args.test_fraction, args.data_seed)
 
 
-def prepare(args: argparse.Namespace, out: str) -> store.Manifest:
+def prepare(args: argparse.Namespace, out: str, go_on: bool = False) -> store.Manifest:
+    """Prepares the data set; with `go_on` a whole one that is there is enough where its source is gone."""
+    check_options(args)
     if args.path:
-        path, target = absolute_uri(args.path), absolute_uri(out)
-        if target == path or target.startswith((f"{path}/train/", f"{path}/test/")):
-            raise UserError(f"--out {out} lies in the source's own folder; name another one")
-    source = open_source(args.source, args.path, args)
+        path = join_uri(absolute_uri(args.path), "cifar-10-batches-py" if args.source == "cifar10" else "")
+        if lies_in(out, path) or lies_in(path, out):
+            raise UserError(f"--out {out} and the source {path} lie in each other; name another folder for --out")
+    out = output_uri(out, "--out")
+    try:
+        source = open_source(args)
+    except UserError as error:
+        if not go_on or (whole := store.whole(out, args.source)) is None:
+            raise
+        print(f"WARNING: {error}. Going on with the whole data set that is in {out}", file=sys.stderr)
+        return whole
 
     def progress(rows: Iterable[sources.Row], split: str, total: int) -> Iterable[sources.Row]:
         return tqdm(rows, f"prepare {split}", total, unit=" images", disable=not sys.stderr.isatty())

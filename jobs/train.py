@@ -7,6 +7,7 @@ import sys
 from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment, worker_range
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.recipes import describe_recipes, recipe_config
+from cifar_dist.storage import output_uri
 from cifar_dist.train.progress import StartUp
 
 START_UP, RAY_ADDRESS = StartUp(), prepare_environment()
@@ -79,7 +80,8 @@ def train(planned: plan.Plan, start_up: StartUp | None = None) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    planned = plan.make_plan(*settings(args, args.recipe, args.data, args.storage, args.name))
+    storage = output_uri(args.storage, "--storage")
+    planned = plan.make_plan(*settings(args, args.recipe, args.data, storage, args.name))
     START_UP.end("plan and its imports")
     if args.explain_resume:
         print(plan.explain_resume(planned))

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,7 @@ from cifar_dist import models
 from cifar_dist.config import Parser
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.models.keras_weights import PUBLISHED_MD5, PUBLISHED_NAME, PUBLISHED_URL, load_keras_weights
-from cifar_dist.storage import Folder, absolute_uri, file_sha256, join_uri
+from cifar_dist.storage import Folder, file_sha256, join_uri, output_uri
 
 EXAMPLES = f"""examples:
   python jobs/weights.py --out /data/weights
@@ -55,7 +56,7 @@ def download(url: str, md5: str, folder: str) -> Path:
 
 def weights(url: str, path: str | None, md5: str, out: str) -> str:
     """Puts the file into `out`, checked by its md5 and against the network; returns its URI."""
-    target = join_uri(absolute_uri(out), PUBLISHED_NAME)
+    target = join_uri(output_uri(out, "--out"), PUBLISHED_NAME)
     with TemporaryDirectory() as folder:
         source = Path(path).expanduser() if path else download(url, md5, folder)
         if not source.is_file():
@@ -64,9 +65,14 @@ def weights(url: str, path: str | None, md5: str, out: str) -> str:
             raise UserError(f"{source} is not the expected file: its md5 is {found}, not {md5}")
         num_tensors = load_keras_weights(models.build("resnet50v2"), source)
         store = Folder(out)
-        store.create()
-        store.upload(source, f"{PUBLISHED_NAME}.tmp")
-        store.move(f"{PUBLISHED_NAME}.tmp", PUBLISHED_NAME)
+        if store.exists(PUBLISHED_NAME):
+            if store.download(PUBLISHED_NAME, Path(folder) / "there") != file_sha256(source):
+                raise UserError(f"{target} is there already and is another file; remove it, or use another --out")
+        else:
+            store.create()
+            part = f"{PUBLISHED_NAME}.{uuid.uuid4().hex[:8]}.tmp"
+            store.upload(source, part)
+            store.move(part, PUBLISHED_NAME)
         print(f"{target}: {num_tensors} tensors for resnet50v2, sha256 {file_sha256(source)}")
     return target
 

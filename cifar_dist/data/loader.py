@@ -1,6 +1,7 @@
 """A split's batches for one rank: order + store + pipeline."""
 
-from collections import deque
+import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from cifar_dist.data import order
 from cifar_dist.data.pipeline import NORMALIZATION, ImagePipeline, decode
 from cifar_dist.data.spec import ImageSpec
-from cifar_dist.data.store import Manifest, StagedSplit, once_per_node, stage, staging_area, use_decoded
+from cifar_dist.data.store import Manifest, StagedSplit, Staging, once_per_node, stage, staging_area, use_decoded
 from cifar_dist.errors import UserError
 
 DECODE_BATCH = 500
+DECODED_AGAIN = 64  # images by which decoded pixels that are there already are held against the split
 STEPS_PER_DRAW = 32  # of augmentation: to draw for one step costs hardly less
 
 
@@ -34,7 +36,7 @@ class Batch:
     """images: float32 [n, 3, S, S]; labels: int64 [n]; ids: int64 [n] on the host; augment: what was done to them.
     stored, missing: where features are cached, those of all ids, and int64 positions of the ones that `images` are for.
 
-    All images count, or none: a rank whose part of a small last step is empty gets one image and `num_counted` 0.
+    All images count, or none: a rank for which a small last step has none works on another's, with `num_counted` 0.
     """
 
     images: torch.Tensor
@@ -68,9 +70,10 @@ class Loader:
         cache_budget_mib: int = 2048,
         staging_folder: Path | str | None = None,
         synthetic: bool = False,
+        staging: Staging | None = None,
     ) -> None:
-        self.staged: StagedSplit = stage(uri, split, staging_folder, manifest)
-        self.device = device
+        self.staged: StagedSplit = stage(uri, split, staging_folder, manifest, staging)
+        self.device, self.split = device, split
         shape = manifest.image_shape(split)
         self.decoded: np.ndarray | None = None
         self.synthetic = synthetic_batch(spec, max_batch_size, manifest.num_classes, device) if synthetic else None
@@ -78,8 +81,14 @@ class Loader:
             return
         if use_decoded(shape, len(self.staged), cache, cache_budget_mib):
             file = staging_area(manifest, staging_folder) / f"{split}.decoded"
-            once_per_node(file, lambda path: self._decode_all(path, num_threads))
-            self.decoded = np.memmap(file, np.uint8, "r").reshape(len(self.staged), *shape, 3)  # type: ignore[misc]
+            whole = (len(self.staged), *shape, 3)  # type: ignore[misc]
+            once_per_node(
+                file,
+                make=lambda path: self._decode_all(path, num_threads),
+                is_right=lambda path: self._is_decoded(path, whole, num_threads),
+                staging=staging,
+            )
+            self.decoded = np.memmap(file, np.uint8, "r", shape=whole)
         resize = shape != (spec.image_size, spec.image_size)
         if self.decoded is not None and not resize:
             num_threads = 1  # a few microseconds' work: further threads cost more than they do
@@ -93,18 +102,21 @@ class Loader:
                 n = len(plan.ids)
                 yield Batch(images[:n], labels[:n], plan.ids, plan.num_counted, plan.global_size, plan.augment)
             return
-        waiting: deque[Plan] = deque()
+        waiting: Plan | None = None
         try:
             for plan in plans:
-                self._submit(plan)  # before the wait for the one before it: DALI never runs dry
-                waiting.append(plan)
-                if len(waiting) > 1:
-                    yield self._collect(waiting.popleft())
+                # DALI is given no batch behind one that fails.
+                batch = self._collect(waiting) if waiting else None
+                self._submit(plan)
+                waiting = plan
+                if batch:
+                    yield batch
             if waiting:
-                yield self._collect(waiting.popleft())
-        except GeneratorExit:  # the caller left early: batches in flight must not become the next iteration's first
-            while waiting:
-                self._collect(waiting.popleft())
+                batch, waiting = self._collect(waiting), None
+                yield batch
+        except GeneratorExit:  # the caller left early: a batch in flight must not become the next iteration's first
+            if waiting:
+                self._collect(waiting)
             raise
 
     def _submit(self, plan: Plan) -> None:
@@ -129,14 +141,34 @@ class Loader:
         return labels
 
     def _decode_all(self, path: Path, num_threads: int) -> None:
-        chunks = np.array_split(np.arange(len(self.staged)), -(-len(self.staged) // DECODE_BATCH))
-        encoded = ([self.staged.encoded(i) for i in chunk] for chunk in chunks)
+        """Writes the pixels of all images, and their SHA-256 behind them."""
+        digest = hashlib.sha256()
         with open(path, "wb") as file:
-            try:
-                for pixels in decode(encoded, DECODE_BATCH, num_threads):
-                    pixels.tofile(file)
-            except RuntimeError as error:
-                raise self._named(np.arange(len(self.staged)), error) from error
+            for pixels in self._decode(np.arange(len(self.staged)), num_threads):
+                digest.update(pixels)
+                pixels.tofile(file)
+            file.write(digest.digest())
+
+    def _is_decoded(self, path: Path, shape: tuple[int, ...], num_threads: int) -> bool:
+        """Whether the file holds what was written, and that is what some images spread over the split decode to."""
+        if path.stat().st_size != math.prod(shape) + 32:
+            return False
+        pixels = np.memmap(path, np.uint8, "r", shape=shape)
+        if hashlib.sha256(pixels.data).digest() != path.read_bytes()[-32:]:
+            return False
+        rows = np.unique(np.linspace(0, len(self.staged) - 1, DECODED_AGAIN).astype(int))
+        return all(np.array_equal(part, pixels[rows]) for part in self._decode(rows, num_threads))
+
+    def _decode(self, ids: np.ndarray, num_threads: int) -> Iterator[np.ndarray]:
+        """The images' pixels, some at a time."""
+        chunks = np.array_split(ids, -(-len(ids) // DECODE_BATCH))
+        done = iter(chunks)
+        try:
+            for pixels in decode(([self.staged.encoded(i) for i in chunk] for chunk in chunks), DECODE_BATCH, num_threads):
+                next(done)
+                yield pixels
+        except RuntimeError as error:
+            raise self._named(next(done), error) from error
 
     def _named(self, ids: np.ndarray, error: RuntimeError) -> Exception:
         """DALI fails a whole batch without naming the image: decode one by one to find it."""
@@ -144,9 +176,10 @@ class Loader:
             try:
                 next(decode([[self.staged.encoded(i)]], 1, 1))
             except RuntimeError as reason:
-                text = str(reason).split("Error in")[-1].splitlines()[0][:200]
+                text = " ".join(str(reason).split("Error in")[-1].split())
                 return UserError(
-                    f"image {self.staged.path(i)} (row {i}) cannot be decoded: {text}; prepare the data again"
+                    f"image {self.staged.path(i)} (row {i} of {self.split}) cannot be decoded: DALI says {text!r}; "
+                    "prepare the data set again: that checks every image and names those that are damaged"
                 )
         return error
 
@@ -178,14 +211,12 @@ def train_plans(
     for first in range(first_step, num_steps, STEPS_PER_DRAW):
         steps = range(first, min(first + STEPS_PER_DRAW, num_steps))
         places = [order.rank_part(step, len(ids), global_batch_size, rank, world) for step in steps]
-        parts = [
-            shuffled[start : max(stop, start + 1)] if start < len(ids) else shuffled[-1:] for start, stop, _ in places
-        ]
+        parts = [shuffled[place.start : place.stop] for place in places]
         drawn = augmentation.draw(seed, epoch, np.concatenate(parts))
         ends = np.cumsum([len(part) for part in parts])[:-1]
         augments = map(order.Augment, *(np.split(values, ends) for values in drawn))
-        for (start, stop, size), part, augment in zip(places, parts, augments, strict=True):
-            yield Plan(part, augment, stop - start, size)
+        for place, part, augment in zip(places, parts, augments, strict=True):
+            yield Plan(part, augment, len(part) if place.counts else 0, place.size)
 
 
 def eval_plans(ids: np.ndarray, batch_size: int, rank: int, world: int) -> Iterator[Plan]:

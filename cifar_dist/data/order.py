@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP, CROP, CUTOUT = range(8)  # what a draw is for: one stream each
+LEAST_PER_RANK = 2  # images of a step: BatchNorm over a single one has no variance
 CHUNK = 1 << 16  # keys drawn at a time, which take a handful of temporary arrays
 
 
@@ -90,14 +91,38 @@ def num_steps(n: int, global_batch_size: int) -> int:
     return -(-n // global_batch_size)
 
 
-def rank_part(step: int, n: int, global_batch_size: int, rank: int, world: int) -> tuple[int, int, int]:
-    """(start, stop, size): this rank's contiguous positions of global step `step`, and the whole step's size.
+class RankPart(NamedTuple):
+    """One rank's contiguous positions of a global step of `size` images; where they do not `count`, another rank's."""
 
-    Parts differ by at most one image; in a last step smaller than the world some are empty.
+    start: int
+    stop: int
+    size: int
+    counts: bool
+
+
+def rank_part(step: int, n: int, global_batch_size: int, rank: int, world: int) -> RankPart:
+    """This rank's part of global step `step`. Parts differ by at most one image.
+
+    No part is a single image if the step has more than one: BatchNorm has no variance of a single value, and every
+    gradient behind it is 0. In a small last step fewer ranks have parts that count, and the others work on the same.
     """
     start = step * global_batch_size
     size = min(global_batch_size, n - start)
-    return start + rank * size // world, start + (rank + 1) * size // world, size
+    num_parts = num_rank_parts(size, world)
+    part = rank % num_parts
+    first, last = part * size // num_parts, (part + 1) * size // num_parts
+    return RankPart(start + first, start + last, size, rank < num_parts)
+
+
+def num_rank_parts(size: int, world: int) -> int:
+    """How many ranks have images that count in a step of `size` images."""
+    return max(1, min(world, size // LEAST_PER_RANK))
+
+
+def fewest_per_micro_batch(global_batch_size: int, world: int, accumulation_steps: int) -> int:
+    """The fewest images that a rank works on at a time in a whole step."""
+    part = global_batch_size // world
+    return part // max(1, min(accumulation_steps, part))
 
 
 def stratified_split(labels: np.ndarray, fraction: float, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,12 @@ from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, join_uri
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+# What is data and no remark beside it: where it would not be read, the job stops.
+DATA_SUFFIXES = {
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".npy", ".npz", ".h5", ".pkl", ".tfrecord"),
+    *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"),
+}
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,13 @@ def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) ->
             f"{path or '(no --path)'} holds no folder named train; --source folder reads PATH/train/CLASS/IMAGE and, "
             "if it is there, PATH/test/CLASS/IMAGE"
         )
+    for folder, read in ((root, {"train", "test"}), (root / "train", set()), (root / "test", set())):
+        for entry in visible(folder) if folder.is_dir() else []:
+            if entry.name not in read and (entry.suffix.lower() in DATA_SUFFIXES or (read and entry.is_dir())):
+                raise UserError(
+                    f"{entry} would not be read: --source folder reads PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE; "
+                    "rename it to test, or move it away"
+                )
     class_names = [p.name for p in visible(root / "train") if p.is_dir()]
     need_two_classes(str(root / "train"), class_names)
 
@@ -168,6 +181,12 @@ def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) ->
             files = visible(root / split / name) if name in found else []
             if not files:
                 raise UserError(f"class {name!r} has no images in {root / split}; add some or remove the class")
+            if inner := next((p for p in files if p.is_dir()), None):
+                num_files = sum(p.is_file() for p in inner.rglob("*"))
+                raise UserError(
+                    f"{inner} is a folder inside a class's folder, and its {num_files} files would not be read; move "
+                    f"its images up into {inner.parent}, or move it away"
+                )
             rows += [Item(f"{split}/{name}/{p.name}", label, partial(read_file, p), str(p)) for p in files]
         return rows
 
@@ -209,11 +228,13 @@ def parquet(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Sour
     folder = Folder(path)
     names = [n for n in folder.names() if n.endswith(".parquet")]
     if not names and "data" in folder.names():
+        refuse_unread(folder, {"data"})
         folder = Folder(join_uri(path, "data"))
         names = [n for n in folder.names() if n.endswith(".parquet")]
     tables = {split: [n for n in names if re.match(rf"{split}\b", n)] for split in ("train", "test")}
     if not tables["train"]:
         raise UserError(f"{path} holds no train*.parquet; --source parquet reads the Hugging Face layout")
+    refuse_unread(folder, {name for files in tables.values() for name in files})
     loaded = {split: [read_parquet(folder, n) for n in files] for split, files in tables.items() if files}
     class_names = parquet_classes(path, [table for parts in loaded.values() for _, table in parts])
     need_two_classes(path, class_names)
@@ -224,6 +245,18 @@ def parquet(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Sour
     if "test" not in splits:
         splits = draw_test_split(splits["train"], class_names, test_fraction, seed)
     return Source("parquet", class_names, splits)
+
+
+def refuse_unread(folder: Folder, read: set[str]) -> None:
+    """Raises UserError that names a folder or a file of data which is not in `read`."""
+    inner = set(folder.folders())
+    for name in folder.names():
+        is_data = name in inner or Path(name).suffix.lower() in DATA_SUFFIXES
+        if is_data and name not in read and not name.startswith((".", "_")):
+            raise UserError(
+                f"{join_uri(folder.uri, name)} would not be read: --source parquet reads train*.parquet and "
+                "test*.parquet; rename it, or move it away"
+            )
 
 
 def read_parquet(folder: Folder, name: str) -> tuple[str, pa.Table]:

@@ -3,6 +3,7 @@
 import bisect
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -16,19 +17,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock
 
+from cifar_dist.data.private import keep_own, one_at_a_time, private_folder, user_folder
 from cifar_dist.data.sources import Row, Source
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, file_sha256, join_uri, to_json
+from cifar_dist.storage import Folder, file_sha256, is_sealed, join_uri, seal, to_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_PER_FILE = 10_000
 BYTES_PER_FILE = 256 << 20
 ROWS_PER_GROUP = 1_000  # also the rows of one Arrow batch: staging holds one in memory
-PREPARING = ".preparing"
+PREPARING = ".cifar_dist-preparing"
+REPLACED = "_manifest.json.replaced"  # in PREPARING, the manifest of the data set that is being replaced
+DATA_FILE = re.compile(r"(train|validation|test)-\d{5}\.parquet")
 MANIFEST = "_manifest.json"  # Arrow and Spark, reading a whole folder, skip names that begin with _
 OLD_MANIFEST = "manifest.json"
+STAGED = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Manifest:
     """The data set's manifest file.
 
     `splits[name]` holds num_rows, num_rows_per_class, encodings, the heights and widths [least, most] in pixels, and
-    the files with their rows and SHA-256; `sha256` is that of all the rest.
+    the files with the number of their rows, their SHA-256 and that of the rows (rows_sha256); `sha256` is that of all
+    the rest.
     """
 
     format_version: int
@@ -45,9 +50,6 @@ class Manifest:
     splits: dict[str, dict[str, Any]]
     num_skipped: int
     sha256: str = ""
-
-    def digest(self) -> str:
-        return hashlib.sha256(to_json({**asdict(self), "sha256": ""})).hexdigest()
 
     @property
     def num_classes(self) -> int:
@@ -71,7 +73,7 @@ def read_manifest(uri: str) -> Manifest:
         if version == FORMAT_VERSION:
             manifest = Manifest(**values)
             _ = [manifest.splits[name]["files"] for name in ("train", "test")]
-            damaged = manifest.sha256 != manifest.digest()
+            damaged = not is_sealed(values)
     except FileNotFoundError:
         if has_old_manifest(Folder(uri)):
             raise UserError(
@@ -110,8 +112,9 @@ def prepare(
 ) -> tuple[Manifest, bool]:
     """Writes the source as a data set; returns its manifest and whether anything was written.
 
-    All is written in a folder .preparing and moved when it is whole, the manifest last. A data set that is already
-    there is left alone if it is equal and whole, and replaced by another only with `overwrite`.
+    All is written in a folder PREPARING and moved when it is whole, the manifest last. A data set that is already
+    there is left alone if it is equal and whole, and replaced by another only with `overwrite`, as are files of the
+    same names that no manifest names.
     """
     folder = Folder(uri)
     try:
@@ -120,35 +123,91 @@ def prepare(
         old = read_manifest(uri) if has_manifest and not overwrite else None
     except UserError as error:
         raise UserError(f"{error} with --overwrite") from error
-    folder.delete(PREPARING)
+    clear_unfinished(folder)
+    if not overwrite and (strange := [name for name in data_files(folder) if name not in file_names(old)]):
+        raise UserError(
+            f"{join_uri(uri, strange[0])} is in the way: no data set of this program names it, so it is left alone; "
+            "use another --out, or --overwrite to replace such files"
+        )
     folder.create(PREPARING)
     source.skipped.clear()
+    moving = False
     try:
         splits = {}
         for split in source.splits:
             rows = progress(source.rows(split, skip_bad), split, len(source.splits[split]))
             splits[split] = write_split(folder, split, iter(rows), source.class_names)
         manifest = Manifest(FORMAT_VERSION, source.name, source.class_names, splits, len(source.skipped))
-        manifest = Manifest(**{**asdict(manifest), "sha256": manifest.digest()})
+        manifest = Manifest(**seal(asdict(manifest)))
         same = old is not None and old.sha256 == manifest.sha256
         if same and is_whole(folder, manifest):
             return manifest, False
         if old is not None and not same:
             raise UserError(f"{uri} already holds another data set ({old.source}); use --overwrite or another --out")
-        folder.delete(MANIFEST)
-        if old_name:
-            folder.delete(OLD_MANIFEST)
-        for name in folder.names():  # of an older data set or of a write that was cut off; nobody else's files
-            if re.fullmatch(r"(train|test)-\d{5}\.parquet", name):
-                folder.delete(name)
-        for name in [file["name"] for s in splits.values() for file in s["files"]]:
+        replaced = data_files(folder)
+        folder.write(f"{PREPARING}/{MANIFEST}", to_json(asdict(manifest)))  # clear_unfinished goes by it
+        moving = True
+        for name in [MANIFEST, *[OLD_MANIFEST] * old_name]:
+            if folder.exists(name):
+                folder.move(name, f"{PREPARING}/{REPLACED}")
+        for name in replaced:
+            folder.delete(name)
+        for name in file_names(manifest):
             folder.move(f"{PREPARING}/{name}", name)
         folder.write(MANIFEST, to_json(asdict(manifest)))
+        moving = False
         return manifest, True
     except FileNotFoundError as error:
         raise UserError(f"{error} while {uri} was written; is another job preparing the same folder?") from error
     finally:
-        folder.delete(PREPARING)
+        if not moving:
+            folder.delete(PREPARING)
+
+
+def data_files(folder: Folder) -> list[str]:
+    """What in the folder has the name of a data set's file."""
+    return [name for name in folder.names() if DATA_FILE.fullmatch(name)]
+
+
+def file_names(manifest: Manifest | None) -> list[str]:
+    return [file["name"] for split in manifest.splits.values() for file in split["files"]] if manifest else []
+
+
+def clear_unfinished(folder: Folder) -> None:
+    """Removes what an earlier prepare that was cut off has left: PREPARING, and the files that it had moved out of it.
+
+    Raises UserError where PREPARING holds what prepare does not write.
+    """
+    inside = folder.names(PREPARING)
+    if strange := [n for n in inside if not DATA_FILE.match(n) and not n.startswith(MANIFEST)]:
+        raise UserError(
+            f"{join_uri(folder.uri, PREPARING, strange[0])} is in the way: this program did not write it; remove it, "
+            "or use another --out"
+        )
+    if MANIFEST in inside and not folder.exists(MANIFEST):  # it was moving
+        known = {sha256 for name in {MANIFEST, REPLACED} & set(inside) for sha256 in checksums(folder, name)}
+        for name in data_files(folder):
+            if hashlib.sha256(folder.read(name)).hexdigest() in known:
+                folder.delete(name)
+    folder.delete(PREPARING)
+
+
+def checksums(folder: Folder, name: str) -> set[str]:
+    """Those of the files that a manifest in PREPARING names, none if it is damaged."""
+    try:
+        splits = json.loads(folder.read(f"{PREPARING}/{name}"))["splits"]
+        return {file["sha256"] for split in splits.values() for file in split["files"]}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return set()
+
+
+def whole(uri: str, source: str) -> Manifest | None:
+    """The manifest of the data set that was prepared from a source of that name, if it is there and whole."""
+    folder = Folder(uri)
+    if not folder.exists(MANIFEST):
+        return None
+    manifest = read_manifest(uri)
+    return manifest if manifest.source == source and is_whole(folder, manifest) else None
 
 
 def is_whole(folder: Folder, manifest: Manifest) -> bool:
@@ -159,7 +218,7 @@ def is_whole(folder: Folder, manifest: Manifest) -> bool:
 
 
 def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: list[str]) -> dict[str, Any]:
-    """Writes .preparing/SPLIT-*.parquet in the Hugging Face layout; returns the split's part of the manifest."""
+    """Writes PREPARING/SPLIT-*.parquet in the Hugging Face layout; returns the split's part of the manifest."""
     features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
     schema = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
@@ -176,8 +235,8 @@ def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: li
         content = buffer.getvalue().to_pybytes()
         name = f"{split}-{len(files):05d}.parquet"
         folder.write(f"{PREPARING}/{name}", content)
-        sha256 = hashlib.sha256(content).hexdigest()
-        files.append({"name": name, "num_rows": len(chunk), "num_bytes": len(content), "sha256": sha256})
+        digests = {"sha256": hashlib.sha256(content).hexdigest(), "rows_sha256": rows_sha256(staged_batches(table.to_batches()))}
+        files.append({"name": name, "num_rows": len(chunk), "num_bytes": len(content), **digests})
         per_class += np.bincount([row.label for row in chunk], minlength=len(class_names))
         encodings |= {row.encoding for row in chunk}
         sizes += [(row.height, row.width) for row in chunk]
@@ -251,51 +310,92 @@ class StagedSplit:
 
 
 def default_staging_folder() -> Path:
-    return Path(tempfile.gettempdir()) / "cifar_dist-staged"
+    """Where this user's staged data lies unless --staging-folder says otherwise."""
+    return user_folder(Path(tempfile.gettempdir()))
 
 
-def stage(
-    uri: str, split: str, staging_folder: Path | str | None = None, manifest: Manifest | None = None
-) -> StagedSplit:
-    """The split on this node, copied once: the first process under a file lock copies, the others wait and map.
-
-    A part is checked against the manifest's SHA-256 while it is copied. A staged file is checked against its own
-    checksum when it is first opened after the machine's start or after any change to it (once_per_node), and copied
-    again if it was damaged.
-    """
-    manifest = manifest or read_manifest(uri)
-    folder = staging_area(manifest, staging_folder)
-    return StagedSplit(once_per_node(folder / f"{split}.arrow", lambda path: copy_split(uri, split, manifest, path)))
+def staging_root(staging_folder: Path | str | None = None) -> Path:
+    """This user's own folder of staged data, in `staging_folder` or in the temporary folder."""
+    return user_folder(Path(staging_folder)) if staging_folder else default_staging_folder()
 
 
 def staging_area(manifest: Manifest, staging_folder: Path | str | None = None) -> Path:
-    """The local folder of this data set, named by its checksum: another data set never shares it."""
-    return Path(staging_folder or default_staging_folder()) / manifest.sha256[:16]
+    """This user's local folder of this data set, named by its checksum: another data set never shares it."""
+    return private_folder(staging_root(staging_folder) / manifest.sha256[:16])
 
 
-def once_per_node(path: Path, make: Callable[[Path], None]) -> Path:
-    """Lets one process per node make a file; `make` gets a temporary name, renamed when it is whole.
+@dataclass(frozen=True)
+class Staging:
+    """How a job stages. Processes with the same `job` check a file once; `job` '' checks it each time.
 
-    NAME.sha256 beside it holds its checksum and the file's identity when that was last found right: to read gigabytes
-    again in every process takes seconds each.
+    `say` is told of waits for another process, which last `limit_seconds` at most where that one makes no progress.
     """
-    checksum, part = path.with_name(path.name + ".sha256"), path.with_name(path.name + ".part")
+
+    job: str = ""
+    say: Callable[[str], None] = print
+    limit_seconds: float = 120.0
+
+
+def stage(
+    uri: str,
+    split: str,
+    staging_folder: Path | str | None = None,
+    manifest: Manifest | None = None,
+    staging: Staging | None = None,
+) -> StagedSplit:
+    """The split on this node, copied once: the first process under a file lock copies, the others wait and map.
+
+    A part is checked against the manifest's SHA-256 while it is copied. What is there already is held against the
+    manifest too, row by row, once in each job, and copied again if it differs.
+    """
+    manifest = manifest or read_manifest(uri)
+    path = staging_area(manifest, staging_folder) / f"{split}.arrow"
+    files = manifest.splits[split]["files"]
+    once_per_node(
+        path,
+        make=lambda part: copy_split(uri, split, manifest, part),
+        is_right=lambda there: has_rows(there, files),
+        staging=staging,
+    )
+    return StagedSplit(path)
+
+
+def once_per_node(
+    path: Path,
+    make: Callable[[Path], object],
+    is_right: Callable[[Path], bool],
+    staging: Staging | None = None,
+) -> Path:
+    """Lets one process per node make a file in a private folder; `make` gets a name of its own, renamed when it is
+    whole. What is there already is used if `is_right` says so.
+
+    NAME.sha256 beside it says which job has found it right, and what it was then (identity): to read gigabytes again
+    in every process of a job takes seconds each.
+    """
+    staging = staging or Staging()
+    seen, part = path.with_name(path.name + ".sha256"), path.with_name(f"{path.name}.part-{os.getpid()}")
+
+    def progress() -> list[int]:
+        return [file.lstat().st_size for file in sorted(path.parent.glob(f"{path.name}.part-*"))]
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(path.name + ".lock")):
-            sha256, _, seen = checksum.read_text().partition(" ") if checksum.exists() else ("", "", "")
-            now = identity(path) if path.exists() else ""
-            if now and seen == now:
-                return path
-            if not now or sha256 != file_sha256(path):
+        with one_at_a_time(path, staging.limit_seconds, staging.say, progress):
+            keep_own(path, seen, part)
+            known = seen.read_bytes() if seen.exists() else b""
+            if path.exists():
+                if staging.job and known == f"{staging.job} {identity(path)}".encode():
+                    return path
+                there = is_right(path)
+            else:
+                there = False
+            if not there:
+                remove_parts(path)
                 try:
                     make(part)
-                    sha256 = file_sha256(part)
                     part.replace(path)
                 finally:
-                    part.unlink(missing_ok=True)  # while the lock is held: later it may be another process's
-                now = identity(path)
-            checksum.write_text(f"{sha256} {now}")
+                    part.unlink(missing_ok=True)
+            seen.write_text(f"{staging.job} {identity(path)}")
             time.sleep(0.02)  # a file system's clock ticks every few ms: a later write must find it further on
     except OSError as error:
         free = shutil.disk_usage(path.parent).free >> 20 if path.parent.exists() else 0
@@ -305,6 +405,14 @@ def once_per_node(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
+def remove_parts(path: Path) -> None:
+    """Removes what processes that are no more have left half made."""
+    for part in path.parent.glob(f"{path.name}.part-*"):
+        pid = re.search(r"\.part-(\d+)", part.name)
+        if not pid or not Path(f"/proc/{pid[1]}").exists():
+            part.unlink(missing_ok=True)
+
+
 def identity(path: Path) -> str:
     """What is another one after any write to a local file, and after a start of the machine: a crash loses writes."""
     boot, info = Path("/proc/sys/kernel/random/boot_id"), path.stat()
@@ -312,14 +420,59 @@ def identity(path: Path) -> str:
     return f"{start} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"
 
 
+def rows_sha256(batches: Iterable[pa.RecordBatch]) -> str:
+    """SHA-256 (hex) of rows in any number of batches with the columns bytes, path and label of STAGED."""
+    digests = {name: hashlib.sha256() for name in ("label", "length", "bytes", "path length", "path")}
+    for batch in batches:
+        digests["label"].update(np.ascontiguousarray(batch["label"].to_numpy(), "<i8"))
+        for name in ("bytes", "path"):
+            column = batch[name].cast(pa.large_binary())
+            _, offsets, data = column.buffers()
+            ends = np.frombuffer(offsets, np.int64, len(column) + 1, 8 * column.offset)
+            digests["length" if name == "bytes" else "path length"].update(np.ascontiguousarray(np.diff(ends), "<i8"))
+            digests[name].update(memoryview(data or b"")[ends[0] : ends[-1]])
+    return hashlib.sha256(b"".join(digest.digest() for digest in digests.values())).hexdigest()
+
+
+def has_rows(path: Path, files: list[dict[str, Any]]) -> bool:
+    """Whether the staged file holds just the rows that the manifest's files have."""
+    try:
+        staged = pa.ipc.open_file(pa.memory_map(str(path)))
+        if staged.schema != STAGED:
+            return False
+        batches = [staged.get_batch(i) for i in range(staged.num_record_batches)]
+        for batch in batches:
+            batch.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+    places = iter(batches)
+    for file in files:
+        mine: list[pa.RecordBatch] = []
+        while sum(map(len, mine)) < file["num_rows"]:
+            batch = next(places, None)
+            if batch is None:
+                return False
+            mine.append(batch)
+        if rows_sha256(mine) != file["rows_sha256"]:
+            return False
+    return next(places, None) is None
+
+
+def staged_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Batches of the Parquet files' columns, image and label, as STAGED has them."""
+    for batch in batches:
+        image = batch["image"]
+        columns = [image.field("bytes").cast(pa.large_binary()), image.field("path"), batch["label"]]
+        yield pa.record_batch(columns, schema=STAGED)
+
+
 def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
     """Parquet files -> one Arrow file of ROWS_PER_GROUP-row batches with columns bytes, path and label."""
-    schema = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
     data = Folder(uri)
     local = path.with_name(path.name + ".parquet")
     num_rows = 0
     try:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, STAGED) as writer:
             for file in manifest.splits[split]["files"]:
                 where = join_uri(uri, file["name"])
                 try:
@@ -331,14 +484,12 @@ def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
                 if sha256 != file["sha256"]:
                     raise UserError(f"{where} does not match the manifest's checksum; prepare the data set again")
                 try:
-                    for batch in pq.ParquetFile(local).iter_batches(ROWS_PER_GROUP):
+                    for batch in staged_batches(pq.ParquetFile(local).iter_batches(ROWS_PER_GROUP)):
                         labels = batch["label"].to_numpy()
                         if labels.min() < 0 or labels.max() >= manifest.num_classes:
                             most = manifest.num_classes - 1
                             raise UserError(f"{where} has labels outside 0 to {most}; prepare it again")
-                        image = batch["image"]
-                        columns = [image.field("bytes").cast(pa.large_binary()), image.field("path"), batch["label"]]
-                        writer.write_batch(pa.record_batch(columns, schema=schema))
+                        writer.write_batch(batch)
                         num_rows += len(labels)
                 except (pa.ArrowException, KeyError, AttributeError, TypeError) as error:
                     what = str(error).splitlines()[0]

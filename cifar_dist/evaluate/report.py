@@ -18,7 +18,7 @@ from cifar_dist.evaluate import plots
 from cifar_dist.evaluate.driver import Evaluation
 from cifar_dist.evaluate.scores import scores
 from cifar_dist.storage import Folder, absolute_uri, join_uri, to_json
-from cifar_dist.train.metrics import read_lines
+from cifar_dist.train.log import read_lines
 from cifar_dist.train.setup import weights_notice
 
 CIFAR10_COUNTS, CIFAR10_SIDE = {"train": 5000, "test": 1000}, 32  # images per class, pixels a side

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, to_json
+from cifar_dist.storage import Folder, join_uri, to_json
 
 CLAIM = re.compile(r"(\d{6,})-([0-9a-f]{8,})\.json")
 
@@ -55,8 +55,18 @@ class Attempts:
         if self.newest() != (number, self.driver):
             self.refuse()
 
+    def check_driver(self) -> None:
+        """Raises UserError if another driver owns the run now."""
+        if self.newest()[1] not in ("", self.driver):
+            self.refuse()
+
     def refuse(self) -> None:
         number, owner = self.newest()
+        if not owner:
+            raise UserError(
+                f"{join_uri(self.run.uri, 'attempts')} was removed while the run went on, so nothing says any more that "
+                "it may write there; nothing more is stored. Run the same command to go on from what is left"
+            )
         try:
             card = json.loads(self.run.read(f"attempts/{number:06d}-{owner}.json"))
             who = f"by process {card['pid']} on {card['host']} at {card['time']}"

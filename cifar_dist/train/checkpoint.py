@@ -1,13 +1,14 @@
 """What a checkpoint holds; write, verify, load, keep.
 
 A checkpoint is the folder RUN/checkpoints/epoch-EEEE-step-SSSSSS-attempt-AAAA: model.safetensors (average.safetensors
-beside it), ranks.safetensors (what each rank has of its own), optimizer.pt, metrics.jsonl (the run's lines up to
-here) and, written last, meta.json, which names the SHA-256 of the others. A folder without meta.json is no checkpoint.
+beside it), ranks.safetensors (what each rank has of its own), optimizer.pt and, written last, meta.json, which names
+the SHA-256 of the others, of itself, and of the run's log up to here. A folder without meta.json is no checkpoint.
 """
 
 import contextlib
 import errno
 import json
+import math
 import re
 import tempfile
 import warnings
@@ -17,21 +18,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, file_sha256, join_uri, sync, to_json
+from cifar_dist.storage import Folder, file_sha256, is_sealed, join_uri, seal, sync, to_json
 from cifar_dist.versions import MODEL_CHANGES, MODEL_VERSIONS, package_versions
 
 if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait for torch
     import torch
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-attempt-(\d{4,}))?")  # format 2 had no attempt
-LINES = "metrics.jsonl"
 USED = ("model", "manifest_sha256", "world_size", "config", "global_step")  # of meta.json, wherever it is read
-NEEDED = {"model.safetensors", "optimizer.pt", LINES}
+NEEDED = {"model.safetensors", "optimizer.pt"}
 
 
 class Damaged(UserError):
     """A checkpoint that cannot be read; the one before it may be."""
+
+
+class Mark(NamedTuple):
+    """A place in the run's log: its bytes so far and their SHA-256 (hex)."""
+
+    num_bytes: int
+    sha256: str
 
 
 class Cursor(NamedTuple):
@@ -61,21 +68,25 @@ class Checkpoint:
     def score(self) -> tuple[float, float]:
         """For `best`: validation accuracy, then the lower loss. Checkpoints inside an epoch have none."""
         metrics = self.meta["metrics"]
-        return (metrics["validation_accuracy"], -metrics["validation_loss"]) if metrics else (-1.0, 0.0)
+        if not metrics:
+            return -1.0, 0.0
+        accuracy, loss = metrics["validation_accuracy"], metrics["validation_loss"]
+        # What was not finite is stored as None, and worse than anything.
+        return (-math.inf if accuracy is None else accuracy, -math.inf if loss is None else -loss)
 
 
 @dataclass(frozen=True)
 class State:
     """What a checkpoint holds beside meta.json, on any device.
 
-    ranks: [world, n] each, by the name of the model that the rows belong to. lines: those of metrics.jsonl so far.
+    ranks: [world, n] each, by the name of the model that the rows belong to. log: the place in the run's log.
     """
 
     model: Mapping[str, "torch.Tensor"]
     average: Mapping[str, "torch.Tensor"] | None
     ranks: Mapping[str, "torch.Tensor"]
     optimizer: dict[str, Any]
-    lines: list[dict[str, Any]]
+    log: Mark | None = None
 
 
 def name_of(cursor: Cursor, attempt: int) -> str:
@@ -109,6 +120,9 @@ class Checkpoints:
                     continue
                 checkpoint = Checkpoint(name, meta)
                 _ = checkpoint.score, [meta[key] for key in USED]  # a KeyError here, not later
+                if not is_sealed(meta):
+                    damaged[name] = Damaged(f"{where}/meta.json does not match its own checksum; remove that folder")
+                    continue
                 if not meta["files"].keys() >= NEEDED or name != name_of(checkpoint.cursor, meta["attempt"]):
                     raise KeyError("files, epoch, step or attempt")
                 found.append(checkpoint)
@@ -176,8 +190,10 @@ class Checkpoints:
             "attempt": attempt,
             "packages": package_versions(),
             "files": hashes,
+            "log": state.log._asdict() if state.log else None,
             **meta,
         }
+        whole = json.loads(to_json(seal(whole)))  # as it will be read
         self.folder.write(f"{name}/meta.json", to_json(whole))
         return Checkpoint(name, whole)
 
@@ -255,8 +271,8 @@ class Checkpoints:
                         f"{file} of the checkpoint {where} was not written by this program; remove that folder"
                     ) from error
                 path.unlink()
-        fields = ("model", "average", "ranks", "optimizer")
-        return State(**{name: loaded[name] for name in fields}, lines=loaded["metrics"])
+        log = checkpoint.meta.get("log")
+        return State(**loaded, log=Mark(**log) if log else None)
 
 
 def write_files(state: State, folder: Path) -> dict[str, str]:
@@ -279,10 +295,10 @@ def write_files(state: State, folder: Path) -> dict[str, str]:
             torch.save(state.optimizer, file)
     except RuntimeError as error:  # torch's complaint that the file is not whole
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    (folder / LINES).write_text("".join(json.dumps(line) + "\n" for line in state.lines))
-    for name in [*names, "optimizer.pt", LINES]:
+    names.append("optimizer.pt")
+    for name in names:
         sync(folder / name)
-    return {name: file_sha256(folder / name) for name in [*names, "optimizer.pt", LINES]}
+    return {name: file_sha256(folder / name) for name in names}
 
 
 def read_state_file(path: Path) -> Any:
@@ -291,8 +307,6 @@ def read_state_file(path: Path) -> Any:
 
     if path.suffix == ".safetensors":
         return load_file(path)
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines()]
     with warnings.catch_warnings():  # of the pickle's protocol: what is not ours is refused in our own words
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)

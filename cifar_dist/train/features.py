@@ -17,6 +17,7 @@ from filelock import FileLock
 from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch, Loader, Plan
 from cifar_dist.data.order import Augment
+from cifar_dist.data.private import keep_own
 from cifar_dist.data.store import Manifest, staging_area
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import FrozenBase
@@ -37,8 +38,9 @@ class FeatureCache:
         self.row_bytes = side * side * base.num_features * base.dtype.itemsize
         num_rows = num_images * num_variants
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
+            lock = path.with_suffix(".lock")
+            keep_own(path, path.with_suffix(".crc32"), lock)
+            with FileLock(lock, mode=0o600):
                 for file, size in ((path, num_rows * self.row_bytes), (path.with_suffix(".crc32"), num_rows * 4)):
                     with open(file, "ab"):
                         os.truncate(file, size)

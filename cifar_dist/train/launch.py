@@ -1,8 +1,12 @@
 """Starts a run on Ray Train: preflight, scaling, failures, progress."""
 
 import contextlib
+import os
+import threading
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +20,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cifar_dist.data.store import use_decoded
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, open_uri, to_json
+from cifar_dist.storage import Folder, open_uri, seal, to_json
 from cifar_dist.train import preflight
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
 from cifar_dist.train.cluster import connect, count_resource, uses_gpu
-from cifar_dist.train.plan import Job, Plan
+from cifar_dist.train.plan import Job, Launch, Plan
 from cifar_dist.train.progress import Display, StartUp
 from cifar_dist.train.telemetry import Telemetry
 from cifar_dist.train.trainer import Trainer
 from cifar_dist.versions import git_commit
 
 NODE_SECONDS = 60.0  # for a node to answer preflight's questions
+STOP_SECONDS = 20.0  # for the workers to store a checkpoint at a signal; pods and Slurm give 30 s
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Progress:
     def __init__(self, run: str, model: str) -> None:
         self.events: list[dict[str, Any]] = []
         self.num_starts = 0
+        self.is_training = self.is_stopping = False
         self.telemetry = Telemetry(run, model)
 
     def measured(self, values: dict[str, Any]) -> None:
@@ -63,6 +69,18 @@ class Progress:
         """How often workers were started under this driver, this time included."""
         self.num_starts += 1
         return self.num_starts
+
+    def trains(self) -> None:
+        """Rank 0 says that there is something to store."""
+        self.is_training = True
+
+    def stop(self) -> bool:
+        """Asks the workers to store a checkpoint and to end; returns whether there is anything to store."""
+        self.is_stopping = True
+        return self.is_training
+
+    def asks_to_stop(self) -> bool:
+        return self.is_stopping
 
     def drain(self) -> list[dict[str, Any]]:
         events, self.events = self.events, []
@@ -121,8 +139,9 @@ def resources_per_worker(plan: Plan) -> dict[str, float]:
 def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
     """Preflight on every node that can hold a worker: here at once on a cluster of our own, else by a task on each."""
     launch, run, token = plan.launch, Folder(plan.launch.run_uri), uuid.uuid4().hex
-    run.create(preflight.FOLDER)
-    run.write(f"{preflight.FOLDER}/token", token.encode())
+    mine = f"{preflight.FOLDER}/{token}"  # another start of the run may be looking too
+    run.create(mine)
+    run.write(f"{mine}/token", token.encode())
     needs = ("CPU", "GPU") if use_gpu else ("CPU",)
     nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and all(n["Resources"].get(name) for name in needs)]
     where = launch.run_uri, plan.data_uri, launch.staging_folder, token
@@ -145,11 +164,11 @@ def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
                     f"a node of the cluster does not answer preflight's questions: {silent[0].text}; with --workers "
                     "MIN:MAX the run begins without it"
                 )
-        written = run.names(preflight.FOLDER)
+        written = run.names(mine)
     finally:
-        run.delete(preflight.FOLDER)
-        if not run.names():
-            run.delete("")
+        run.delete(mine)
+        run.delete_empty(preflight.FOLDER)
+        run.delete_empty("")
     data = plan.config.data
     decoded = use_decoded(
         plan.manifest.image_shape("train"), plan.manifest.num_rows("train"), data.cache, data.cache_budget_mib
@@ -187,10 +206,7 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
     run = Folder(launch.run_uri)
     driver = uuid.uuid4().hex[:8]
     attempt = Attempts(run, driver).claim(takeover=True)
-    for name in run.names():
-        if name.endswith(".tmp"):
-            run.delete(name)  # of a driver that was killed while it wrote
-    run.write("config.json", to_json(plan.card))
+    run.write("config.json", to_json(seal(plan.card)))
     run.delete("ray")  # Ray Train's own bookkeeping: our checkpoints do not need it, and a damaged one blocks a resume
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     progress = Progress.options(scheduling_strategy=here).remote(launch.name, config.model.model)  # type: ignore[attr-defined]
@@ -212,6 +228,9 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
     if launch.min_workers:
         look_for_nodes()
     use_gpu = "GPU" in resources
+    limit = str(launch.collective_timeout_seconds)
+    # Ray's own waits of the ranks for each other, and of its controller for an answer of a rank.
+    os.environ |= {"RAY_TRAIN_COLLECTIVE_TIMEOUT_S": limit, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": limit}
     filesystem, path = open_uri(launch.run_uri)
     trainer = Trainer(
         train_function,
@@ -256,24 +275,63 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
 
     try:
         with Display(drain, config.loop.epochs, why_quiet):
-            trainer.fit()
+            fit(trainer, lambda: ray.get(progress.stop.remote(), timeout=STOP_SECONDS))
     except (TrainingFailedError, ray.exceptions.RayError) as error:
-        cause = getattr(error, "controller_failure", None)
-        if isinstance(cause, UserError):
-            raise UserError(str(cause)) from error
-        raise UserError(
-            f"the workers of run {launch.name} failed more than {launch.max_failures} times: {first_cause(error)}; "
-            "what was stored is kept, run the same command to go on"
-        ) from error
+        Attempts(run, driver).check_driver()  # where another start has taken over, that is the reason
+        raise UserError(why_failed(error, launch)) from error
     return finished(plan)
 
 
+def fit(trainer: Trainer, stop: Callable[[], bool]) -> None:
+    """trainer.fit() in a thread, so that signals reach this one at once, and not Ray Train's own handler.
+
+    At a signal `stop` asks the workers for a checkpoint, for which they get STOP_SECONDS.
+    """
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            trainer.fit()
+            outcome.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    except KeyboardInterrupt:
+        with contextlib.suppress(ray.exceptions.RayError):
+            if stop():
+                print("stopping: a checkpoint is being stored; a second signal ends at once", flush=True)
+                thread.join(STOP_SECONDS)
+        raise
+    outcome.result()
+
+
+def why_failed(error: Exception, launch: Launch) -> str:
+    """The sentence for a run that Ray Train has given up."""
+    cause, kept = getattr(error, "controller_failure", None), "what was stored is kept, run the same command to go on"
+    if isinstance(cause, UserError):
+        return str(cause)
+    name, reason = launch.name, first_cause(cause or error)
+    if isinstance(error, ray.exceptions.RayActorError):
+        return f"Ray Train's controller of run {name} died, on the node of this job: {reason}; {kept}"
+    if getattr(error, "worker_failures", None):
+        memory = "OutOfMemory" in str(error) or "memory pressure" in str(error)
+        advice = "; the machine is out of memory: use fewer --workers or a smaller --global-batch-size" * memory
+        return f"the workers of run {name} failed more than {launch.max_failures} times: {reason}{advice}; {kept}"
+    return f"Ray could not go on with run {name}: {reason}; is the cluster alive? {kept[0].upper()}{kept[1:]}"
+
+
 def first_cause(error: Exception) -> str:
-    """The last line of what the first failed worker said."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    rank, cause = min(failures.items())
+    """The last line of what the first failed worker said, or of the error itself."""
+    failures = getattr(error, "worker_failures", None)
+    rank, cause = min(failures.items()) if failures else (None, error)
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"rank {rank}: {lines[-1] if lines else type(cause).__name__}"
+    text = lines[-1] if lines else type(cause).__name__
+    return text if rank is None else f"rank {rank}: {text}"
 
 
 def finished(plan: Plan) -> RunResult:

@@ -113,14 +113,15 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     DistributedDataParallel averages over ranks, so each rank scales its summed loss by world / global size: the
     result is exact for uneven parts too.
     """
-    num_chunks = min(state.config.loop.accumulation_steps, len(batch.labels))
+    most = max(1, len(batch.labels) // order.LEAST_PER_RANK)  # a small last step is split less
+    num_chunks = min(state.config.loop.accumulation_steps, most)
     chunks = list(
         zip(state.features(batch).tensor_split(num_chunks), batch.labels.tensor_split(num_chunks), strict=True)
     )
     counted = batch.num_counted > 0
     totals = torch.zeros(3, dtype=torch.float64, device=state.device)
     if state.communication:
-        state.communication.num_rows = -(-batch.global_size // state.world)
+        state.communication.num_rows = -(-batch.global_size // order.num_rank_parts(batch.global_size, state.world))
     for i, (inputs, labels) in enumerate(chunks):
         last = i == num_chunks - 1
         ddp = state.wrapped if isinstance(state.wrapped, DistributedDataParallel) else None

@@ -1,78 +1,37 @@
-"""A run's record: metrics.jsonl and TensorBoard events, rewritten whole; each checkpoint holds its lines so far."""
+"""What a run's figures mean: warnings, and what bounds its speed."""
 
-import json
 import math
-import tempfile
-import time
-from pathlib import Path
-from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from cifar_dist.data import order
 
-from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, join_uri
-
-FLUSH_SECONDS = 10.0
+GOOD_PER_MICRO_BATCH = 8  # images
 BOUND_SHARE = 0.1  # of the time, from which on waiting is worth mending
 
 
-class RunLog:
-    """Lines of a run that goes on at `global_step` after `lines`, those of the checkpoint that it resumes from.
-
-    Each line is a JSON object with `kind` (step, epoch, warning or samples), `epoch`, `global_step` and what was
-    measured.
-    """
-
-    def __init__(self, run_uri: str, global_step: int, lines: list[dict[str, Any]], retry_seconds: float = 0.0) -> None:
-        self.run = Folder(run_uri, retry_seconds)
-        self.lines = list(lines)
-        self._events = tempfile.TemporaryDirectory(prefix="cifar_dist-events-")
-        # Not SummaryWriter: it writes from a thread, and its flush does not wait for that.
-        self._writer = EventsWriter(f"{self._events.name}/events", f".{global_step}")
-        self._writer.write_event(Event(step=global_step + 1, session_log=SessionLog(status=SessionLog.START)))
-        self._taken = time.monotonic()
-
-    def add(self, kind: str, epoch: int, global_step: int, **values: Any) -> None:
-        self.lines.append({"kind": kind, "epoch": epoch, "global_step": global_step, **values})
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                summary = scalar(f"{kind}/{name}", value)
-                self._writer.write_event(Event(wall_time=time.time(), step=global_step, summary=summary))
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the lines were last taken FLUSH_SECONDS ago."""
-        return time.monotonic() - self._taken > FLUSH_SECONDS
-
-    def take(self) -> list[dict[str, Any]]:
-        """The lines so far, to be stored or put into a checkpoint, in any thread."""
-        self._writer.flush()
-        self._taken = time.monotonic()
-        return list(self.lines)
-
-    def store(self, lines: list[dict[str, Any]]) -> None:
-        """Writes what was taken, and the events."""
-        self.run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.run.create("tensorboard")
-        for file in Path(self._events.name).iterdir():
-            self.run.upload(file, f"tensorboard/{file.name}")
-
-    def close(self) -> None:
-        """Removes the local copy of the events."""
-        self._writer.close()
-        self._events.cleanup()
+def batch_warning(num_images: int, global_batch_size: int, world: int, accumulation_steps: int) -> str | None:
+    """What to say of steps in which BatchNorm has too few images to tell their mean and variance."""
+    fewest = order.fewest_per_micro_batch(min(global_batch_size, num_images), world, accumulation_steps)
+    if fewest < GOOD_PER_MICRO_BATCH:
+        return (
+            f"each worker has only {fewest} images at a time, and BatchNorm takes their mean and variance for those of "
+            f"all; from {GOOD_PER_MICRO_BATCH} on they are fair: raise --global-batch-size, or lower --workers or "
+            "--accumulation-steps"
+        )
+    if num_images % global_batch_size == 1:
+        return (
+            "the last step of each epoch has a single image, from which nothing is learned: BatchNorm over a single "
+            "value makes every gradient behind it 0; change --global-batch-size or --train-images by one"
+        )
+    return None
 
 
-def read_lines(run: Folder) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if there is no such file. Raises UserError for a damaged one."""
-    try:
-        return [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise UserError(f"{join_uri(run.uri, 'metrics.jsonl')} is damaged ({error}); mend or remove it") from error
+def length_warning(old_epochs: int, epochs: int, step: int, old_rate: float, rate: float) -> str:
+    """What to say where a schedule is stretched or cut short in the middle of a run."""
+    return (
+        f"--epochs was {old_epochs} and is {epochs} now, so the schedule of the learning rate has another length: at "
+        f"step {step} the rate jumps from {old_rate:.3g} to {rate:.3g}. To have it run down once only, train anew "
+        "under another --name; --schedule constant has no such jump"
+    )
 
 
 def chance_warning(accuracy: float, num_seen: int, num_classes: int) -> str | None:
@@ -93,6 +52,18 @@ def validation_lags(train: float, validation: float, num_classes: int) -> bool:
     better, and validation has less than a third of what training has gained over chance."""
     chance = 1 / num_classes
     return train > min(2 * chance, (1 + chance) / 2) and validation - chance < (train - chance) / 3
+
+
+def average_warning(train: float, validation: float, plain: float, decay: float) -> str | None:
+    """What to say if validation lags because the average of the weights does: `plain` is the accuracy of the weights
+    themselves."""
+    if plain - validation <= (train - validation) / 3:
+        return None
+    return (
+        f"validation accuracy is {validation:.1%} by the average of the weights, while training accuracy is {train:.1%}. "
+        f"The weights themselves reach {plain:.1%}: the average lags behind them (--ema-decay {decay:g} looks back "
+        f"{1 / (1 - decay):.0f} steps), the network itself is sound. A lower --ema-decay, or more steps, mend it"
+    )
 
 
 def validation_warning(train: float, validation: float, recalibrated: float, num_classes: int, momentum: float) -> str:

@@ -39,17 +39,25 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     """The optimizers over the parameters that take a gradient; frozen ones get no state."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
-        nesterov = config.momentum > 0
-        decay: dict[str, Any] = {"momentum": config.momentum, "weight_decay": config.weight_decay}
-        return [torch.optim.SGD(parameters, config.learning_rate, nesterov=nesterov, fused=True, **decay)]
+        groups, nesterov = decayed(parameters, config), config.momentum > 0
+        return [torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)]
     adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
-    adam["weight_decay"] = config.weight_decay
     if config.optimizer == "adam":
-        return [torch.optim.Adam(parameters, config.learning_rate, **adam)]
+        return [torch.optim.Adam(decayed(parameters, config), config.learning_rate, **adam)]
     kernels = [p for p in parameters if config.optimizer == "muon" and p.ndim == 4]
     others = [p for p in parameters if not any(p is kernel for kernel in kernels)]
-    adamw = torch.optim.AdamW(others, config.learning_rate, **adam)
+    adamw = torch.optim.AdamW(decayed(others, config), config.learning_rate, **adam)
     return [Muon(kernels, config), adamw] if kernels else [adamw]
+
+
+def decayed(parameters: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameter groups with their weight decay: biases and BatchNorm's scales, which have one dimension, have none
+    where the configuration says so."""
+    if config.decay_bias_and_norm:
+        return [{"params": parameters, "weight_decay": config.weight_decay}]
+    kernels = [p for p in parameters if p.ndim > 1]
+    others = [p for p in parameters if p.ndim <= 1]
+    return [{"params": kernels, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def schedule_factor(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -84,7 +92,17 @@ def set_step(optimizers: list[torch.optim.Optimizer], config: OptimConfig, step:
 
 
 def average_of(model: nn.Module, config: OptimConfig) -> AveragedModel | None:
-    """The exponential moving average of weights and buffers, or None if `ema_decay` is 0."""
+    """The exponential moving average of weights and buffers, or None if `ema_decay` is 0.
+
+    It warms up: after n steps the decay is at most (1 + n) / (10 + n), as in timm's and TensorFlow's, or a short run
+    would be judged by its random start.
+    """
     if not config.ema_decay:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+
+    def update(averages: Any, values: Any, num_averaged: Any) -> None:
+        n = int(average.n_averaged)  # on the CPU: what is given here may lie on a GPU, for which nothing shall wait
+        get_ema_multi_avg_fn(min(config.ema_decay, (1 + n) / (10 + n)))(averages, values, num_averaged)
+
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    return average

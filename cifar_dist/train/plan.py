@@ -17,7 +17,7 @@ from cifar_dist.data import order
 from cifar_dist.data.store import Manifest, read_manifest, use_decoded
 from cifar_dist.deck import choices
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, absolute_uri, join_uri
+from cifar_dist.storage import Folder, absolute_uri, is_sealed, join_uri
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoints
 from cifar_dist.train.progress import StartUp
@@ -151,6 +151,13 @@ def check_data(config: Config, launch: Launch, manifest: Manifest) -> None:
             f"--train-images is {config.data.train_images}, the data set has {num_train} train images, of which "
             f"{validation} are held out for validation"
         )
+    size, micro_batches = min(batch, config.data.train_images or rest), config.loop.accumulation_steps
+    if order.fewest_per_micro_batch(size, launch.num_workers, micro_batches) < order.LEAST_PER_RANK:
+        raise UserError(
+            f"a batch of {size} images on {launch.num_workers} workers in {micro_batches} accumulation steps leaves a "
+            "worker with one image at a time: BatchNorm over a single value makes every gradient behind it exactly 0, so "
+            "nothing is learned; raise --global-batch-size, or lower --workers or --accumulation-steps"
+        )
     use_decoded(manifest.image_shape("train"), num_train, config.data.cache, config.data.cache_budget_mib)
 
 
@@ -159,6 +166,8 @@ def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None
     try:
         try:
             stored = json.loads(Folder(launch.run_uri).read("config.json"))
+            if not is_sealed(stored):
+                raise ValueError("it does not match its own checksum")
         except FileNotFoundError:
             latest = Checkpoints(launch.run_uri).latest()
             if latest is None:
@@ -166,9 +175,14 @@ def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None
             stored = latest.meta  # it says the same
         old_data, weights = stored["manifest_sha256"], stored.get("weights") or {}
         old_start, old_sha = weights.get("uri", "random weights"), weights.get("sha256")
-        old_values = {name: value for section in stored["config"].values() for name, value in section.items()}
+        # A setting that an earlier version did not have was at its default.
+        default = {name: value for section in Config().to_dict().values() for name, value in section.items()}
+        old_values = default | {n: value for section in stored["config"].values() for n, value in section.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{launch.run_uri}/config.json is damaged ({error!r}); use another --name") from error
+        raise UserError(
+            f"{launch.run_uri}/config.json is damaged ({error}); use another --name, or remove that file: the run's checkpoints say the "
+            "same"
+        ) from error
     if old_data != card["manifest_sha256"]:
         raise UserError(f"the run {launch.name} was started on another data set; use another --name")
     if old_sha != (card["weights"] or {}).get("sha256"):

@@ -3,17 +3,17 @@
 `look` runs on each node and only gathers; `judge` compares. Neither imports torch or Ray, which take seconds to load.
 """
 
-import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.data.store import Manifest, default_staging_folder, read_manifest
+from cifar_dist.data.store import Manifest, read_manifest, staging_root
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder
 from cifar_dist.versions import package_versions
@@ -48,16 +48,15 @@ def look(node: str, run_uri: str, data_uri: str, staging_folder: str | None, tok
     def storage() -> str:
         run = Folder(run_uri)
         try:
-            run.write(f"{FOLDER}/{node}", token.encode())
-            same = run.read(f"{FOLDER}/token") == token.encode()
+            run.write(f"{FOLDER}/{token}/{node}", token.encode())
+            same = run.read(f"{FOLDER}/{token}/token") == token.encode()
         except FileNotFoundError:
             same = False
         return token if same else f"fault: it does not see what the driver has written to {run_uri}; is it shared?"
 
     manifest_sha256 = tried(lambda: read_manifest(data_uri).sha256)
-    folder = Path(staging_folder or default_staging_folder())
-    with contextlib.suppress(OSError):  # said by is_writable
-        folder.mkdir(parents=True, exist_ok=True)
+    staging = tried(lambda: str(staging_root(staging_folder)))
+    folder = Path(staging_folder or tempfile.gettempdir()) if staging.startswith("fault:") else Path(staging)
     there = next(f for f in (folder, *folder.parents) if os.access(f, os.F_OK))
     shm = Path("/dev/shm")
     return {
@@ -68,7 +67,7 @@ def look(node: str, run_uri: str, data_uri: str, staging_folder: str | None, tok
         "storage": tried(storage),
         "staging_folder": str(folder),
         "is_staged": os.access(folder / manifest_sha256[:16] / "train.arrow", os.F_OK),
-        "is_writable": os.access(folder, os.W_OK),
+        "staging": staging,
         "disk_free_bytes": shutil.disk_usage(there).free,
         "shm_free_bytes": shutil.disk_usage(shm).free if shm.exists() else 0,
         "gpus": tried(gpus),
@@ -128,7 +127,7 @@ def judge(
             if enough
             else f"{folder} has {free // MIB} MiB free, staging needs {need // MIB + 1} MiB; set --staging-folder"
         )
-        locked = "" if facts["is_writable"] else f"{folder} cannot be written; set --staging-folder"
+        locked = facts["staging"].removeprefix("fault: ") if facts["staging"].startswith("fault: ") else ""
         add("disk", f"{free // MIB} MiB free in {folder}, {need // MIB} MiB needed", locked or lacks)
         shm = facts["shm_free_bytes"]
         small = f"/dev/shm has {shm // MIB} MiB free; mount a larger one (docker run --shm-size=1g)"

@@ -9,8 +9,8 @@ import torch
 
 from cifar_dist.storage import Folder
 from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoints, Cursor, State
-from cifar_dist.train.metrics import RunLog
+from cifar_dist.train.checkpoint import Checkpoints, Cursor, Mark, State
+from cifar_dist.train.log import RunLog, Taken
 
 
 def copied(tree: Any, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -35,12 +35,12 @@ class Saver:
         attempt: int,
         device: torch.device,
         global_step: int,
-        lines: list[dict[str, Any]],
+        mark: Mark | None,
         num_kept: int,
         retry_seconds: float,
     ) -> None:
         self.attempt, self.num_kept = attempt, num_kept
-        self.log = RunLog(run_uri, global_step, lines, retry_seconds)
+        self.log = RunLog(run_uri, global_step, mark, retry_seconds)
         self.checkpoints = Checkpoints(run_uri, retry_seconds)
         self.attempts = Attempts(Folder(run_uri, retry_seconds), driver)
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -66,12 +66,13 @@ class Saver:
         """
         start = time.perf_counter()
         self.wait()
-        copy = State(**copied(vars(state), torch.clone))
+        taken = self.log.take()
+        copy = State(**copied(vars(state), torch.clone) | {"log": taken.mark})
         ready = None
         if self.side_stream:
             ready = torch.cuda.Event()
             ready.record()
-        self._last = self._pool.submit(self._store, cursor, copy, meta, ready)
+        self._last = self._pool.submit(self._store, cursor, copy, taken, meta, ready)
         self.saved_at = time.monotonic()
         self.stall_seconds += time.perf_counter() - start
 
@@ -81,20 +82,22 @@ class Saver:
             self.wait()
             self._last = self._pool.submit(self._store_log, self.log.take())
 
-    def _store(self, cursor: Cursor, state: State, meta: dict[str, Any], ready: torch.cuda.Event | None) -> None:
+    def _store(
+        self, cursor: Cursor, state: State, taken: Taken, meta: dict[str, Any], ready: torch.cuda.Event | None
+    ) -> None:
         """The run's lines, the checkpoint, and away with the old ones."""
         if ready:  # to the host beside the training, once the copy is made
             with torch.cuda.stream(self.side_stream):
                 ready.wait()
                 state = State(**copied(vars(state), torch.Tensor.cpu))
-        self._store_log(state.lines)
+        self._store_log(taken)
         self.checkpoints.write(cursor, self.attempt, state, meta, self._fence)
         self._fence()
         self.checkpoints.keep(self.num_kept, self.attempt)
 
-    def _store_log(self, lines: list[dict[str, Any]]) -> None:
+    def _store_log(self, taken: Taken) -> None:
         self._fence()
-        self.log.store(lines)
+        self.log.store(taken)
 
     def _fence(self) -> None:
         self.attempts.check(self.attempt)

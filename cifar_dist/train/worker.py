@@ -24,7 +24,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import Head, split_frozen
 from cifar_dist.storage import Folder
 from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
+from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, Mark, State
 from cifar_dist.train.communication import parallel
 from cifar_dist.train.features import Features, open_cache
 from cifar_dist.train.loop import (
@@ -39,8 +39,16 @@ from cifar_dist.train.loop import (
     train_epoch,
     validate,
 )
-from cifar_dist.train.metrics import bottleneck_verdict, chance_warning, validation_lags, validation_warning
-from cifar_dist.train.optim import average_of, make_optimizers
+from cifar_dist.train.metrics import (
+    average_warning,
+    batch_warning,
+    bottleneck_verdict,
+    chance_warning,
+    length_warning,
+    validation_lags,
+    validation_warning,
+)
+from cifar_dist.train.optim import average_of, make_optimizers, schedule_factor
 from cifar_dist.train.plan import Job
 from cifar_dist.train.precision import Precision
 from cifar_dist.train.progress import StartUp
@@ -152,7 +160,7 @@ class Worker:
             raise UserError(
                 f"the workers do not see the same checkpoints in {job.run_uri}; is the storage shared by all nodes?"
             )
-        lines: list[dict[str, Any]] = []
+        mark: Mark | None = None
         if found:
             common = min(ages)[1]
             if found[0].name != common:
@@ -162,7 +170,7 @@ class Worker:
             made = found[0].meta["precision"]
             if made != self.state.precision.name:
                 self._say(f"WARNING: {common} was trained in {made}, this goes on in {self.state.precision.name}")
-            lines = found[1].lines
+            mark = found[1].log
             self._say(f"continuing from {common} (attempt {attempt})")
         elif load_start_weights(job.config, self.state.model) != job.weights:
             raise UserError(f"{job.config.model.weights} is not the same file on every worker; is it shared?")
@@ -170,7 +178,11 @@ class Worker:
         if self.rank == 0:
             job.progress.measured.remote({"recoveries": attempt - 1, "num_workers": self.world})
             num_kept, place = job.config.checkpoint.keep_checkpoints, (self.state.device, self.state.global_step)
-            self.saver = Saver(job.run_uri, job.driver, attempt, *place, lines, num_kept, self.retry_seconds)
+            self.saver = Saver(job.run_uri, job.driver, attempt, *place, mark, num_kept, self.retry_seconds)
+            if self.saver.log.lost:
+                self._warn("log_lost", self.saver.log.lost)
+            if found:
+                self._warn_of_length(found[0].meta)
 
     def _note_checkpoint(self, _name: str, fault: str) -> None:
         if fault:
@@ -200,6 +212,17 @@ class Worker:
         state.cursor = checkpoint.cursor
         if self.rank == 0:  # the others start from zero: only the sum over ranks is ever used
             state.totals += torch.tensor(meta["totals"], dtype=torch.float64, device=state.device)
+
+    def _warn_of_length(self, meta: dict[str, Any]) -> None:
+        """Where --epochs has changed since the checkpoint, and with it the rate at this step."""
+        state, config = self.state, self.job.config
+        old, new = meta["config"]["loop"]["epochs"], config.loop.epochs
+        # The first step behind a run's end has the rate of its last one.
+        num_old, step = old * state.steps_per_epoch, min(state.global_step, old * state.steps_per_epoch - 1)
+        before = schedule_factor(config.optim, step, num_old) * config.optim.learning_rate
+        after = schedule_factor(config.optim, step, new * state.steps_per_epoch) * config.optim.learning_rate
+        if old != new and before != after:
+            self._warn(f"schedule_of_{new}_epochs", length_warning(old, new, state.global_step, before, after))
 
     def _models(self) -> dict[str, torch.nn.Module]:
         average = {"average": self.state.average.module} if self.state.average is not None else {}
@@ -252,6 +275,9 @@ class Worker:
         )
         if notice := weights_notice(config, self.job.weights):
             self._say(f"WARNING: {notice}")
+        batch, micro_batches = config.loop.global_batch_size, config.loop.accumulation_steps
+        if message := batch_warning(len(self.train_ids), batch, self.world, micro_batches):
+            self._warn("few_images_at_a_time", message)
         if config.data.synthetic_data:
             self._say("WARNING: --synthetic-data: training images are random, nothing is learned")
         if self.profiler:
@@ -321,6 +347,9 @@ class Worker:
             "validation_seconds": round(time.perf_counter() - start, 3),
             **rates,
         }
+        if not math.isfinite(validation_loss):
+            text = f"the validation loss after epoch {state.cursor.epoch + 1} is not finite: it is stored as null"
+            self._warn("validation_not_finite", f"{text}, and this checkpoint is never the best; try --precision fp32")
         self._check_train_chance(correct / seen, int(seen))
         self._check_validation(evaluated, correct / seen, num_correct / num_validation)
         epoch, global_step = state.cursor.epoch, state.global_step
@@ -470,8 +499,7 @@ class Worker:
             "num_threads_per_worker": self.num_threads,
             "git_commit": job.git_commit,
         }
-        lines = self.saver.log.take()
-        self.saver.save(state.cursor, State(models["model"], models.get("average"), ranks, optimizer, lines), meta)
+        self.saver.save(state.cursor, State(models["model"], models.get("average"), ranks, optimizer), meta)
 
     def _check_train_chance(self, accuracy: float, num_seen: int) -> None:
         """Warns of a training accuracy that is still at chance after `chance_warning_steps`."""
@@ -487,6 +515,12 @@ class Worker:
         if self.diagnosed or not after or not validation_lags(train, validation, num_classes):
             return
         self.diagnosed = True
+        if model is not self.state.model:  # the average of the weights
+            _, num_correct, num_seen = self._validate(self.state.model)
+            plain, decay = num_correct / num_seen, self.job.config.optim.ema_decay
+            if message := average_warning(train, validation, plain, decay):
+                self._warn("average_lags", message, plain_accuracy=plain)
+                return
         kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._recalibrate(model, DIAGNOSIS_BATCHES)
         _, num_correct, num_seen = self._validate(model)
@@ -502,7 +536,7 @@ class Worker:
         if self.saver and kind not in self.warned:
             self.warned.add(kind)
             self._say(f"WARNING: {message}")
-            if not any(line.get("warning") == kind for line in self.saver.log.lines):
+            if kind not in self.saver.log.warnings:
                 place = self.state.cursor.epoch, self.state.global_step
                 self.saver.log.add("warning", *place, warning=kind, message=message, **values)
 

@@ -155,10 +155,14 @@ def test_rank_parts_tile_each_global_step(n: int, batch: int, world: int):
     for step in range(order.num_steps(n, batch)):
         parts = [order.rank_part(step, n, batch, rank, world) for rank in range(world)]
         size = min(batch, n - step * batch)
-        assert {part[2] for part in parts} == {size}
-        lengths = [stop - start for start, stop, _ in parts]
+        assert {part.size for part in parts} == {size}
+        lengths = [part.stop - part.start for part in parts]
         assert max(lengths) - min(lengths) <= 1
-        positions = [p for start, stop, _ in parts for p in range(start, stop)]
+        assert min(lengths) >= min(size, 2)  # one image alone has no variance
+        counted = [part for part in parts if part.counts]
+        assert len(counted) == min(world, max(1, size // 2))
+        assert all(part[:2] in [other[:2] for other in counted] for part in parts)
+        positions = [p for part in counted for p in range(part.start, part.stop)]
         assert positions == list(range(step * batch, step * batch + size))
         covered += positions
     assert covered == list(range(n))

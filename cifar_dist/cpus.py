@@ -1,0 +1,53 @@
+"""How many CPUs this process may use: less than the machine has in a container with a limit, or where it is bound."""
+
+import os
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def num_cpus() -> int:
+    """CPUs that the process may run on, and that its control group's quota pays for; 1 or more."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_cpus()
+    return max(1, bound if quota is None else min(bound, int(quota)))
+
+
+def cgroup_cpus(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> float | None:
+    """The least quota in CPUs of the process's control group and those above it, None without one; versions 1 and 2.
+
+    In a container the group's path may be that of the host, of which only the lower end is mounted: the way up from
+    there ends at the mount, which is then the container's own group.
+    """
+    found = []
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "cpu" if controllers else root
+        group = mount / path.strip("/")
+        while True:
+            if (quota := quota_of(group)) is not None:
+                found.append(quota)
+            if group == mount:
+                break
+            group = group.parent
+    return min(found, default=None)
+
+
+def quota_of(group: Path) -> float | None:
+    """A control group's own quota in CPUs, None if it has none."""
+    try:
+        if (group / "cpu.max").exists():  # version 2: "max 100000" or "150000 100000"
+            quota, period = (group / "cpu.max").read_text().split()
+        else:
+            quota, period = (
+                (group / name).read_text().strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            )
+        return float(quota) / float(period) if quota not in ("max", "-1") else None
+    except (OSError, ValueError, ZeroDivisionError):
+        return None

@@ -1,0 +1,35 @@
+"""SIGTERM and Ctrl-C: the first one ends the job in good order, a second one ends it at once."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+received = 0  # the signal that asked this process to end, 0 before
+
+
+def listen() -> None:
+    """Has both signals raise KeyboardInterrupt in the main thread. To be called again after ray.init(), which puts
+    handlers of its own in their place; another thread has none to put."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, _handle)
+
+
+def _handle(number: int, _frame: FrameType | None) -> None:
+    global received  # noqa: PLW0603 - a signal is the process's own
+    if received:
+        os._exit(128 + number)  # what is left of a local cluster is ended by its guardian (train/cluster.py)
+    received = number
+    raise KeyboardInterrupt
+
+
+def exit_code() -> int:
+    """As a shell says it: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (received or signal.SIGINT)
+
+
+def sentence() -> str:
+    name = " by SIGTERM" if received == signal.SIGTERM else ""
+    return f"interrupted{name}; run the same command to go on from what is stored"
