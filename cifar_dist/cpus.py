@@ -45,9 +45,7 @@ def quota_of(group: Path) -> float | None:
         if (group / "cpu.max").exists():  # version 2: "max 100000" or "150000 100000"
             quota, period = (group / "cpu.max").read_text().split()
         else:
-            quota, period = (
-                (group / name).read_text().strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            )
+            quota, period = ((group / name).read_text().strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
         return float(quota) / float(period) if quota not in ("max", "-1") else None
     except (OSError, ValueError, ZeroDivisionError):
         return None

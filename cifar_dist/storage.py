@@ -64,8 +64,8 @@ def absolute_uri(uri: str) -> str:
 
 
 def output_uri(uri: str, option: str) -> str:
-    """absolute_uri, for what is written. Raises UserError for a path in the folder that Ray unpacks a submitted job into:
-    Ray deletes it, and makes another one for any change of the code."""
+    """absolute_uri, for what is written. Raises UserError for a path in the folder that Ray unpacks a submitted job
+    into: Ray deletes it, and makes another one for any change of the code."""
     found = absolute_uri(uri)
     if "://" not in found and RAY_UPLOADS in os.path.realpath(found):
         raise UserError(

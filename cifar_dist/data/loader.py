@@ -145,7 +145,7 @@ class Loader:
         digest = hashlib.sha256()
         with open(path, "wb") as file:
             for pixels in self._decode(np.arange(len(self.staged)), num_threads):
-                digest.update(pixels)
+                digest.update(pixels.data)
                 pixels.tofile(file)
             file.write(digest.digest())
 
@@ -164,7 +164,9 @@ class Loader:
         chunks = np.array_split(ids, -(-len(ids) // DECODE_BATCH))
         done = iter(chunks)
         try:
-            for pixels in decode(([self.staged.encoded(i) for i in chunk] for chunk in chunks), DECODE_BATCH, num_threads):
+            for pixels in decode(
+                ([self.staged.encoded(i) for i in chunk] for chunk in chunks), DECODE_BATCH, num_threads
+            ):
                 next(done)
                 yield pixels
         except RuntimeError as error:

@@ -89,7 +89,9 @@ def one_at_a_time(
                 said = True
                 say(f"waiting for {holder}, which works on {path}")
             if at - since > limit_seconds:
-                say(f"WARNING: {holder} has not gone on with {path} for {at - since:.0f} s: this process does it itself")
+                say(
+                    f"WARNING: {holder} has not gone on with {path} for {at - since:.0f} s: this process does it itself"
+                )
                 break
     try:
         if lock.is_locked:

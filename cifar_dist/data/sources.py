@@ -166,8 +166,8 @@ def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) ->
         for entry in visible(folder) if folder.is_dir() else []:
             if entry.name not in read and (entry.suffix.lower() in DATA_SUFFIXES or (read and entry.is_dir())):
                 raise UserError(
-                    f"{entry} would not be read: --source folder reads PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE; "
-                    "rename it to test, or move it away"
+                    f"{entry} would not be read: --source folder reads PATH/train/CLASS/IMAGE and "
+                    "PATH/test/CLASS/IMAGE; rename it to test, or move it away"
                 )
     class_names = [p.name for p in visible(root / "train") if p.is_dir()]
     need_two_classes(str(root / "train"), class_names)

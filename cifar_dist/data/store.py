@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from cifar_dist.data.private import keep_own, one_at_a_time, private_folder, user_folder
 from cifar_dist.data.sources import Row, Source
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, file_sha256, is_sealed, join_uri, seal, to_json
+from cifar_dist.storage import Folder, is_sealed, join_uri, seal, to_json
 
 FORMAT_VERSION = 2
 ROWS_PER_FILE = 10_000
@@ -235,7 +235,10 @@ def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: li
         content = buffer.getvalue().to_pybytes()
         name = f"{split}-{len(files):05d}.parquet"
         folder.write(f"{PREPARING}/{name}", content)
-        digests = {"sha256": hashlib.sha256(content).hexdigest(), "rows_sha256": rows_sha256(staged_batches(table.to_batches()))}
+        digests = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "rows_sha256": rows_sha256(staged_batches(table.to_batches())),
+        }
         files.append({"name": name, "num_rows": len(chunk), "num_bytes": len(content), **digests})
         per_class += np.bincount([row.label for row in chunk], minlength=len(class_names))
         encodings |= {row.encoding for row in chunk}
@@ -361,10 +364,7 @@ def stage(
 
 
 def once_per_node(
-    path: Path,
-    make: Callable[[Path], object],
-    is_right: Callable[[Path], bool],
-    staging: Staging | None = None,
+    path: Path, make: Callable[[Path], object], is_right: Callable[[Path], bool], staging: Staging | None = None
 ) -> Path:
     """Lets one process per node make a file in a private folder; `make` gets a name of its own, renamed when it is
     whole. What is there already is used if `is_right` says so.
@@ -424,12 +424,14 @@ def rows_sha256(batches: Iterable[pa.RecordBatch]) -> str:
     """SHA-256 (hex) of rows in any number of batches with the columns bytes, path and label of STAGED."""
     digests = {name: hashlib.sha256() for name in ("label", "length", "bytes", "path length", "path")}
     for batch in batches:
-        digests["label"].update(np.ascontiguousarray(batch["label"].to_numpy(), "<i8"))
+        digests["label"].update(np.ascontiguousarray(batch["label"].to_numpy(), "<i8").data)
         for name in ("bytes", "path"):
             column = batch[name].cast(pa.large_binary())
             _, offsets, data = column.buffers()
             ends = np.frombuffer(offsets, np.int64, len(column) + 1, 8 * column.offset)
-            digests["length" if name == "bytes" else "path length"].update(np.ascontiguousarray(np.diff(ends), "<i8"))
+            digests["length" if name == "bytes" else "path length"].update(
+                np.ascontiguousarray(np.diff(ends), "<i8").data
+            )
             digests[name].update(memoryview(data or b"")[ends[0] : ends[-1]])
     return hashlib.sha256(b"".join(digest.digest() for digest in digests.values())).hexdigest()
 

@@ -64,8 +64,8 @@ class Attempts:
         number, owner = self.newest()
         if not owner:
             raise UserError(
-                f"{join_uri(self.run.uri, 'attempts')} was removed while the run went on, so nothing says any more that "
-                "it may write there; nothing more is stored. Run the same command to go on from what is left"
+                f"{join_uri(self.run.uri, 'attempts')} was removed while the run went on, so nothing says any more "
+                "that it may write there; nothing more is stored. Run the same command to go on from what is left"
             )
         try:
             card = json.loads(self.run.read(f"attempts/{number:06d}-{owner}.json"))

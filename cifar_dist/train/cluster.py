@@ -102,8 +102,8 @@ def start(num_workers: int) -> None:
 
 @contextmanager
 def no_sigterm() -> Iterator[None]:
-    """Processes that are started in here never get SIGTERM: where all processes of a job get it at once, as from systemd
-    or Slurm, the workers store a checkpoint first, and end with the driver."""
+    """Processes that are started in here never get SIGTERM: where all processes of a job get it at once, as from
+    systemd or Slurm, the workers store a checkpoint first, and end with the driver."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -126,7 +126,7 @@ def start_guardian(mark: str) -> None:
 
 
 def temporary_folder() -> str | None:
-    """Where Ray keeps its files: None for its own choice, or a folder whose sockets have a path that is short enough."""
+    """Where Ray keeps its files: None for its own choice, or a folder whose sockets have paths that are short enough."""
     chosen = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(f"{chosen}/ray{SOCKET}") <= LONGEST_SOCKET and os.access(chosen, os.W_OK):
         return None
@@ -136,8 +136,8 @@ def temporary_folder() -> str | None:
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             return folder
     raise UserError(
-        f"Ray's sockets need a folder with a short path: {chosen} has {len(chosen)} characters or cannot be written; set "
-        f"RAY_TMPDIR to one of at most {LONGEST_SOCKET - len('/ray' + SOCKET)}"
+        f"Ray's sockets need a folder with a short path: {chosen} has {len(chosen)} characters or cannot be written; "
+        f"set RAY_TMPDIR to one of at most {LONGEST_SOCKET - len('/ray' + SOCKET)}"
     )
 
 
@@ -155,7 +155,9 @@ def join(address: str) -> None:
         )
     match = re.fullmatch(r"([^:/\s]+|\[.+\]):(\d{1,5})", address)
     if not match and address != "auto":
-        raise UserError(f"{address!r} is no address of a Ray cluster; --address and RAY_ADDRESS are HOST:PORT, or unset")
+        raise UserError(
+            f"{address!r} is no address of a Ray cluster; --address and RAY_ADDRESS are HOST:PORT, or unset"
+        )
     if match:
         try:
             socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_SECONDS).close()

@@ -293,7 +293,7 @@ def fit(trainer: Trainer, stop: Callable[[], bool]) -> None:
         try:
             trainer.fit()
             outcome.set_result(None)
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+        except BaseException as error:
             outcome.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)

@@ -109,7 +109,9 @@ class RunLog:
         fault = ""
         if mark and (len(kept) < mark.num_bytes or hashlib.sha256(kept).hexdigest() != mark.sha256):
             aside = f"{LOG}.damaged-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-            fault = f"{join_uri(self.run.uri, LOG)} is not the log that the checkpoint was written with; a new one begins"
+            fault = (
+                f"{join_uri(self.run.uri, LOG)} is not the log that the checkpoint was written with; a new one begins"
+            )
             if content:
                 self.run.write(aside, content)
                 fault += f", and what was there is in {aside}"

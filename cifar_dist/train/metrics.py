@@ -60,8 +60,8 @@ def average_warning(train: float, validation: float, plain: float, decay: float)
     if plain - validation <= (train - validation) / 3:
         return None
     return (
-        f"validation accuracy is {validation:.1%} by the average of the weights, while training accuracy is {train:.1%}. "
-        f"The weights themselves reach {plain:.1%}: the average lags behind them (--ema-decay {decay:g} looks back "
+        f"validation accuracy is {validation:.1%} by the average of the weights, while training accuracy is "
+        f"{train:.1%}. The weights themselves reach {plain:.1%}: the average lags behind them (--ema-decay {decay:g} looks back "
         f"{1 / (1 - decay):.0f} steps), the network itself is sound. A lower --ema-decay, or more steps, mend it"
     )
 

@@ -155,8 +155,8 @@ def check_data(config: Config, launch: Launch, manifest: Manifest) -> None:
     if order.fewest_per_micro_batch(size, launch.num_workers, micro_batches) < order.LEAST_PER_RANK:
         raise UserError(
             f"a batch of {size} images on {launch.num_workers} workers in {micro_batches} accumulation steps leaves a "
-            "worker with one image at a time: BatchNorm over a single value makes every gradient behind it exactly 0, so "
-            "nothing is learned; raise --global-batch-size, or lower --workers or --accumulation-steps"
+            "worker with one image at a time: BatchNorm over a single value makes every gradient behind it exactly 0, "
+            "so nothing is learned; raise --global-batch-size, or lower --workers or --accumulation-steps"
         )
     use_decoded(manifest.image_shape("train"), num_train, config.data.cache, config.data.cache_budget_mib)
 
@@ -180,8 +180,8 @@ def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None
         old_values = default | {n: value for section in stored["config"].values() for n, value in section.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{launch.run_uri}/config.json is damaged ({error}); use another --name, or remove that file: the run's checkpoints say the "
-            "same"
+            f"{launch.run_uri}/config.json is damaged ({error}); use another --name, or remove that file: "
+            "the run's checkpoints say the same"
         ) from error
     if old_data != card["manifest_sha256"]:
         raise UserError(f"the run {launch.name} was started on another data set; use another --name")
