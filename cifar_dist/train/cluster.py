@@ -71,13 +71,12 @@ def start(num_workers: int) -> None:
     start_guardian(mark)
     os.environ |= {
         # A password of its own, which Ray would else keep in the home folder; there may be none to write to.
-        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,
         MARK: mark,
     }
-    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_REDIS_ADDRESS"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_REDIS_ADDRESS"):
         os.environ.pop(name, None)
     # Ray's processes take seconds to start, torch takes one to import, and both are needed next.
     torch_import = threading.Thread(target=importlib.import_module, args=("torch",))
@@ -126,7 +125,7 @@ def start_guardian(mark: str) -> None:
 
 
 def temporary_folder() -> str | None:
-    """Where Ray keeps its files: None for its own choice, or a folder whose sockets have paths that are short enough."""
+    """Where Ray keeps its files: None for its own choice, or a folder whose sockets have short paths."""
     chosen = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(f"{chosen}/ray{SOCKET}") <= LONGEST_SOCKET and os.access(chosen, os.W_OK):
         return None

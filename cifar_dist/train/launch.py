@@ -224,6 +224,7 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
         plan.weights,
         start_up,
         launch.profile,
+        launch.collective_timeout_seconds,
     )
     if launch.min_workers:
         look_for_nodes()

@@ -61,8 +61,9 @@ def average_warning(train: float, validation: float, plain: float, decay: float)
         return None
     return (
         f"validation accuracy is {validation:.1%} by the average of the weights, while training accuracy is "
-        f"{train:.1%}. The weights themselves reach {plain:.1%}: the average lags behind them (--ema-decay {decay:g} looks back "
-        f"{1 / (1 - decay):.0f} steps), the network itself is sound. A lower --ema-decay, or more steps, mend it"
+        f"{train:.1%}. The weights themselves reach {plain:.1%}: the average lags behind them (--ema-decay {decay:g} "
+        f"looks back {1 / (1 - decay):.0f} steps), the network itself is sound. A lower --ema-decay, or "
+        "more steps, mend it"
     )
 
 

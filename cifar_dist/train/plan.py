@@ -96,6 +96,7 @@ class Job:
     weights: dict[str, Any] | None
     start_up: StartUp
     profile: bool = False
+    limit_seconds: float = 120.0  # of every wait of a rank for another
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:

@@ -7,7 +7,14 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+
+def a_node_is_leaving() -> bool:
+    """Whether Ray has told this worker that the node of some worker is about to be taken away. ray.train's own
+    get_preemption_info asks all workers each time, and waits for one that hangs."""
+    return get_internal_train_context().preemption_context.preemption_info is not None
 
 
 class FixedScaling(FixedScalingPolicy):

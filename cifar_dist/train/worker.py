@@ -1,8 +1,8 @@
 """What runs inside each Ray Train worker: set up, resume, train epoch by epoch, validate, checkpoint."""
 
+import contextlib
 import gzip
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch.nn.utils import get_total_norm
 
+from cifar_dist.cpus import num_cpus
 from cifar_dist.data import order
 from cifar_dist.data.loader import Batch, Loader, eval_plans, train_plans
-from cifar_dist.data.store import read_manifest
+from cifar_dist.data.store import Staging, read_manifest
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import Head, split_frozen
 from cifar_dist.storage import Folder
@@ -52,6 +52,7 @@ from cifar_dist.train.optim import average_of, make_optimizers, schedule_factor
 from cifar_dist.train.plan import Job
 from cifar_dist.train.precision import Precision
 from cifar_dist.train.progress import StartUp
+from cifar_dist.train.readiness import Readiness
 from cifar_dist.train.saver import Saver
 from cifar_dist.train.setup import (
     augmentation,
@@ -62,12 +63,17 @@ from cifar_dist.train.setup import (
     split_ids,
     weights_notice,
 )
+from cifar_dist.train.trainer import a_node_is_leaving
 
 EVAL_BATCH = 100
 DIAGNOSIS_BATCHES = 20  # of training images, when validation lags behind training
 AGREE_SECONDS = 2.0  # between the points where all ranks agree whether a checkpoint is due; one costs some milliseconds
 PROFILE_STEPS = 5, 2, 5  # left out, to warm up, recorded
 NOTICE_SECONDS = 10.0  # between checkpoints while a node is about to be taken away
+
+
+class Stop(Exception):
+    """Training ends here, because the job was asked to."""
 
 
 def train_worker(job: Job) -> None:
@@ -79,10 +85,13 @@ def train_worker(job: Job) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL's object collectives use the current device
-    worker = Worker(job, device)
-    # Staging may take some ranks minutes: Ray's barrier has no time limit, the first torch collective has.
-    ray.train.collective.barrier()
-    worker.resume()
+    readiness = Readiness(job.limit_seconds)
+    with readiness.together():  # staging may take some ranks minutes
+        worker = Worker(job, device)
+        found = worker.newest()
+    worker.resume(found)
+    with readiness.together():
+        worker.open_source()
     worker.run()
 
 
@@ -93,11 +102,11 @@ class Worker:
     start_up: StartUp | None = None  # on rank 0, in the first attempt
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        self.job, config = job, job.config
+        self.job, self.attempt, config = job, job.attempt, job.config
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         # On a laptop there may be more workers than cores.
-        cores = (os.cpu_count() or 1) // context.get_local_world_size()
+        cores = num_cpus() // context.get_local_world_size()
         self.num_threads = max(1, min(job.num_cpus_per_worker, cores))
         torch.set_num_threads(self.num_threads)
         torch.use_deterministic_algorithms(config.loop.deterministic)
@@ -109,7 +118,9 @@ class Worker:
         threads = config.data.dali_threads or self.num_threads
         cache = config.data.cache, config.data.cache_budget_mib, job.staging_folder
         synthetic = config.data.synthetic_data
-        self.loader = Loader(job.data_uri, self.manifest, "train", spec, device, threads, batch_size, *cache, synthetic)
+        self.staging = Staging(job.driver, job.progress.say.remote, job.limit_seconds)
+        loaded = self.manifest, "train", spec, device, threads, batch_size, *cache, synthetic, self.staging
+        self.loader = Loader(job.data_uri, *loaded)
         self.source: Loader | Features = self.loader
         self.train_ids, self.validation_ids = split_ids(config, self.loader.staged.labels)
         model = build_model(config, self.manifest.num_classes, spec, device)
@@ -129,26 +140,29 @@ class Worker:
         self.retry_seconds = config.checkpoint.storage_retry_seconds
         self.checkpoints = Checkpoints(job.run_uri, self.retry_seconds)
         self.saver: Saver | None = None  # on rank 0
-        self.diagnosed, self.noticed, self.warned = False, False, set[str]()
+        self.diagnosed, self.noticed, self.stops, self.warned = False, False, False, set[str]()
         self.steps_to_agree, self.agreed_steps = 1, 1
         self.agreed_at = self.started_at = time.monotonic()
         self.waits = {"seconds": 0.0, "data_wait_seconds": 0.0, "communication_seconds": 0.0}
         self.profiler = self._make_profiler() if job.profile and self.rank == 0 else None
         self.logged_stall_seconds = 0.0
 
-    def resume(self) -> None:
-        """Goes on from the newest checkpoint that every rank can read, or from the start weights."""
+    def newest(self) -> tuple[Checkpoint, State] | None:
+        """The newest checkpoint that this rank can read. Rank 0 claims the run first."""
         job = self.job
-        attempt = job.attempt
         if self.rank == 0:
             attempts = Attempts(Folder(job.run_uri, self.retry_seconds), job.driver)
-            if ray.get(job.progress.started.remote()) > 1:  # Ray Train has started the workers again
-                attempt = attempts.claim(takeover=False)
+            if ray.get(job.progress.started.remote(), timeout=job.limit_seconds) > 1:  # they were started again
+                self.attempt = attempts.claim(takeover=False)
             else:
                 self.start_up = job.start_up
-            attempts.check(attempt)
+            attempts.check(self.attempt)
+        return self.checkpoints.load_newest(expected_of(job.config, self.manifest), self._note_checkpoint)
+
+    def resume(self, found: tuple[Checkpoint, State] | None) -> None:
+        """Goes on from the newest checkpoint that every rank can read, or from the start weights."""
+        job, attempt = self.job, self.attempt
         expect = expected_of(job.config, self.manifest)
-        found = self.checkpoints.load_newest(expect, self._note_checkpoint)
         ages: list[Any] = [None] * self.world
         dist.all_gather_object(ages, ((found[0].age, found[0].name) if found else None, self.state.precision.name))
         ages, precisions = (list(values) for values in zip(*ages, strict=True))
@@ -174,7 +188,6 @@ class Worker:
             self._say(f"continuing from {common} (attempt {attempt})")
         elif load_start_weights(job.config, self.state.model) != job.weights:
             raise UserError(f"{job.config.model.weights} is not the same file on every worker; is it shared?")
-        self._split_frozen()
         if self.rank == 0:
             job.progress.measured.remote({"recoveries": attempt - 1, "num_workers": self.world})
             num_kept, place = job.config.checkpoint.keep_checkpoints, (self.state.device, self.state.global_step)
@@ -228,7 +241,7 @@ class Worker:
         average = {"average": self.state.average.module} if self.state.average is not None else {}
         return {"model": self.state.model, **average}
 
-    def _split_frozen(self) -> None:
+    def open_source(self) -> None:
         """Where the base is frozen, its features (now that it has its weights) are what is trained on."""
         state, config = self.state, self.job.config
         base, self.head = split_frozen(state.model, state.precision.dtype)
@@ -239,7 +252,8 @@ class Worker:
         cache, data = None, config.data
         if data.features == "cached":
             counts = len(self.train_ids), len(self.validation_ids)
-            cache = open_cache(config, self.manifest, base, len(self.loader.staged), counts, self.job.staging_folder)
+            stored = len(self.loader.staged), counts, self.job.staging_folder
+            cache = open_cache(config, self.manifest, base, *stored)
             self._say(cache.notice)
         self.source = state.features = Features(self.loader, base, cache)
 
@@ -282,10 +296,17 @@ class Worker:
             self._say("WARNING: --synthetic-data: training images are random, nothing is learned")
         if self.profiler:
             self.profiler.start()
-        while state.cursor.epoch < config.loop.epochs:
-            batches = self._train_batches(state.cursor)
-            clock = train_epoch(state, self._recorded(batches), self._after_step)
-            self._end_epoch(clock)
+        if self.saver:
+            self.job.progress.trains.remote()
+        with contextlib.suppress(Stop):
+            while state.cursor.epoch < config.loop.epochs and not self.stops:
+                batches = self._train_batches(state.cursor)
+                clock = train_epoch(state, self._recorded(batches), self._after_step)
+                self._end_epoch(clock)
+        self._close()
+
+    def _close(self) -> None:
+        """Has all stored. Raises UserError, which ends the run, where it was asked to stop."""
         if self.saver:
             stall, seconds = self.saver.stall_seconds, time.monotonic() - self.started_at
             self.saver.close()
@@ -296,6 +317,8 @@ class Worker:
             self.profiler.stop()
             if not self.profiled:
                 self._say(f"WARNING: --profile wrote nothing: the run had fewer than {sum(PROFILE_STEPS)} steps")
+        if self.stops and self.saver:  # the others just end: an error of theirs would cut this rank off
+            raise UserError("the run was asked to stop")
 
     def _make_profiler(self) -> torch.profiler.profile:
         """Of a few steps, once they run evenly; the trace goes into the run's folder."""
@@ -362,7 +385,6 @@ class Worker:
             self.saver.log.add("epoch", epoch, global_step, **metrics)
             self._send({"epoch_done": epoch, **metrics})
         self._write_checkpoint(metrics)
-        ray.train.report({"epoch": epoch, **metrics})
 
     def _recalibrate(self, model: torch.nn.Module, num_batches: int) -> None:
         batches = self._train_batches(Cursor(self.state.cursor.epoch, 0))
@@ -427,29 +449,40 @@ class Worker:
             self._on_log(clock)
         self.steps_to_agree -= 1
         due = self.steps_to_agree <= 0 and self._agree()
-        if (due or (every and state.global_step % every == 0)) and state.cursor.step < state.steps_per_epoch:
+        is_inside = state.cursor.step < state.steps_per_epoch
+        if is_inside and (due or self.stops or (every and state.global_step % every == 0)):
             self._write_checkpoint()
+        if is_inside and self.stops:
+            raise Stop
         if self.saver:
             self.saver.flush_if_due()
 
     def _agree(self) -> bool:
         """Whether a checkpoint is due by the clock of rank 0, or because a node is about to be taken away.
 
-        All ranks come here after the same step, and agree after how many steps they come again.
+        All ranks come here after the same step, and agree after how many steps they come again and whether they stop.
         """
         now, config = time.monotonic(), self.job.config.checkpoint
         seconds_per_step = max((now - self.agreed_at) / self.agreed_steps, 1e-6)
-        notice, plan = ray.train.get_preemption_info(), None
+        agreed = torch.zeros(3, dtype=torch.int64, device=self.state.device)
         if self.saver:
-            waited = now - self.saver.saved_at
-            first, self.noticed = bool(notice) and not self.noticed, bool(notice)
+            waited, is_leaving = now - self.saver.saved_at, a_node_is_leaving()
+            first, self.noticed = is_leaving and not self.noticed, is_leaving
             due = waited >= config.checkpoint_every_seconds > 0 or (self.noticed and waited >= NOTICE_SECONDS)
             if first:
                 self._say("a node is about to be taken away: storing a checkpoint")
-            plan = first or due, max(1, min(round(AGREE_SECONDS / seconds_per_step), 1000))
-        due, self.agreed_steps = ray.train.collective.broadcast_from_rank_zero(plan)
-        self.steps_to_agree, self.agreed_at = self.agreed_steps, time.monotonic()
-        return due
+            num_steps = max(1, min(round(AGREE_SECONDS / seconds_per_step), 1000))
+            agreed = torch.tensor([first or due, num_steps, self._is_asked_to_stop()], device=self.state.device)
+        if self.world > 1:
+            dist.broadcast(agreed, 0)
+        due, self.agreed_steps, stops = agreed.tolist()
+        self.steps_to_agree, self.agreed_at, self.stops = self.agreed_steps, time.monotonic(), bool(stops)
+        return bool(due)
+
+    def _is_asked_to_stop(self) -> bool:
+        with contextlib.suppress(ray.exceptions.RayError):  # a driver that is gone asks for nothing
+            return ray.get(self.job.progress.asks_to_stop.remote(), timeout=AGREE_SECONDS)
+        return False
 
     def _recorded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; with --record-samples, ids and flips of each global batch go into metrics.jsonl."""
