@@ -90,7 +90,10 @@ class RunLog:
         content, self.lost = self._restored(mark)
         self._digest, self._num_bytes, self._lines = hashlib.sha256(content), len(content), b""
         self.warnings = {json.loads(line)["warning"] for line in content.splitlines() if WARNING in line}
+        parts = [name for name in self.run.names() if PART.fullmatch(name)]
         self._log = Appended(self.run, part_name, content)
+        for name in parts:  # all that is kept of them is in the first file now
+            self.run.delete(name)
         self._temporary = tempfile.TemporaryDirectory(prefix="cifar_dist-events-")
         # Not SummaryWriter: it writes from a thread, and its flush does not wait for that.
         self._writer = EventsWriter(f"{self._temporary.name}/events", f".{global_step}")
@@ -116,9 +119,6 @@ class RunLog:
                 self.run.write(aside, content)
                 fault += f", and what was there is in {aside}"
             kept = b""
-        for name in self.run.names():
-            if PART.fullmatch(name):
-                self.run.delete(name)
         return kept, fault
 
     def add(self, kind: str, epoch: int, global_step: int, **values: Any) -> None:
@@ -167,12 +167,14 @@ def part_name(offset: int) -> str:
 
 def read_log(run: Folder) -> bytes:
     """The whole log, empty if there is none."""
-    content = b""
-    for name in [LOG, *(name for name in run.names() if PART.fullmatch(name))]:
-        try:
-            content += run.read(name)
-        except FileNotFoundError:
-            break
+    try:
+        content = run.read(LOG)
+    except FileNotFoundError:
+        return b""
+    for name in run.names():
+        match = PART.fullmatch(name)
+        if match and int(match[1]) <= len(content):  # else a resume that was cut off has left it
+            content = content[: int(match[1])] + run.read(name)
     return content
 
 
