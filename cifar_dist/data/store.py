@@ -30,6 +30,9 @@ ROWS_PER_GROUP = 1_000  # also the rows of one Arrow batch: staging holds one in
 PREPARING = ".cifar_dist-preparing"
 REPLACED = "_manifest.json.replaced"  # in PREPARING, the manifest of the data set that is being replaced
 DATA_FILE = re.compile(r"(train|validation|test)-\d{5}\.parquet")
+UNFINISHED = re.compile(
+    DATA_FILE.pattern.join(("(", r"|_manifest\.json(\.replaced)?)(\.[0-9a-f]{8}\.tmp)?"))
+)  # in PREPARING
 MANIFEST = "_manifest.json"  # Arrow and Spark, reading a whole folder, skip names that begin with _
 OLD_MANIFEST = "manifest.json"
 STAGED = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
@@ -179,7 +182,7 @@ def clear_unfinished(folder: Folder) -> None:
     Raises UserError where PREPARING holds what prepare does not write.
     """
     inside = folder.names(PREPARING)
-    if strange := [n for n in inside if not DATA_FILE.match(n) and not n.startswith(MANIFEST)]:
+    if strange := [n for n in inside if not UNFINISHED.fullmatch(n)]:
         raise UserError(
             f"{join_uri(folder.uri, PREPARING, strange[0])} is in the way: this program did not write it; remove it, "
             "or use another --out"

@@ -1,6 +1,7 @@
 """Preflight: what a node has and sees, what is wrong with it, and the table of it all."""
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,8 +23,8 @@ CHECKS = ["versions", "storage", "data set", "disk", "/dev/shm"]
 def run_uri(tmp_path) -> str:
     """A run's folder as the driver leaves it for the nodes to look at."""
     folder = Folder(str(tmp_path / "run"))
-    folder.create(FOLDER)
-    folder.write(f"{FOLDER}/token", TOKEN.encode())
+    folder.create(f"{FOLDER}/{TOKEN}")
+    folder.write(f"{FOLDER}/{TOKEN}/token", TOKEN.encode())
     return folder.uri
 
 
@@ -61,11 +62,12 @@ def only(found: dict[str, Finding], check: str, status: str) -> str:
 def test_node_writes_its_name_and_reads_the_token(run_uri, shapes_uri, staging_folder):
     seen = look(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)
     assert (seen["node"], seen["storage"]) == (NODE, TOKEN)
-    assert Folder(run_uri).names(FOLDER) == [NODE, "token"]
+    assert Folder(run_uri).names(f"{FOLDER}/{TOKEN}") == [NODE, "token"]
     assert seen["manifest_sha256"] == store.read_manifest(shapes_uri).sha256
     assert seen["packages"] == package_versions()
     assert {"python", "torch", "ray"} <= set(seen["packages"])
-    assert (seen["staging_folder"], seen["is_staged"], seen["is_writable"]) == (str(staging_folder), False, True)
+    own = str(staging_folder / f"cifar_dist-staged-{os.geteuid()}")
+    assert (seen["staging_folder"], seen["staging"], seen["is_staged"]) == (own, own, False)
     assert seen["disk_free_bytes"] > 0
     assert seen["name"]
 
@@ -84,7 +86,7 @@ def test_node_that_has_staged_the_data_says_so(run_uri, shapes_uri, staging_fold
 
 def test_storage_of_its_own_is_a_fault(shapes_uri, staging_folder, tmp_path):
     """The folder is there on the node's own disk too, the driver's token is not."""
-    Folder(str(tmp_path / "own")).create(FOLDER)
+    Folder(str(tmp_path / "own")).create(f"{FOLDER}/{TOKEN}")
     seen = look(NODE, str(tmp_path / "own"), shapes_uri, str(staging_folder), TOKEN)
     assert seen["storage"].startswith("fault: it does not see what the driver has written to")
 
@@ -104,17 +106,26 @@ def test_data_that_the_node_does_not_see_is_a_fault(run_uri, staging_folder, tmp
     assert not seen["is_staged"]
 
 
-def test_staging_folder_that_cannot_be_made_is_not_writable(run_uri, shapes_uri, tmp_path):
+def test_staging_folder_that_cannot_be_made_is_a_fault(run_uri, shapes_uri, tmp_path):
     (tmp_path / "file").write_text("no folder")
     seen = look(NODE, run_uri, shapes_uri, str(tmp_path / "file" / "staged" / "here"), TOKEN)
-    assert (seen["is_writable"], seen["is_staged"]) == (False, False)
+    assert seen["staging"].startswith("fault: cannot make the folder")
+    assert not seen["is_staged"]
     assert seen["disk_free_bytes"] > 0
 
 
-def test_staging_folder_that_cannot_even_be_looked_for_is_not_writable(run_uri, shapes_uri, tmp_path):
+def test_staging_folder_that_cannot_even_be_looked_for_is_a_fault(run_uri, shapes_uri, tmp_path):
     """As one inside another user's folder cannot."""
     seen = look(NODE, run_uri, shapes_uri, str(tmp_path / ("long" * 100)), TOKEN)
-    assert (seen["is_writable"], seen["is_staged"]) == (False, False)
+    assert seen["staging"].startswith("fault: cannot make the folder")
+    assert not seen["is_staged"]
+
+
+def test_somebody_else_s_staging_folder_is_a_fault_that_is_said(run_uri, shapes_uri, tmp_path, judged):
+    (tmp_path / f"cifar_dist-staged-{os.geteuid()}").symlink_to(tmp_path)
+    seen = look(NODE, run_uri, shapes_uri, str(tmp_path), TOKEN)
+    text = only(judged(staging=seen["staging"]), "disk", "failed")
+    assert "is no folder but a link or file, so what lies there may be forged and is not used" in text
 
 
 def test_staging_folder_by_default_is_the_stores_own(run_uri, shapes_uri, tmp_path, monkeypatch):
@@ -205,8 +216,8 @@ def test_storage_where_the_node_does_not_see_the_driver_fails(judged):
 def test_storage_that_holds_another_driver_s_token_is_a_fault(shapes_uri, staging_folder, tmp_path):
     """Left behind on a disk of the node's own, or of a second start of the run at the same time."""
     own = Folder(str(tmp_path / "own"))
-    own.create(FOLDER)
-    own.write(f"{FOLDER}/token", b"0123456789abcdef")
+    own.create(f"{FOLDER}/{TOKEN}")
+    own.write(f"{FOLDER}/{TOKEN}/token", b"0123456789abcdef")
     seen = look(NODE, own.uri, shapes_uri, str(staging_folder), TOKEN)
     assert seen["storage"].startswith("fault: it does not see what the driver has written to")
 
@@ -249,10 +260,11 @@ def test_staging_takes_all_files_one_more_of_them_and_the_pixels(shapes_uri, sta
     assert sum(file.stat().st_size for file in staging_folder.rglob("*") if file.is_file()) < 2 * num_bytes
 
 
-def test_staging_folder_that_cannot_be_written_fails_even_with_room(judged, facts):
-    text = only(judged(is_writable=False), "disk", "failed")
-    assert text == f"{facts['staging_folder']} cannot be written; set --staging-folder"
-    assert only(judged(is_writable=False, disk_free_bytes=0), "disk", "failed") == text
+def test_staging_folder_that_cannot_be_made_fails_even_with_room(judged):
+    fault = "cannot make the folder /data for staged data; set --staging-folder"
+    text = only(judged(staging=f"fault: {fault}"), "disk", "failed")
+    assert text == fault
+    assert only(judged(staging=f"fault: {fault}", disk_free_bytes=0), "disk", "failed") == text
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from cifar_dist.data import store
+from cifar_dist.data.store import PREPARING
 from cifar_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -213,7 +214,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path):
     with in_a_terminal("--source", "shapes", "--num-train", "30000", "--out", out) as (job, shown):
         # Not before images flow: Python may lose the signal while it imports.
         assert any(re.search(rb" [1-9]\d*/30000", content) for content in shown)
-        assert (out / ".preparing").exists()
+        assert (out / PREPARING).exists()
         job.send_signal(signal.SIGINT)
         *_, content = shown
         assert job.wait() == 130

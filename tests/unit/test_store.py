@@ -24,7 +24,7 @@ from PIL import Image
 
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
-from cifar_dist.storage import to_json
+from cifar_dist.storage import seal, to_json
 
 
 def files_of(folder: str | Path) -> dict[str, bytes]:
@@ -223,13 +223,13 @@ def test_a_file_holds_so_many_rows_and_bytes():
 # The manifest
 
 
-def change_manifest(folder: str, change: Callable[[dict[str, Any]], object], seal: bool = False) -> None:
-    """Edits _manifest.json; `seal` makes its own checksum right again."""
+def change_manifest(folder: str, change: Callable[[dict[str, Any]], object], sealed: bool = False) -> None:
+    """Edits _manifest.json; `sealed` makes its own checksum right again."""
     path = Path(folder) / "_manifest.json"
     values = json.loads(path.read_bytes())
     change(values)
-    if seal:
-        values["sha256"] = store.Manifest(**values).digest()
+    if sealed:
+        values = seal(values)
     path.write_bytes(to_json(values))
 
 
@@ -239,7 +239,7 @@ def test_a_folder_without_a_manifest_is_no_data_set(data: str):
         store.read_manifest(data)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"format_version": 1}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"format_version": 2}', b"\xff\xfe\x00"])
 def test_a_damaged_manifest_is_refused(data: str, content: bytes):
     (Path(data) / "_manifest.json").write_bytes(content)
     with pytest.raises(UserError, match=r"manifest\.json is damaged .*prepare the data set again") as caught:
@@ -247,10 +247,10 @@ def test_a_damaged_manifest_is_refused(data: str, content: bytes):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1"])
+@pytest.mark.parametrize("version", [0, 1, 3, "2"])
 def test_another_format_version_is_refused(data: str, version: Any):
     change_manifest(data, lambda values: values.update(format_version=version))
-    with pytest.raises(UserError, match=f"has format version {version}, this program reads 1"):
+    with pytest.raises(UserError, match=f"has format version {version}, this program reads 2"):
         store.read_manifest(data)
 
 
@@ -302,7 +302,7 @@ def test_the_staged_split_equals_the_source(shapes_uri: str, staging_folder: Pat
     assert same_images(store.stage(shapes_uri, "train", staging_folder), train_rows)
     assert len(store.stage(shapes_uri, "test", staging_folder)) == 100
     left = {path.suffix for path in staging_folder.rglob("*") if path.is_file()}
-    assert left == {".arrow", ".sha256", ".lock"}  # no temporary file stays
+    assert left == {".arrow", ".sha256", ".lock", ".holder"}  # no temporary file stays
 
 
 def test_images_are_zero_copy_views_of_the_mapped_file(shapes_uri: str, staging_folder: Path):
@@ -356,38 +356,62 @@ def test_a_damaged_staged_file_is_made_again(
     assert path.read_bytes() == whole
 
 
-def bytes_read() -> int:
-    """By this process so far."""
-    return int(Path("/proc/self/io").read_text().split()[1])
+def files_checked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are held against the manifest from now on."""
+    checked, has_rows = [], store.has_rows
+
+    def noted(path: Path, files: list[dict[str, Any]]) -> bool:
+        checked.append(path)
+        return has_rows(path, files)
+
+    monkeypatch.setattr(store, "has_rows", noted)
+    return checked
 
 
-def test_a_staged_file_is_read_through_once_and_again_after_a_restart_or_a_change(tmp_path: Path):
-    path, content = tmp_path / "file", os.urandom(4 << 20)
+def test_a_staged_file_is_checked_once_in_a_job_and_again_after_a_restart_or_a_change(
+    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], monkeypatch: pytest.MonkeyPatch
+):
+    checked = files_checked(monkeypatch)
 
-    def num_read() -> int:
-        before = bytes_read()
-        store.once_per_node(path, lambda part: part.write_bytes(content))
-        return bytes_read() - before
+    def num_checks(job: str) -> int:
+        """In a process of the job that stages and reads."""
+        checked.clear()
+        assert same_images(store.stage(shapes_uri, "train", staging_folder, staging=store.Staging(job=job)), train_rows)
+        return len(checked)
 
     def change_in_place() -> None:
         """One bit, with the file's size, inode and time of change as they were."""
         times = path.stat()
         with open(path, "r+b") as file:
-            file.write(bytes([content[0] ^ 1]))
+            file.seek(5000)
+            bit = file.read(1)[0] ^ 1
+            file.seek(5000)
+            file.write(bytes([bit]))
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
-    num_read()
-    assert num_read() < 1 << 20
-    checksum = path.with_name("file.sha256")
-    whole = checksum.read_text()
-    sha256, boot, rest = whole.split(" ", 2)
-    checksum.write_text(f"{sha256} {boot[::-1]} {rest}")  # as if the machine had been started anew
-    assert num_read() > 4 << 20
-    assert checksum.read_text() == whole
-    assert num_read() < 1 << 20
+    assert num_checks("one") == 0  # it was made, from files that were checked
+    (path,) = staging_folder.rglob("train.arrow")
+    seen = path.with_name("train.arrow.sha256")
+    assert [num_checks("one"), num_checks("two"), num_checks("two"), num_checks(""), num_checks("")] == [0, 1, 0, 1, 1]
+    num_checks("two")
+    job, boot, rest = seen.read_text().split(" ", 2)
+    seen.write_text(f"{job} {boot[::-1]} {rest}")  # as if the machine had been started anew
+    assert [num_checks("two"), num_checks("two")] == [1, 0]
+    whole = path.read_bytes()
     change_in_place()
-    num_read()
-    assert path.read_bytes() == content
+    assert path.read_bytes() != whole
+    num_checks("two")
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"two", os.urandom(64), b"a" * (1 << 20)])
+def test_what_says_that_a_file_was_checked_may_be_anything(
+    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], content: bytes
+):
+    store.stage(shapes_uri, "train", staging_folder)
+    (path,) = staging_folder.rglob("train.arrow")
+    path.with_name("train.arrow.sha256").write_bytes(content)
+    assert same_images(store.stage(shapes_uri, "train", staging_folder, staging=store.Staging(job="two")), train_rows)
 
 
 def test_a_good_staged_file_is_used_without_the_store(data: str, staging_folder: Path, train_rows: list[sources.Row]):
@@ -422,20 +446,20 @@ def test_a_changed_parquet_file_is_never_staged(
 
 
 def test_a_manifest_that_counts_wrongly_is_noticed(data: str, staging_folder: Path):
-    change_manifest(data, lambda values: values["splits"]["train"].update(num_rows=199), seal=True)
+    change_manifest(data, lambda values: values["splits"]["train"].update(num_rows=199), sealed=True)
     with pytest.raises(UserError, match="200 train rows were found, the manifest says 199"):
         store.stage(data, "train", staging_folder)
 
 
 def test_labels_beyond_the_classes_are_noticed(data: str, staging_folder: Path):
-    change_manifest(data, lambda values: values["class_names"].pop(), seal=True)
+    change_manifest(data, lambda values: values["class_names"].pop(), sealed=True)
     with pytest.raises(UserError, match="labels outside 0 to 8"):
         store.stage(data, "train", staging_folder)
 
 
 def test_no_place_to_stage_is_said_in_one_sentence(shapes_uri: str, tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"cannot stage .*--staging-folder") as caught:
+    with pytest.raises(UserError, match=r"cannot make the folder .*--staging-folder") as caught:
         store.stage(shapes_uri, "train", tmp_path / "file" / "below")
     assert "\n" not in str(caught.value)
 
@@ -459,7 +483,7 @@ def make_and_note(log: Path, path: Path) -> None:
 
 def make_in_child(path: Path, log: Path, barrier: Any, results: Any) -> None:
     barrier.wait()
-    results.put(store.once_per_node(path, partial(make_and_note, log)).stat().st_size)
+    results.put(store.once_per_node(path, partial(make_and_note, log), is_right=lambda _: True).stat().st_size)
 
 
 def run_together(target: Callable[..., None], *args: Any, count: int = 3) -> list[Any]:
@@ -486,7 +510,7 @@ def test_processes_that_stage_together_share_one_file(
 
 
 def test_only_one_process_makes_the_file(tmp_path: Path):
-    sizes = run_together(make_in_child, tmp_path / "folder" / "file", tmp_path / "log")
+    sizes = run_together(make_in_child, tmp_path / "file", tmp_path / "log")
     assert sizes == [8 << 20] * 3
     assert (tmp_path / "log").read_text() == "made\n"
 
@@ -501,7 +525,8 @@ def half(path):
     os.truncate(path, path.stat().st_size // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 
-store.once_per_node(store.staging_area(store.read_manifest(sys.argv[1]), Path(sys.argv[2])) / "train.arrow", half)
+area = store.staging_area(store.read_manifest(sys.argv[1]), Path(sys.argv[2]))
+store.once_per_node(area / "train.arrow", half, is_right=lambda _: True)
 """
 
 KILLED_WHILE_PREPARING = """
@@ -519,7 +544,16 @@ KILLED_WHILE_MOVING = """
 import os, signal, sys
 from cifar_dist.data import sources, store
 
-store.Folder.move = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+move, left = store.Folder.move, int(sys.argv[2])
+
+def move_or_die(*names):
+    global left
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    move(*names)
+
+store.Folder.move = move_or_die
 store.prepare(sources.shapes(20, 20, seed=1), sys.argv[1], overwrite=True)
 """
 
@@ -533,11 +567,11 @@ def test_staging_goes_on_after_a_process_was_killed_half_way(
     shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row]
 ):
     run_until_killed(KILLED_WHILE_STAGING, shapes_uri, str(staging_folder))
-    (part,) = staging_folder.rglob("train.arrow.part")
+    (part,) = staging_folder.rglob("train.arrow.part-*")
     assert part.stat().st_size > 0
     assert not list(staging_folder.rglob("train.arrow"))
     assert same_images(store.stage(shapes_uri, "train", staging_folder), train_rows)
-    assert not list(staging_folder.rglob("*.part"))
+    assert not list(staging_folder.rglob("*.part-*"))
 
 
 def test_a_data_set_outlives_a_process_killed_while_replacing_it(tmp_path: Path):
@@ -546,22 +580,33 @@ def test_a_data_set_outlives_a_process_killed_while_replacing_it(tmp_path: Path)
     before = files_of(out)
     run_until_killed(KILLED_WHILE_PREPARING, str(out))
     after = files_of(out)
-    assert any(name.startswith(".preparing/train-") for name in after)  # it was killed half-way
-    assert {name: content for name, content in after.items() if not name.startswith(".preparing/")} == before
+    assert any(name.startswith(f"{store.PREPARING}/train-") for name in after)  # it was killed half-way
+    assert {name: content for name, content in after.items() if not name.startswith(f"{store.PREPARING}/")} == before
     assert not store.prepare(small_shapes(), str(out))[1]
     assert files_of(out) == before
 
 
-@pytest.mark.parametrize("code", [KILLED_WHILE_PREPARING, KILLED_WHILE_MOVING], ids=["preparing", "moving"])
-def test_a_write_that_was_killed_is_no_data_set(tmp_path: Path, code: str):
-    if code == KILLED_WHILE_MOVING:  # over another data set, whose manifest must not name the new files
-        store.prepare(small_shapes(seed=2), str(tmp_path / "out"))
-    run_until_killed(code, str(tmp_path / "out"))
-    with pytest.raises(UserError, match="is no data set"):
-        store.read_manifest(str(tmp_path / "out"))
-    store.prepare(small_shapes(), str(tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("is_replaced", "num_moves"), [(False, None), (False, 0), (False, 1), (True, None), (True, 0), (True, 1), (True, 2)]
+)
+def test_a_write_that_was_killed_is_no_data_set(tmp_path: Path, num_moves: int | None, is_replaced: bool):
+    out = tmp_path / "out"
+    if is_replaced:  # its manifest must not name the new files
+        store.prepare(small_shapes(seed=2), str(out))
+    before = files_of(out) if is_replaced else {}
+    if num_moves is None:
+        run_until_killed(KILLED_WHILE_PREPARING, str(out))
+    else:
+        run_until_killed(KILLED_WHILE_MOVING, str(out), str(num_moves))
+    if is_replaced and not num_moves:  # nothing of it was touched yet
+        assert {name: content for name, content in files_of(out).items() if not name.startswith(".")} == before
+        assert store.read_manifest(str(out))
+    else:
+        with pytest.raises(UserError, match="is no data set"):
+            store.read_manifest(str(out))
+    store.prepare(small_shapes(), str(out), overwrite=is_replaced and not num_moves)
     store.prepare(small_shapes(), str(tmp_path / "fresh"))
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+    assert files_of(out) == files_of(tmp_path / "fresh")
 
 
 def rows_then_stop(source: sources.Source) -> Iterator[sources.Row]:
@@ -599,3 +644,53 @@ def test_a_damaged_manifest_is_replaced_with_overwrite_only(tmp_path: Path) -> N
         prepare()
     prepare(overwrite=True)
     assert manifest.read_bytes() == good
+
+
+# What is not ours
+
+
+@pytest.mark.parametrize("name", ["train-00000.parquet", "validation-00003.parquet", "test-00000.parquet"])
+def test_a_file_that_no_manifest_names_is_replaced_with_overwrite_only(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"somebody's own")
+    with pytest.raises(UserError, match=rf"{name} is in the way: no data set of this program names it"):
+        store.prepare(small_shapes(), str(tmp_path))
+    assert files_of(tmp_path) == {name: b"somebody's own"}
+    store.prepare(small_shapes(), str(tmp_path), overwrite=True)
+    assert sorted(files_of(tmp_path)) == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
+
+
+def test_a_file_beside_a_data_set_that_its_manifest_does_not_name_stays(data: str) -> None:
+    """A shard from elsewhere, put beside ours."""
+    (Path(data) / "train-00007.parquet").write_bytes(b"somebody's own")
+    before = files_of(Path(data))
+    with pytest.raises(UserError, match=r"train-00007\.parquet is in the way"):
+        store.prepare(small_shapes(), data)
+    assert files_of(Path(data)) == before
+
+
+def test_other_files_of_a_folder_stay_with_overwrite_too(tmp_path: Path) -> None:
+    mine = {"train.parquet": b"1", "train-1.parquet": b"2", "notes.txt": b"3", "sub/train-00000.parquet": b"4"}
+    (tmp_path / "sub").mkdir()
+    for name, content in mine.items():
+        (tmp_path / name).write_bytes(content)
+    store.prepare(small_shapes(), str(tmp_path), overwrite=True)
+    assert mine.items() <= files_of(tmp_path).items()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "train-00000.parquet.bak.txt", "inner/train-00000.parquet"])
+def test_what_lies_in_the_folder_for_unfinished_data_is_not_deleted_if_it_is_not_ours(tmp_path: Path, name: str):
+    file = tmp_path / store.PREPARING / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"somebody's own")
+    with pytest.raises(UserError, match="is in the way: this program did not write it"):
+        store.prepare(small_shapes(), str(tmp_path), overwrite=True)
+    assert file.read_bytes() == b"somebody's own"
+
+
+def test_what_was_not_moved_by_a_killed_prepare_stays(tmp_path: Path) -> None:
+    """A file of such a name that came there after the kill is not taken for one that was moved."""
+    run_until_killed(KILLED_WHILE_MOVING, str(tmp_path), "0")
+    (tmp_path / "train-00000.parquet").write_bytes(b"somebody's own")
+    with pytest.raises(UserError, match=r"train-00000\.parquet is in the way"):
+        store.prepare(small_shapes(), str(tmp_path))
+    assert files_of(tmp_path) == {"train-00000.parquet": b"somebody's own"}
