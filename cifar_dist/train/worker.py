@@ -2,7 +2,6 @@
 
 import gzip
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import get_total_norm
 
+from cifar_dist.cpus import num_cpus
 from cifar_dist.data import order
 from cifar_dist.data.loader import Batch, Loader, eval_plans, train_plans
 from cifar_dist.data.store import read_manifest
@@ -97,7 +97,7 @@ class Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         # On a laptop there may be more workers than cores.
-        cores = (os.cpu_count() or 1) // context.get_local_world_size()
+        cores = num_cpus() // context.get_local_world_size()
         self.num_threads = max(1, min(job.num_cpus_per_worker, cores))
         torch.set_num_threads(self.num_threads)
         torch.use_deterministic_algorithms(config.loop.deterministic)
