@@ -337,6 +337,11 @@ def job_config_fault() -> str:
     return ""
 
 
+def uses_tls() -> bool:
+    """Whether Ray's processes are told to speak TLS."""
+    return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
 def cluster_address(text: str) -> str | None:
     """--address or RAY_ADDRESS; None where the job is to start a cluster itself."""
     return None if text.strip() in ("", "local") else text.strip()

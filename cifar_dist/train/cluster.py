@@ -17,17 +17,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from cifar_dist import stopping
-from cifar_dist.config import MARK, job_config_fault, ray_folder, set_up_local_cluster, without_mark
+from cifar_dist.config import MARK, job_config_fault, ray_folder, set_up_local_cluster, uses_tls, without_mark
 from cifar_dist.cpus import num_cpus
 from cifar_dist.data.private import default_folder, private_folder
 from cifar_dist.errors import UserError
 
 CONNECT_SECONDS = 5  # for a host to answer
 JOIN_SECONDS = 30  # for a cluster to take the driver in; Ray itself tries for a quarter of an hour
+HOST_AND_PORT = re.compile(r"([^:/\s]+|\[.+\]):(\d{1,5})")
+# What a client of HTTP/2 sends first: a fixed text, and a frame of 0 settings; and the type of a server's first frame.
+HTTP2_PREFACE, HTTP2_SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"\4"
 # Ray's longest socket behind its temporary folder, and the longest path of a socket on Linux.
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 LONGEST_SOCKET = 107
@@ -158,26 +161,49 @@ def temporary_folder() -> str:
 
 def join(address: str) -> None:
     """Connects to a running cluster. Raises UserError within seconds where there is none."""
-    match = re.fullmatch(r"([^:/\s]+|\[.+\]):(\d{1,5})", address)
-    check_address(address, bool(match))
+    check_address(address)
     if fault := job_config_fault():
         raise UserError(fault)
     watch = threading.Timer(JOIN_SECONDS, give_up, [address])  # names that no server resolves take long, too
     watch.daemon = True
     watch.start()
     try:
-        if match:
-            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_SECONDS).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, OverflowError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if address == "auto":  # the cluster that Ray's file in the temporary folder names, or one that runs here
+            address = services.canonicalize_bootstrap_address(address) or address
+        if (match := HOST_AND_PORT.fullmatch(address)) and not uses_tls():
+            check_port(match[1].strip("[]"), int(match[2]))
+    except (OSError, OverflowError, ValueError) as error:
+        watch.cancel()
         raise UserError(
             f"no Ray cluster answers at {address}: {first_line(error)}; check --address, or unset RAY_ADDRESS"
         ) from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(refusal(address, first_line(error))) from error
     finally:
         watch.cancel()
 
 
-def check_address(address: str, is_host_and_port: bool) -> None:
+def refusal(address: str, reason: str) -> str:
+    return (
+        f"what answers at {address} does not let this job in: {reason}; is it a Ray cluster, alive, of the same version "
+        "and with the same token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)? Check --address, or unset RAY_ADDRESS"
+    )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises OSError unless a gRPC server answers, as a Ray cluster's is; Ray itself would try for minutes."""
+    with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
+        connection.sendall(HTTP2_PREFACE)
+        answer = b""
+        while len(answer) < 4 and (part := connection.recv(4 - len(answer))):
+            answer += part
+    if answer[3:4] != HTTP2_SETTINGS:
+        raise OSError(f"what listens at port {port} of {host} is not Ray")
+
+
+def check_address(address: str) -> None:
     """Raises UserError for an address of another kind than HOST:PORT or auto."""
     if address.startswith(("http://", "https://")):
         raise UserError(
@@ -189,7 +215,7 @@ def check_address(address: str, is_host_and_port: bool) -> None:
             f"{address} is an address of Ray Client, through which Ray Train does not run; submit the job with "
             "`ray job submit`, or give HOST:PORT of the cluster itself (6379 by default)"
         )
-    if not is_host_and_port and address != "auto":
+    if not HOST_AND_PORT.fullmatch(address) and address != "auto":
         raise UserError(
             f"{address!r} is no address of a Ray cluster; --address and RAY_ADDRESS are HOST:PORT, or unset"
         )
@@ -202,12 +228,7 @@ def first_line(error: Exception) -> str:
 
 def give_up(address: str) -> None:
     """Ends the process: ray.init() cannot be called back."""
-    print(
-        f"error: what answers at {address} has not let this job in for {JOIN_SECONDS} s: is it a Ray cluster of this "
-        "version, and alive? Check --address, or unset RAY_ADDRESS",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"error: {refusal(address, f'nothing has come of it in {JOIN_SECONDS} s')}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
