@@ -1,16 +1,17 @@
 """Trains one model: a data set and a recipe -> a run with checkpoints. The same --name again continues the run."""
 
 import argparse
-import os
 import sys
 
-from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment, worker_range
+from cifar_dist.config import Config, Parser, add_cluster_options, add_config_options, config_overrides, worker_range
+from cifar_dist.config import prepare_environment as prepare
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.recipes import describe_recipes, recipe_config
 from cifar_dist.storage import output_uri
 from cifar_dist.train.progress import StartUp
 
-START_UP, RAY_ADDRESS = StartUp(), prepare_environment()
+START_UP = StartUp()
+prepare()
 
 from cifar_dist.train import cluster, plan, preflight  # noqa: E402 - Ray reads the environment when it is imported
 
@@ -20,13 +21,6 @@ EPILOG = f"""recipes:
 example:
   python jobs/train.py --recipe quickstart_fan --data /tmp/shapes --storage /tmp/runs --name first --workers 2
 """
-
-
-def add_cluster_options(p: Parser) -> None:
-    where, cluster = "local folder for staged data", "Ray cluster (default: RAY_ADDRESS, else one is started here)"
-    p.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: GPUs if the cluster has any")
-    p.add_argument("--staging-folder", type=os.path.abspath, help=f"{where} (default: in the temporary folder)")
-    p.add_argument("--address", default=RAY_ADDRESS, help=cluster)
 
 
 def add_launch_options(p: Parser) -> None:

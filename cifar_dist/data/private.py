@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,14 @@ from filelock import FileLock, Timeout
 from cifar_dist.errors import UserError
 
 WORD_SECONDS = 5.0  # after which a wait for a lock is said
+
+
+def default_folder() -> str:
+    """The folder for temporary files. Raises UserError if there is none that can be written to."""
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(f"no folder for temporary files can be written to ({error}); set TMPDIR to one") from error
 
 
 def user_folder(base: Path) -> Path:

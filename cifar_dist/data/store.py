@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cifar_dist.data.private import keep_own, one_at_a_time, private_folder, user_folder
+from cifar_dist.data.private import default_folder, keep_own, one_at_a_time, private_folder, user_folder
 from cifar_dist.data.sources import Row, Source
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, is_sealed, join_uri, seal, to_json
@@ -317,7 +316,7 @@ class StagedSplit:
 
 def default_staging_folder() -> Path:
     """Where this user's staged data lies unless --staging-folder says otherwise."""
-    return user_folder(Path(tempfile.gettempdir()))
+    return user_folder(Path(default_folder()))
 
 
 def staging_root(staging_folder: Path | str | None = None) -> Path:

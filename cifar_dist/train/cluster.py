@@ -1,53 +1,60 @@
 """The connection to a Ray cluster, or to one started on this machine. Ray Train and torch are not imported."""
 
 import atexit
+import contextlib
 import importlib
 import logging
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
+from ray._private import ray_constants, services
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from cifar_dist import stopping
-from cifar_dist.config import set_up_local_cluster
+from cifar_dist.config import MARK, job_config_fault, ray_folder, set_up_local_cluster, uses_tls, without_mark
 from cifar_dist.cpus import num_cpus
+from cifar_dist.data.private import default_folder, private_folder
 from cifar_dist.errors import UserError
 
 CONNECT_SECONDS = 5  # for a host to answer
 JOIN_SECONDS = 30  # for a cluster to take the driver in; Ray itself tries for a quarter of an hour
+HOST_AND_PORT = re.compile(r"([^:/\s]+|\[.+\]):(\d{1,5})")
+# What a client of HTTP/2 sends first: a fixed text, and a frame of 0 settings; and the type of a server's first frame.
+HTTP2_PREFACE, HTTP2_SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"\4"
 # Ray's longest socket behind its temporary folder, and the longest path of a socket on Linux.
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 LONGEST_SOCKET = 107
-MARK = "CIFAR_DIST_CLUSTER"  # in the environment of all processes of a cluster that was started here
-# Kills them when the driver has ended, however that came: Ray's agents outlive a driver that was killed.
+# Once the driver has ended, however that came, kills the processes whose environment holds argv[1], which only those of
+# its cluster do: Ray's agents outlive a driver that was killed. Gives up on one that argv[2] seconds do not end.
 GUARDIAN = """
-import os, signal, sys
+import os, signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 sys.stdin.read()
-found = True
-while found:
+mark, end, found = sys.argv[1].encode(), time.monotonic() + float(sys.argv[2]), True
+while found and time.monotonic() < end:
     found = False
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
-                if sys.argv[1].encode() in file.read():
+                if mark in file.read().split(b"\\0"):
                     found = True
                     os.kill(int(pid), signal.SIGKILL)
         except OSError:
             pass
+    time.sleep(0.1 * found)
 """
-
+GUARDIAN_SECONDS = 30.0
 
 guardians: list[subprocess.Popen] = []
 
@@ -64,20 +71,17 @@ def connect(address: str | None, num_workers: int) -> None:
 
 
 def start(num_workers: int) -> None:
-    """Starts a cluster on this machine that nobody else can reach and that ends with this process."""
-    set_up_local_cluster()
+    """Starts a cluster on this machine that nobody else can reach and that ends with this process.
+
+    Raises UserError if Ray cannot start here.
+    """
+    folder, mark = temporary_folder(), secrets.token_hex(16)
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-    mark = secrets.token_hex(16)
     start_guardian(mark)
-    os.environ |= {
-        # A password of its own, which Ray would else keep in the home folder; there may be none to write to.
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "GLOO_SOCKET_IFNAME": loopback,
-        "NCCL_SOCKET_IFNAME": loopback,
-        MARK: mark,
-    }
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_REDIS_ADDRESS"):
-        os.environ.pop(name, None)
+    set_up_local_cluster(mark, secrets.token_hex(32), loopback)
+    AuthenticationTokenLoader.instance().reset_cache()  # of a cluster that this process had before
+    # Ray replaces 127.0.0.1 by an address that other machines reach, except where clusters are off, as on Windows.
+    ray_constants.ENABLE_RAY_CLUSTER = False
     # Ray's processes take seconds to start, torch takes one to import, and both are needed next.
     torch_import = threading.Thread(target=importlib.import_module, args=("torch",))
     torch_import.start()
@@ -90,13 +94,22 @@ def start(num_workers: int) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=temporary_folder(),
+                _temp_dir=folder,
             )
+    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"Ray did not start on this machine: {first_line(error)}; its logs are in {folder}/session_latest/logs"
+        ) from error
     finally:
         torch_import.join()
     # It follows the workers' output for the driver, which is quiet. ray.init() cannot leave it out.
     ray._private.worker._global_node.kill_log_monitor()  # type: ignore[attr-defined]
     atexit.register(ray.shutdown)  # before Ray's own, which first sleeps half a second
+
+
+def session_folder() -> str:
+    """Where the processes of a cluster that was started here keep what ends with it; asked in any of them."""
+    return ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -111,37 +124,87 @@ def no_sigterm() -> Iterator[None]:
 
 
 def start_guardian(mark: str) -> None:
-    """A process that waits for this one to end."""
+    """A process that waits for this one to end, and then ends what it has started."""
     guardian = subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", GUARDIAN, mark],
+        [sys.executable, "-S", "-E", "-c", GUARDIAN, f"{MARK}={mark}", str(GUARDIAN_SECONDS)],
         stdin=subprocess.PIPE,  # closed by the kernel when this process ends
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         cwd="/",
-        env={name: value for name, value in os.environ.items() if name != MARK},
+        env=without_mark(),
     )
     guardians.append(guardian)  # as long as this process: what would be collected would close the pipe
 
 
-def temporary_folder() -> str | None:
-    """Where Ray keeps its files: None for its own choice, or a folder whose sockets have short paths."""
-    chosen = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(f"{chosen}/ray{SOCKET}") <= LONGEST_SOCKET and os.access(chosen, os.W_OK):
-        return None
-    for base in ("/tmp", "/var/tmp", "/dev/shm"):
-        if os.access(base, os.W_OK | os.X_OK):
-            folder = tempfile.mkdtemp(prefix="ray-", dir=base)
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            return folder
+def temporary_folder() -> str:
+    """Where Ray keeps its sockets and logs: in a folder of this user alone, with a path that is short enough.
+
+    Ray opens its own folder to every user, so it lies inside one that is closed.
+    """
+    bases = [ray_folder() or default_folder(), "/tmp", "/var/tmp", "/dev/shm"]
+    for base in bases:
+        folder = Path(base) / f"cifar_dist-ray-{os.geteuid()}"
+        path = str(folder / "r")
+        # Ray splits its processes' command lines at spaces.
+        fits = len(os.fsencode(path + SOCKET)) <= LONGEST_SOCKET and re.fullmatch(r"[!-~]+", path)
+        if fits and os.access(base, os.W_OK | os.X_OK):
+            with contextlib.suppress(UserError):  # a link, or somebody else's
+                private_folder(folder)
+                return path
+    longest = LONGEST_SOCKET - len(path + SOCKET) + len(base)
     raise UserError(
-        f"Ray's sockets need a folder with a short path: {chosen} has {len(chosen)} characters or cannot be written; "
-        f"set RAY_TMPDIR to one of at most {LONGEST_SOCKET - len('/ray' + SOCKET)}"
+        f"Ray's sockets need a folder that can be written to, with a path of at most {longest} plain characters, and "
+        f"{' and '.join(dict.fromkeys(bases))} are not such folders; set RAY_TMPDIR to one"
     )
 
 
 def join(address: str) -> None:
     """Connects to a running cluster. Raises UserError within seconds where there is none."""
+    check_address(address)
+    if fault := job_config_fault():
+        raise UserError(fault)
+    watch = threading.Timer(JOIN_SECONDS, give_up, [address])  # names that no server resolves take long, too
+    watch.daemon = True
+    watch.start()
+    try:
+        if address == "auto":  # the cluster that Ray's file in the temporary folder names, or one that runs here
+            address = services.canonicalize_bootstrap_address(address) or address
+        if (match := HOST_AND_PORT.fullmatch(address)) and not uses_tls():
+            check_port(match[1].strip("[]"), int(match[2]))
+    except (OSError, OverflowError, ValueError) as error:
+        watch.cancel()
+        raise UserError(
+            f"no Ray cluster answers at {address}: {first_line(error)}; check --address, or unset RAY_ADDRESS"
+        ) from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(refusal(address, first_line(error))) from error
+    finally:
+        watch.cancel()
+
+
+def refusal(address: str, reason: str) -> str:
+    return (
+        f"what answers at {address} does not let this job in: {reason}; is it a Ray cluster, alive, of the same version "
+        "and with the same token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)? Check --address, or unset RAY_ADDRESS"
+    )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises OSError unless a gRPC server answers, as a Ray cluster's is; Ray itself would try for minutes."""
+    with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
+        connection.sendall(HTTP2_PREFACE)
+        answer = b""
+        while len(answer) < 4 and (part := connection.recv(4 - len(answer))):
+            answer += part
+    if answer[3:4] != HTTP2_SETTINGS:
+        raise OSError(f"what listens at port {port} of {host} is not Ray")
+
+
+def check_address(address: str) -> None:
+    """Raises UserError for an address of another kind than HOST:PORT or auto."""
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"{address} is the address of a dashboard, which `ray job submit --address` takes; --address and "
@@ -152,39 +215,20 @@ def join(address: str) -> None:
             f"{address} is an address of Ray Client, through which Ray Train does not run; submit the job with "
             "`ray job submit`, or give HOST:PORT of the cluster itself (6379 by default)"
         )
-    match = re.fullmatch(r"([^:/\s]+|\[.+\]):(\d{1,5})", address)
-    if not match and address != "auto":
+    if not HOST_AND_PORT.fullmatch(address) and address != "auto":
         raise UserError(
             f"{address!r} is no address of a Ray cluster; --address and RAY_ADDRESS are HOST:PORT, or unset"
         )
-    if match:
-        try:
-            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=CONNECT_SECONDS).close()
-        except (OSError, OverflowError) as error:
-            raise UserError(
-                f"no Ray cluster answers at {address}: {error}; check --address, or unset RAY_ADDRESS"
-            ) from error
-    watch = threading.Timer(JOIN_SECONDS, give_up, [address])
-    watch.daemon = True
-    watch.start()
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; check --address, or unset RAY_ADDRESS"
-        ) from error
-    finally:
-        watch.cancel()
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")
 
 
 def give_up(address: str) -> None:
     """Ends the process: ray.init() cannot be called back."""
-    print(
-        f"error: what answers at {address} has not let this job in for {JOIN_SECONDS} s: is it a Ray cluster of this "
-        "version, and alive? Check --address, or unset RAY_ADDRESS",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"error: {refusal(address, f'nothing has come of it in {JOIN_SECONDS} s')}", file=sys.stderr, flush=True)
     os._exit(1)
 
 

@@ -1,14 +1,67 @@
-"""Ray Train's trainer without helper processes of no use to a run: each wakes up over 100 times a second, and where all
-cores compute every time costs both the thread that it interrupts and those that wait for that one."""
+"""Ray Train's trainer for a cluster that is started for one run.
 
+No helper processes of no use to a run: each wakes up over 100 times a second, and where all cores compute every time
+costs both the thread that it interrupts and those that wait for that one. No port that other machines reach.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+import ray
+import torch.distributed as dist
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+from cifar_dist.train.cluster import session_folder
+
+
+def join_group(backend: str, path: str, rank: int, world: int, timeout_seconds: int) -> None:
+    """Makes torch's process group on a worker; the ranks find each other by the file at `path`."""
+    timeout = timedelta(seconds=timeout_seconds)
+    store = dist.FileStore(path, world)
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+class LocalBackend(_TorchBackend):
+    """For workers on one machine. Ray's own has them meet at a port of rank 0 that every network reaches and that asks
+    for no password; here it is a file that only this user reads, new for each start of the workers."""
+
+    folder: tempfile.TemporaryDirectory | None = None
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Called in the controller when workers have started."""
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks-", dir=session_folder(), ignore_cleanup_errors=True)
+        group, world = f"{self.folder.name}/group", len(worker_group)
+        worker_group.execute(_set_torch_distributed_env_vars)
+        settings = {"world": world, "timeout_seconds": backend_config.timeout_s}
+        tasks = [
+            worker_group.execute_single_async(i, join_group, backend_config.backend, group, i, **settings)
+            for i in range(world)
+        ]
+        ray.get(tasks)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Called in the controller before workers are stopped."""
+        super().on_shutdown(worker_group, backend_config)
+        if self.folder:
+            self.folder.cleanup()
+
+
+@dataclass
+class LocalTorchConfig(TorchConfig):
+    """TorchConfig for workers on one machine."""
+
+    @property
+    def backend_cls(self) -> type:
+        return LocalBackend
 
 
 def a_node_is_leaving() -> bool:
@@ -32,10 +85,13 @@ class Trainer(TorchTrainer):
 
     `owns_cluster`: the cluster was started here and ends with this process. Then nothing has to look after the workers'
     placement group when the controller dies (which also asks the dashboard every second, so there must be one), and
-    a fixed number of workers is asked of no autoscaler.
+    a fixed number of workers is asked of no autoscaler; and all workers are on this machine.
     """
 
     def __init__(self, *args: Any, owns_cluster: bool, **settings: Any) -> None:
+        if owns_cluster:
+            asked = settings["torch_config"]
+            settings["torch_config"] = LocalTorchConfig(backend=asked.backend, timeout_s=asked.timeout_s)
         super().__init__(*args, **settings)
         self._owns_cluster = owns_cluster
 
