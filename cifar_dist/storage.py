@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -224,10 +225,13 @@ class Folder:
 
         def act() -> str:
             digest = hashlib.sha256()
-            with self.fs.open_input_stream(self.at(name)) as source, open(target, "wb") as copy:
+            with here(target):
+                target.write_bytes(b"")
+            with self.fs.open_input_stream(self.at(name)) as source, open(target, "wb", buffering=0) as copy:
                 while chunk := source.read(1 << 22):
                     digest.update(chunk)
-                    copy.write(chunk)
+                    with here(target):
+                        write_all(copy, chunk)
             return digest.hexdigest()
 
         return self.tried("copy", name, act)
@@ -241,6 +245,25 @@ class Folder:
                     copy.write(chunk)
 
         self.tried("write", name, act)
+
+
+@contextlib.contextmanager
+def here(path: Path) -> Iterator[None]:
+    """Faults of a local file, which are not the storage's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} on this machine: {error}; make room in {path.parent}, or name another folder "
+            "(TMPDIR; for staged data --staging-folder)"
+        ) from error
+
+
+def write_all(file: io.RawIOBase | io.FileIO, content: bytes) -> None:
+    """To an unbuffered file, which may take a part."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,7 @@ from train import add_cluster_options  # first: it sets the environment that Ray
 
 from cifar_dist.config import Parser
 from cifar_dist.errors import UserError, exit_code_of
-from cifar_dist.evaluate import driver, report
+from cifar_dist.evaluate import driver, outputs, report
 from cifar_dist.evaluate.shard import SPLITS
 from cifar_dist.storage import output_uri
 from cifar_dist.train import cluster
@@ -32,6 +32,7 @@ def parser() -> Parser:
     p.add_argument(
         "--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="splits to evaluate (default: all)"
     )
+    p.add_argument("--overwrite", action="store_true", help="replace files of these names that no evaluation wrote")
     add_tta_option(p)
     add_cluster_options(p)
     return p
@@ -46,6 +47,9 @@ def evaluate(args: argparse.Namespace, runs: list[str], data: str, out: str, spl
     check_shards(args)
     out = output_uri(out, "--out")
     chosen = driver.choose(runs, data)  # before a cluster is started
+    if not args.overwrite:
+        scored = driver.with_flipped(tuple(splits), args.flip_tta)
+        outputs.refuse_foreign(out, [outputs.predictions_name(name, split) for name in chosen for split in scored])
     cluster.connect(args.address, 1)
     gpu = cluster.uses_gpu(args.device)
     num_shards = args.shards or cluster.count_resource("GPU" if gpu else "CPU")

@@ -24,7 +24,7 @@ def add_source_options(p: Parser, default: str | None = None) -> None:
     p.add_argument("--source", required=not default, default=default, choices=choices, help=what)
     p.add_argument("--path", help="where the source is (cifar10: where its download is kept)")
     p.add_argument("--skip-bad", action="store_true", help="leave unreadable images out and count them")
-    p.add_argument("--overwrite", action="store_true", help="replace another data set that is already there")
+    p.add_argument("--overwrite", action="store_true", help="replace what is already there")
     p.add_argument("--test-fraction", type=float, default=0.2, help="test share drawn where there is no test split")
     p.add_argument("--data-seed", type=int, default=0, help="seed of that draw and of the shapes")
     p.add_argument("--num-train", type=int, default=1000, help="shapes: images to draw for train")

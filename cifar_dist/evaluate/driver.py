@@ -15,6 +15,7 @@ from tqdm import tqdm
 from cifar_dist.config import Config
 from cifar_dist.data.store import Manifest, read_manifest, stage
 from cifar_dist.errors import UserError
+from cifar_dist.evaluate.outputs import predictions_name
 from cifar_dist.evaluate.scores import Counts
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, check_checkpoint, evaluate_shard, ids_of, stored_split
 from cifar_dist.storage import Folder, absolute_uri
@@ -88,8 +89,7 @@ def evaluate(
         stored: stage(data_uri, stored, staging_folder, manifest).labels
         for stored in {stored_split(split) for split in splits}
     }
-    if flip_tta:
-        splits = tuple(name for split in splits for name in (split, split + FLIPPED))
+    splits = with_flipped(splits, flip_tta)
     folder = Folder(out_uri)
     folder.create("predictions")
     evaluations = []
@@ -98,10 +98,15 @@ def evaluate(
         for split, (table, _) in merged.items():
             buffer = pa.BufferOutputStream()
             pq.write_table(table, buffer)
-            folder.write(f"predictions/{name}-{split}.parquet", buffer.getvalue().to_pybytes())
+            folder.write(predictions_name(name, split), buffer.getvalue().to_pybytes())
         tables, counts = {s: t for s, (t, _) in merged.items()}, {s: c for s, (_, c) in merged.items()}
         evaluations.append(Evaluation(name, uri, best, tables, counts))
     return evaluations
+
+
+def with_flipped(splits: tuple[str, ...], flip_tta: bool) -> tuple[str, ...]:
+    """The splits that are scored: with flip test-time augmentation each comes a second time."""
+    return tuple(name for split in splits for name in (split, split + FLIPPED)) if flip_tta else splits
 
 
 def results_of(tasks: list[Any], name: str) -> list[dict[str, tuple[pa.Table, Counts]]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, file_sha256, is_sealed, join_uri, seal, sync, to_json
+from cifar_dist.storage import Folder, file_sha256, here, is_sealed, join_uri, seal, sync, to_json
 from cifar_dist.versions import MODEL_CHANGES, MODEL_VERSIONS, package_versions
 
 if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait for torch
@@ -173,7 +173,11 @@ class Checkpoints:
             # On a local file system straight into the checkpoint's folder, elsewhere by way of a local file.
             target = Path(self.folder.at(name)) if self.folder.is_local else Path(temporary)
             try:
-                hashes = self.folder.tried("write", name, lambda: write_files(state, target))
+                if self.folder.is_local:
+                    hashes = self.folder.tried("write", name, lambda: write_files(state, target))
+                else:
+                    with here(target / name):
+                        hashes = write_files(state, target)
             except UserError:
                 with contextlib.suppress(UserError):  # what is left goes with the next checkpoint
                     self.folder.delete(name)

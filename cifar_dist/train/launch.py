@@ -1,12 +1,13 @@
 """Starts a run on Ray Train: preflight, scaling, failures, progress."""
 
 import contextlib
+import math
 import os
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from cifar_dist.train.trainer import Trainer
 from cifar_dist.versions import git_commit
 
 NODE_SECONDS = 60.0  # for a node to answer preflight's questions
+QUICK_SECONDS = 30.0  # after a failure: another one then waits before the workers are started again
+RETRY_SECONDS, MOST_RETRY_SECONDS = 5.0, 30.0  # the first such wait, which doubles, and the longest
 STOP_SECONDS = 20.0  # for the workers to store a checkpoint at a signal; pods and Slurm give 30 s
 
 
@@ -101,11 +104,19 @@ def train_function(settings: dict[str, Any]) -> None:
 class StopOnUserError(UserCallback):
     """Runs in Ray Train's controller when workers have failed."""
 
+    num_quick = 0  # failures in a row, each soon after the one before
+    failed_at = -math.inf
+
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Ends the run at an error that would come again."""
+        """Ends the run at an error that would come again; waits before a retry where failures follow each other."""
         for error in worker_exceptions.values():
             if isinstance(error, UserError):
                 raise error
+        now = time.monotonic()
+        self.num_quick = self.num_quick + 1 if now - self.failed_at < QUICK_SECONDS else 0
+        if self.num_quick:  # what the machine lacks, memory say, others may give back
+            time.sleep(min(RETRY_SECONDS * 2 ** (self.num_quick - 1), MOST_RETRY_SECONDS))
+        self.failed_at = time.monotonic()
         look_for_nodes()
 
 
@@ -297,16 +308,15 @@ def fit(trainer: Trainer, stop: Callable[[], bool]) -> None:
         except BaseException as error:
             outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    threading.Thread(target=run, daemon=True).start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        while not outcome.done():
+            wait([outcome], timeout=0.2)  # not Thread.join(): a signal makes Python take the thread for ended
     except KeyboardInterrupt:
         with contextlib.suppress(ray.exceptions.RayError):
             if stop():
                 print("stopping: a checkpoint is being stored; a second signal ends at once", flush=True)
-                thread.join(STOP_SECONDS)
+                wait([outcome], timeout=STOP_SECONDS)
         raise
     outcome.result()
 

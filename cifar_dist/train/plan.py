@@ -172,6 +172,7 @@ def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None
         except FileNotFoundError:
             latest = Checkpoints(launch.run_uri).latest()
             if latest is None:
+                refuse_foreign(launch)
                 return
             stored = latest.meta  # it says the same
         old_data, weights = stored["manifest_sha256"], stored.get("weights") or {}
@@ -198,6 +199,15 @@ def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None
                 f"the run {launch.name} was started with {name}={old}, not {value}; use the same setting to "
                 "continue it, or another --name"
             )
+
+
+def refuse_foreign(launch: Launch) -> None:
+    """Raises UserError where a new run's folder holds what no run writes before its card."""
+    if others := sorted({*Folder(launch.run_uri).names()} - {"attempts", "preflight", "checkpoints"}):
+        raise UserError(
+            f"{launch.run_uri} is no run: it has no config.json and no checkpoint, but {others[0]}, which is left "
+            "alone; use another --name"
+        )
 
 
 def explain_resume(plan: Plan) -> str:

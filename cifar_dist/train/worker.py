@@ -162,6 +162,7 @@ class Worker:
     def resume(self, found: tuple[Checkpoint, State] | None) -> None:
         """Goes on from the newest checkpoint that every rank can read, or from the start weights."""
         job, attempt = self.job, self.attempt
+        self.is_resumed = found is not None
         expect = expected_of(job.config, self.manifest)
         ages: list[Any] = [None] * self.world
         dist.all_gather_object(ages, ((found[0].age, found[0].name) if found else None, self.state.precision.name))
@@ -287,7 +288,7 @@ class Worker:
             f"training {config.model.model} on {len(self.train_ids)} images, validating on {len(self.validation_ids)}: "
             f"{self.world} workers of {self.num_threads} CPU threads each, {state.device.type}, {state.precision.name}"
         )
-        if notice := weights_notice(config, self.job.weights):
+        if not self.is_resumed and (notice := weights_notice(config, self.job.weights)):
             self._say(f"WARNING: {notice}")
         batch, micro_batches = config.loop.global_batch_size, config.loop.accumulation_steps
         if message := batch_warning(len(self.train_ids), batch, self.world, micro_batches):
