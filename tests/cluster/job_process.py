@@ -44,7 +44,12 @@ class Job:
             env={**os.environ, "RAY_ADDRESS": "" if local else Job.address, **(env or {}), name: value},
             stdout=self.log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+
+    def output(self) -> str:
+        """What it has said so far."""
+        return os.pread(self.log.fileno(), 1 << 24, 0).decode()
 
     def family(self, name: str = "") -> list[int]:
         """Pids of this job's processes, Ray's among them, whose command line holds `name`."""
@@ -72,8 +77,7 @@ class Job:
             code = self.process.wait(timeout)
         finally:
             self.kill()
-        self.log.seek(0)
-        return code, self.log.read()
+        return code, self.output()
 
     def end(self) -> None:
         """Kills what is left of it."""
@@ -115,11 +119,11 @@ def without_clock(lines: list[dict]) -> list[dict]:
 
 
 def newest_state(run: Path) -> dict[str, Any]:
-    """What the newest checkpoint holds, verified, without its lines: the run's metrics.jsonl has them."""
+    """What the newest checkpoint holds, verified, without the place in the log, whose lines tell the time."""
     checkpoints = Checkpoints(str(run))
     latest = checkpoints.latest()
     assert latest is not None
-    return {name: value for name, value in vars(checkpoints.load(latest)).items() if name != "lines"}
+    return {name: value for name, value in vars(checkpoints.load(latest)).items() if name != "log"}
 
 
 def assert_same_run(run: Path, other: Path) -> None:
