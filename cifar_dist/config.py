@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import getpass
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 from cifar_dist.errors import UserError
 
 MARK = "CIFAR_DIST_CLUSTER"  # in the environment of every process of a cluster that a job has started itself
+NO_HOME = "/nonexistent"  # as Debian calls the home of those who have none
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -350,6 +352,12 @@ def cluster_address(text: str) -> str | None:
 def prepare_environment() -> str | None:
     """Sets what Ray reads from the environment at import; returns RAY_ADDRESS if it is set."""
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # whatever an older program has set it to
+    if os.path.expanduser("~") == "~":  # neither HOME nor an entry in the list of users: Ray Train's import would fail
+        os.environ["HOME"] = NO_HOME
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # likewise: torch's compiler would fail
+        os.environ["USER"] = str(os.geteuid())
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use the driver's interpreter as it is

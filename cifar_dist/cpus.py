@@ -28,7 +28,8 @@ def cgroup_cpus(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        mount = root / "cpu" if controllers else root
+        # Version 1 has a folder for each set of controllers, and usually a link to it for each one.
+        mount = next((root / name for name in (controllers, "cpu") if (root / name).is_dir()), root)
         group = mount / path.strip("/")
         while True:
             if (quota := quota_of(group)) is not None:

@@ -1,5 +1,6 @@
 """Fetches the published ImageNet weights of ResNet50V2 (94.7 MB, Keras's own file), or takes a file that is there."""
 
+import os
 import re
 import sys
 import uuid
@@ -58,7 +59,7 @@ def weights(url: str, path: str | None, md5: str, out: str) -> str:
     """Puts the file into `out`, checked by its md5 and against the network; returns its URI."""
     target = join_uri(output_uri(out, "--out"), PUBLISHED_NAME)
     with TemporaryDirectory() as folder:
-        source = Path(path).expanduser() if path else download(url, md5, folder)
+        source = Path(os.path.expanduser(path)) if path else download(url, md5, folder)
         if not source.is_file():
             raise UserError(f"--path {path} is not a file")
         if (found := pooch.file_hash(str(source), "md5")) != md5:

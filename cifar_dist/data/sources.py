@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -134,7 +135,12 @@ def cifar10(path: str | None) -> Source:
     """CIFAR-10 (60,000 images, 32 px) by torchvision's downloader, which checks its checksums; kept as PNG."""
     from torchvision.datasets import CIFAR10  # noqa: PLC0415 - slow to import, needed here only
 
-    root = Path(path).expanduser() if path else Path.home() / ".cache" / "cifar_dist"
+    try:
+        root = Path(os.path.expanduser(path)) if path else Path.home() / ".cache" / "cifar_dist"
+    except RuntimeError as error:
+        raise UserError(
+            "HOME is not set, so there is no folder to keep CIFAR-10 in; set it, or name a folder with --path"
+        ) from error
     if path and not root.is_dir():
         raise UserError(f"the folder {root} does not exist; --path names where CIFAR-10 is or shall be kept")
     try:
@@ -156,7 +162,7 @@ def cifar10(path: str | None) -> Source:
 
 def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Source:
     """train/CLASS/* and test/CLASS/*; labels follow the sorted class folders; a missing test split is drawn."""
-    root = Path(path or "").expanduser()
+    root = Path(os.path.expanduser(path or ""))
     if not path or not (root / "train").is_dir():
         raise UserError(
             f"{path or '(no --path)'} holds no folder named train; --source folder reads PATH/train/CLASS/IMAGE and, "

@@ -187,8 +187,8 @@ def join(address: str) -> None:
 
 def refusal(address: str, reason: str) -> str:
     return (
-        f"what answers at {address} does not let this job in: {reason}; is it a Ray cluster, alive, of the same "
-        "version and with the same token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)? Check --address, or unset RAY_ADDRESS"
+        f"what answers at {address} does not let this job in: {reason}; is it a Ray cluster, of the same version and "
+        "with the same token (RAY_AUTH_MODE, RAY_AUTH_TOKEN)? Check --address, or unset RAY_ADDRESS"
     )
 
 

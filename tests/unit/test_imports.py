@@ -15,7 +15,7 @@ PACKAGE = {
 MODULES = JOBS | PACKAGE
 
 # What a module of the package (the longest prefix counts) may import of it besides its own folder.
-BASE = {"config", "errors", "storage", "versions"}
+BASE = {"config", "cpus", "errors", "storage", "versions"}
 TRAIN = {
     f"train.{name}"
     for name in (
@@ -36,7 +36,9 @@ TRAIN = {
     )
 }
 MAY_IMPORT = {
-    "errors": set(),
+    "stopping": set(),
+    "cpus": set(),
+    "errors": {"stopping"},
     "versions": set(),
     "config": {"errors"},
     "storage": {"errors"},
@@ -44,7 +46,7 @@ MAY_IMPORT = {
     "deck": {"config"},
     "data": BASE,
     "models": BASE,
-    "train": BASE | {"data", "models", "deck"} | TRAIN,
+    "train": BASE | {"stopping", "data", "models", "deck"} | TRAIN,
     "train.worker": BASE | {"data", "models"} | TRAIN,
     "train.launch": BASE | {"data"} | TRAIN | {"train.worker"},
     "evaluate": BASE | {"deck", "data", "train.checkpoint", "train.metrics", "train.setup", "models.frozen"},
