@@ -130,7 +130,7 @@ def prepare(
             "use another --out, or --overwrite to replace such files"
         )
     folder.create(PREPARING)
-    source.skipped.clear()
+    source.forget()
     moving = False
     try:
         splits = {}
@@ -160,6 +160,7 @@ def prepare(
     except FileNotFoundError as error:
         raise UserError(f"{error} while {uri} was written; is another job preparing the same folder?") from error
     finally:
+        source.checker.stop()
         if not moving:
             folder.delete(PREPARING)
 
