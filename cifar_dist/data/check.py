@@ -80,9 +80,13 @@ def batches(pictures: Iterable[Picture[T]]) -> Iterator[list[Picture[T]]]:
 
 
 class Checker:
-    """Asks a child process whether DALI decodes pictures right. The child starts with the first question."""
+    """Asks a child process whether DALI decodes pictures right. The child starts with the first question.
 
-    def __init__(self) -> None:
+    `module` is that of the function `serve` that the child runs.
+    """
+
+    def __init__(self, module: str = __name__) -> None:
+        self.module = module
         self._connection: Connection | None = None
         self._end: Callable[[], Any] = lambda: None
         self._asking = False
@@ -127,10 +131,13 @@ class Checker:
         return [(picture, picture.pixels is None or bool(next(answers))) for picture in batch]
 
     def _alone(self, picture: Picture[T]) -> bool:
+        is_new = self._connection is None
         self._ask([picture])
         sound = self._receive(1)
         if sound is None:
             self.stop()
+            if not is_new:  # a picture before it may have harmed the child, so it gets one of its own
+                return self._alone(picture)
         return sound == b"\1"
 
     def _receive(self, num_pictures: int) -> bytes | None:
@@ -147,11 +154,10 @@ class Checker:
         ours, theirs = Pipe()
         output = tempfile.TemporaryFile()  # noqa: SIM115 - end_child closes it
         # The parent's own modules by its own search path, in an interpreter that has none of its threads and state.
-        program = f"import sys; sys.path[:] = {sys.path!r}; from cifar_dist.data.check import serve; "
-        command = [sys.executable, "-c", f"{program}serve({theirs.fileno()})"]
+        program = f"import sys; sys.path[:] = {sys.path!r}; from {self.module} import serve; serve({theirs.fileno()})"
         with theirs:
             options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], **options)
+            process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], **options)
         self._connection, self._end = ours, weakref.finalize(self, end_child, process, ours, output)
         if self._receive(1) != b"\1":
             output.seek(0)

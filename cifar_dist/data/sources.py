@@ -154,9 +154,7 @@ def examined(item: Item, deep: DeepImages) -> Picture[Row]:
             image.load()
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers")
-            # DALI's WebP parser fails on some files with EXIF; MPO is what many cameras call a JPEG of two pictures.
-            special = encoding == "MPO" or (encoding == "WEBP" and len(image.getexif()) > 0)
-            odd = special or image.mode != "RGB" or getattr(image, "n_frames", 1) > 1
+            odd = is_special(image) or image.mode != "RGB" or getattr(image, "n_frames", 1) > 1
             is_deep = has_16_bits(image, content)
             largest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
             pixels = np.asarray(to_rgb(upright(image)))
@@ -186,6 +184,16 @@ def upright(image: Image.Image) -> Image.Image:
     for name in ("exif", "Raw profile type exif"):
         image.info.pop(name, None)
     return ImageOps.exif_transpose(image)
+
+
+def is_special(image: Image.Image) -> bool:
+    """Whether DALI is known to fail on such files: the check would find each, but takes up to a second for it.
+
+    These are MPO, which many cameras call a JPEG of two pictures, WebP with EXIF, and JPEG with EXIF twice.
+    """
+    segments = getattr(image, "applist", [])  # of a JPEG
+    num_exif = sum(name == "APP1" and data.startswith(b"Exif") for name, data in segments)
+    return image.format == "MPO" or (image.format == "WEBP" and len(image.getexif()) > 0) or num_exif > 1
 
 
 def has_16_bits(image: Image.Image, content: bytes) -> bool:
