@@ -25,6 +25,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, join_uri
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+MAX_SIDE = 1_000_000  # pixels: more than libpng decodes
 PNG_START = b"\x89PNG"
 BITS_PER_SAMPLE = 258  # the TIFF tag
 # What is data and no remark beside it: where it would not be read, the job stops.
@@ -164,6 +165,9 @@ def examined(item: Item, deep: DeepImages) -> Picture[Row]:
         reason = str(error).replace("\n", " ")
         reason = "it is no image that Pillow knows" if "cannot identify" in reason else reason
         raise UserError(f"{where} is not a readable image: {reason}") from error
+    if max(pixels.shape) > MAX_SIDE:
+        height, width = pixels.shape[:2]
+        raise UserError(f"{where} has {width} x {height} pixels; images of up to {MAX_SIDE} pixels a side are read")
     if is_deep:
         deep.add(where, int(pixels.max()) * 257 if largest is None else largest)
     if odd:

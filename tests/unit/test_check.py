@@ -210,7 +210,8 @@ def test_prepare_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     items = [sources.Item(str(i), i, lambda: GOOD) for i in range(2)]
-    store.prepare(sources.Source("x", ["a", "b"], {"train": items, "test": items}), str(tmp_path / "out"))
+    source = sources.Source("x", ["a", "b"], {"train": items, "test": items})  # kept, so that it is not cleared away
+    store.prepare(source, str(tmp_path / "out"))
     assert [process.returncode for process in started] == [-signal.SIGKILL]  # one for both splits, and it is no more
 
 

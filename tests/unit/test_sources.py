@@ -514,6 +514,14 @@ def test_a_turned_image_whose_exif_cannot_be_written_again_is_kept():
     assert (decoded(row.encoded) == np.rot90(np.asarray(Image.open(io.BytesIO(JPEG))), -1)).all()
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_image_that_is_longer_than_dali_decodes_is_refused(mode: str):
+    longest = row_of(encoded(Image.new(mode, (1_000_000, 1), "red" if mode == "RGB" else 99), "PNG"))
+    assert decoded(longest.encoded).shape == (1, 1_000_000, 3)
+    with pytest.raises(UserError, match="picture has 1000001 x 1 pixels; images of up to 1000000"):
+        row_of(encoded(Image.new(mode, (1_000_001, 1)), "PNG"))
+
+
 # 16-bit images
 
 
