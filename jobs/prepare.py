@@ -78,6 +78,8 @@ def prepare(args: argparse.Namespace, out: str, go_on: bool = False) -> store.Ma
     manifest, written = store.prepare(source, out, args.skip_bad, args.overwrite, progress)
     for message in source.skipped:
         print(f"skipped: {message}", file=sys.stderr)
+    if warning := source.deep.warning():
+        print(f"WARNING: {warning}", file=sys.stderr)
     counts = ", ".join(f"{manifest.num_rows(s)} {s}" for s in manifest.splits)
     skipped = f", {manifest.num_skipped} bad images left out" if manifest.num_skipped else ""
     state = "prepared" if written else "already there and unchanged"

@@ -8,6 +8,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
+from cifar_dist.data.check import decode_pipeline, decoder
 from cifar_dist.data.order import Augment, no_augment
 from cifar_dist.data.spec import ImageSpec
 
@@ -25,7 +26,7 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> A
     mean, std = NORMALIZATION[spec.input_range]
     if encoded:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
-        images = fn.decoders.image(images, device="mixed" if gpu else "cpu", output_type=types.RGB)
+        images = decoder(images, gpu)
         flip_y = fn.external_source(name="flip_y", dtype=types.INT32, ndim=0)
         images = fn.flip(images, horizontal=0, vertical=flip_y)
     else:
@@ -104,19 +105,12 @@ class ImagePipeline:
         return batch.permute(0, 3, 1, 2) if self.spec.channels_last else batch
 
 
-@pipeline_def
-def decode_pipeline() -> Any:
-    encoded = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
-    return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-
-
 def decode(batches: Iterable[list[np.ndarray]], max_batch_size: int, num_threads: int) -> Iterator[np.ndarray]:
     """Decodes batches of encoded bytes into uint8 [n, H, W, 3]; all images of a batch have one shape.
 
     Raises RuntimeError if an image cannot be decoded.
     """
-    pipe = decode_pipeline(batch_size=max_batch_size, num_threads=num_threads, device_id=None, prefetch_queue_depth=1)
-    pipe.build()
+    pipe = decode_pipeline(max_batch_size, num_threads)
     for batch in batches:
         pipe.feed_input("images", batch)
         (output,) = pipe.run()

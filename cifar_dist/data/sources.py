@@ -1,11 +1,15 @@
-"""Where images come from: CIFAR-10, image folders, Parquet, drawn shapes. All give rows of (encoded bytes, label)."""
+"""Where images come from: CIFAR-10, image folders, Parquet, drawn shapes. All give rows of (encoded bytes, label).
+
+What a row stores decodes in DALI to the pixels that Pillow shows upright: the file as it came where check.py finds it
+so, else a lossless PNG of those pixels.
+"""
 
 import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from urllib.error import URLError
@@ -14,13 +18,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 
+from cifar_dist.data.check import Checker, Picture
 from cifar_dist.data.order import TEST, stratified_split
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, join_uri
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+MAX_SIDE = 1_000_000  # pixels: more than libpng decodes
+PNG_START = b"\x89PNG"
+BITS_PER_SAMPLE = 258  # the TIFF tag
 # What is data and no remark beside it: where it would not be read, the job stops.
 DATA_SUFFIXES = {
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
@@ -55,6 +63,30 @@ class Row:
 
 
 @dataclass
+class DeepImages:
+    """The images of 16 bits a sample: 8 bits of a narrow range are few levels."""
+
+    num_images: int = 0
+    largest: int = -1
+    where: str = ""  # the image with the largest value
+
+    def add(self, where: str, largest: int) -> None:
+        self.num_images += 1
+        if largest > self.largest:
+            self.largest, self.where = largest, where
+
+    def warning(self) -> str | None:
+        """What to tell the user where no 16-bit image uses a quarter of the range."""
+        if not self.num_images or self.largest >= 65536 // 4:
+            return None
+        return (
+            f"{self.where} has the largest value of the {self.num_images} 16-bit images, {self.largest} of 65535, so "
+            f"{max(self.largest, 0) // 257 + 1} of 256 levels of brightness are left as 8 bits; scale the images to "
+            "the full 16-bit range or to 8 bits, and prepare them again"
+        )
+
+
+@dataclass
 class Source:
     """A data set to be stored: class names in label order and, per split, the items."""
 
@@ -62,16 +94,30 @@ class Source:
     class_names: list[str]
     splits: dict[str, list[Item]]
     skipped: list[str] = field(default_factory=list)
+    deep: DeepImages = field(default_factory=DeepImages)
+    checker: Checker = field(default_factory=Checker)
 
     def rows(self, split: str, skip_bad: bool = False) -> Iterator[Row]:
         """The split's checked rows. A bad image is a UserError, or with `skip_bad` noted in `skipped`."""
+        for picture, sound in self.checker.checked(self._pictures(split, skip_bad)):
+            row = picture.owner
+            if not sound and picture.pixels is not None:
+                row = replace(row, encoded=encode_png(picture.pixels), encoding="PNG")
+            yield row
+
+    def _pictures(self, split: str, skip_bad: bool) -> Iterator[Picture[Row]]:
         for item in self.splits[split]:
             try:
-                yield checked_row(item)
+                yield examined(item, self.deep)
             except UserError as error:
                 if not skip_bad:
                     raise UserError(f"{error}; mend or remove it, or leave such files out with --skip-bad") from error
                 self.skipped.append(str(error))
+
+    def forget(self) -> None:
+        """Forgets what was found in an earlier reading."""
+        self.skipped.clear()
+        self.deep = DeepImages()
 
 
 def encode_png(pixels: np.ndarray | Image.Image) -> bytes:
@@ -84,41 +130,83 @@ def encode_png(pixels: np.ndarray | Image.Image) -> bytes:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, 8 bit: 16-bit gray is scaled, palettes are resolved, alpha is dropped, CMYK is converted."""
+    if image.mode == "RGB":
+        return image
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
 
 
-def checked_row(item: Item) -> Row:
-    """Decodes the item once. Bytes that already decode to RGB are kept as they came, others become PNG."""
+def examined(item: Item, deep: DeepImages) -> Picture[Row]:
+    """Reads the item with Pillow. The file of an RGB image is kept, if it passes the check against Pillow's pixels;
+    other images become PNG here."""
     where, content = item.where or item.path, item.read()
     if isinstance(content, np.ndarray):
-        return Row(encode_png(content), item.path, item.label, "PNG", *content.shape[:2])
+        return own_picture(item, content)
     if not content:
         raise UserError(f"{where} is empty (zero bytes)")
     try:
+        if content.startswith(PNG_START):
+            with Image.open(io.BytesIO(content)) as image:
+                image.verify()  # checksums and the file's end, which load() does not look at
         with Image.open(io.BytesIO(content)) as image:
-            image.verify()  # a PNG's checksums and its end, which load() does not look at
-        with Image.open(io.BytesIO(content)) as image:
+            encoding = image.format or "unknown"
+            if encoding not in (*FORMATS, "MPO"):
+                raise UserError(f"{where} is a {encoding} file; JPEG, PNG, WebP, BMP and TIFF are read")
             image.load()
-            encoding, (width, height) = image.format or "unknown", image.size
             if image.mode == "F":
                 raise ValueError("its pixels are floating-point numbers")
-            # DALI's WebP parser fails on some files with EXIF; MPO is what many cameras call a JPEG of two pictures.
-            special = encoding == "MPO" or (encoding == "WEBP" and len(image.getexif()) > 0)
-            odd = special or image.mode != "RGB" or getattr(image, "n_frames", 1) > 1
-            if odd and encoding in (*FORMATS, "MPO"):
-                upright = to_rgb(ImageOps.exif_transpose(image))  # the new file has no EXIF to turn it by
-                content, encoding, (width, height) = encode_png(upright), "PNG", upright.size
-            elif image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 are turned by 90 degrees when decoded
-                width, height = height, width
+            odd = is_special(image) or image.mode != "RGB" or getattr(image, "n_frames", 1) > 1
+            is_deep = has_16_bits(image, content)
+            largest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
+            pixels = np.asarray(to_rgb(upright(image)))
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises many types for damaged files; each means the same here
         reason = str(error).replace("\n", " ")
         reason = "it is no image that Pillow knows" if "cannot identify" in reason else reason
         raise UserError(f"{where} is not a readable image: {reason}") from error
-    if encoding not in FORMATS:
-        raise UserError(f"{where} is a {encoding} file; JPEG, PNG, WebP, BMP and TIFF are read")
-    return Row(content, item.path, item.label, encoding, height, width)
+    if max(pixels.shape) > MAX_SIDE:
+        height, width = pixels.shape[:2]
+        raise UserError(f"{where} has {width} x {height} pixels; images of up to {MAX_SIDE} pixels a side are read")
+    if is_deep:
+        deep.add(where, int(pixels.max()) * 257 if largest is None else largest)
+    if odd:
+        return own_picture(item, pixels)
+    height, width = pixels.shape[:2]
+    return Picture(content, pixels, Row(content, item.path, item.label, encoding, height, width))
+
+
+def own_picture(item: Item, pixels: np.ndarray) -> Picture[Row]:
+    """The item as a PNG file of our own, which needs no check."""
+    encoded = encode_png(pixels)
+    return Picture(encoded, None, Row(encoded, item.path, item.label, "PNG", *pixels.shape[:2]))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF or XMP orientation says."""
+    image.getexif()  # read, so that the raw EXIF may go: exif_transpose would write it anew, and fails on odd tags
+    for name in ("exif", "Raw profile type exif"):
+        image.info.pop(name, None)
+    return ImageOps.exif_transpose(image)
+
+
+def is_special(image: Image.Image) -> bool:
+    """Whether DALI is known to fail on such files: the check would find each, but takes up to a second for it.
+
+    These are MPO, which many cameras call a JPEG of two pictures, WebP with EXIF, and JPEG with EXIF twice.
+    """
+    segments = getattr(image, "applist", [])  # of a JPEG
+    num_exif = sum(name == "APP1" and data.startswith(b"Exif") for name, data in segments)
+    return image.format == "MPO" or (image.format == "WEBP" and len(image.getexif()) > 0) or num_exif > 1
+
+
+def has_16_bits(image: Image.Image, content: bytes) -> bool:
+    """Whether the file has more than 8 bits a sample, of which 8 are kept."""
+    if image.format == "PNG":
+        return content[12:16] == b"IHDR" and content[24] == 16
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (8,)) if isinstance(image, TiffImagePlugin.TiffImageFile) else (8,)
+    return image.mode.startswith("I") or max(bits) > 8
 
 
 def draw_test_split(items: list[Item], class_names: list[str], fraction: float, seed: int) -> dict[str, list[Item]]:

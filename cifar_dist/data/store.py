@@ -132,7 +132,7 @@ def prepare(
             "use another --out, or --overwrite to replace such files"
         )
     folder.create(PREPARING)
-    source.skipped.clear()
+    source.forget()
     moving = False
     try:
         splits = {}
@@ -162,6 +162,7 @@ def prepare(
     except FileNotFoundError as error:
         raise UserError(f"{error} while {uri} was written; is another job preparing the same folder?") from error
     finally:
+        source.checker.stop()
         if not moving:
             folder.delete(PREPARING)
 

@@ -4,7 +4,9 @@ import io
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import nn
 
 from cifar_dist.errors import UserError
 from cifar_dist.models.batchnorm import KerasBatchNorm
+from cifar_dist.models.hdf5 import check_file
 from cifar_dist.models.resnet50v2 import STACKS, ResNet50V2, ResNet50V2Base
 
 # ResNet50V2's ImageNet weights without the top; address and checksum as in keras.applications (Keras 3.15).
@@ -25,6 +28,13 @@ PUBLISHED_MD5 = "fac2f116257151a9d068a22e544a4917"
 
 KERAS_NAME = re.compile(r"conv1_conv|post_bn|conv\d_block\d_(\d|preact)_(conv|bn)")  # in the base
 STATE = ("optimizer", "seed_generator")  # groups that hold no weights
+MAX_CONFIG_BYTES = 64 << 20
+# Of the HDF5 file in a .keras archive, which is unpacked in memory: an optimizer stores a few values for each weight.
+MAX_BYTES_PER_WEIGHT = 64
+FAULTS = (
+    *(OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, OverflowError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 VARIABLES = {
     "convolution": ("kernel", "bias"),
     "dense": ("kernel", "bias"),
@@ -38,7 +48,7 @@ class Layer:
 
     path: str
     name: str
-    variables: dict[str, np.ndarray]
+    variables: dict[str, h5py.Dataset]
 
     @property
     def kind(self) -> str:
@@ -57,12 +67,31 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> int:
     it is. Layers whose names do not tell their place (`conv2d_3`) are taken in the file's order. Raises UserError that
     names the layer for a tensor that is missing, left over, not finite or of a wrong shape; `model` is then unchanged.
     """
-    places = keras_layers(model)
-    layers, described = read_file(path)
-    if isinstance(model, ResNet50V2):
-        check_head(described, path)
-    if isinstance(model, ResNet50V2) and not any(layer.kind == "dense" for layer in layers):
-        places = base_layers(model.base)
+    with ExitStack() as files:
+        layers, described = read_file(path, files, num_bytes=most_bytes(model))
+        new = values_of(layers, places_of(model, layers, described, path), path)
+    with torch.no_grad():
+        for target, value in new:
+            target.copy_(value)
+    return len(new)
+
+
+def most_bytes(model: nn.Module) -> int:
+    """Of the HDF5 file that an archive of this model's may hold."""
+    return sum(tensor.numel() for tensor in model.state_dict().values()) * MAX_BYTES_PER_WEIGHT + (16 << 20)
+
+
+def places_of(model: nn.Module, layers: list[Layer], described: list, path: str | Path) -> dict[str, Any]:
+    """The layers of the model that the file has to fill: all, or those of the base where it has no head."""
+    if not isinstance(model, ResNet50V2):
+        return keras_layers(model)
+    check_head(described, path)
+    has_head = any(layer.kind == "dense" for layer in layers)
+    return keras_layers(model) if has_head else base_layers(model.base)
+
+
+def values_of(layers: list[Layer], places: dict[str, Any], path: str | Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tensor of the model, its new value) for each; a value is read when its shape is known to fit."""
     found = assign(layers, places, path)
     new: list[tuple[torch.Tensor, torch.Tensor]] = []
     for name, module in places.items():
@@ -75,21 +104,26 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> int:
         if extra := layer.variables.keys() - wanted.keys():
             raise UserError(f"{path}: layer {layer.path} has {', '.join(sorted(extra))}, for which {name} has no place")
         for variable, target in wanted.items():
-            value = torch.from_numpy(layer.variables[variable])
-            if value.ndim > 1:  # Keras: [h, w, in, out] and [in, out]
-                value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
-            if value.shape != target.shape:
+            dataset = layer.variables[variable]
+            order = {4: (3, 2, 0, 1), 2: (1, 0)}.get(dataset.ndim, range(dataset.ndim))  # [h, w, in, out], [in, out]
+            shape = [dataset.shape[i] for i in order]
+            if shape != list(target.shape):
                 raise UserError(
-                    f"{path}: {variable} of layer {layer.path} has the shape {list(layer.variables[variable].shape)}, "
-                    f"which as {list(value.shape)} does not fit {list(target.shape)} of {name}"
+                    f"{path}: {variable} of layer {layer.path} has the shape {list(dataset.shape)}, "
+                    f"which as {shape} does not fit {list(target.shape)} of {name}"
                 )
+            value = read_values(dataset, path).permute(*order)
             if not value.isfinite().all():
                 raise UserError(f"{path}: {variable} of layer {layer.path} holds values that are not finite")
             new.append((target, value))
-    with torch.no_grad():
-        for target, value in new:
-            target.copy_(value)
-    return len(new)
+    return new
+
+
+def read_values(dataset: h5py.Dataset, path: str | Path) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.asarray(dataset[()], np.float32))
+    except FAULTS as error:
+        raise UserError(f"{path}: {dataset.name} cannot be read: {error}") from error
 
 
 def base_layers(base: ResNet50V2Base) -> dict[str, Any]:
@@ -173,34 +207,46 @@ def described_layers(model: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
             yield layer["class_name"], dict(layer["config"])
 
 
-def read_file(path: str | Path) -> tuple[list[Layer], list[tuple[str, dict[str, Any]]]]:
+def read_file(
+    path: str | Path, files: ExitStack, num_bytes: int
+) -> tuple[list[Layer], list[tuple[str, dict[str, Any]]]]:
     """The layers with weights, in the model's order as far as the file tells it, and (class, settings) of all layers as
-    far as the file describes them. Raises UserError for another file."""
+    far as the file describes them. The file stays open in `files`. Raises UserError for another file, and for one that
+    unpacked has more than `num_bytes`."""
     config: Any = "{}"
     try:
         source: Path | str | io.BytesIO = path
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                source = io.BytesIO(archive.read("model.weights.h5"))
-                config = archive.read("config.json") if "config.json" in archive.namelist() else config
-        with h5py.File(source, "r") as file:
-            layers = list(layers_of(file.get("model_weights", file)))
-            config = json.loads(file.attrs.get("model_config", config))
+                source = io.BytesIO(unpacked(archive, "model.weights.h5", num_bytes))
+                if "config.json" in archive.namelist():
+                    config = unpacked(archive, "config.json", MAX_CONFIG_BYTES)
+        file = files.enter_context(h5py.File(source, "r"))
+        check_file(file, path)
+        layers = list(layers_of(file.get("model_weights", file)))
+        config = json.loads(file.attrs.get("model_config", config))
         described = list(described_layers(config))
     except FileNotFoundError:
         raise UserError(f"there is no weights file {path}") from None
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except FAULTS as error:
         raise UserError(f"{path} is not a Keras weights file (.h5, .weights.h5 or .keras): {error}") from error
     if not layers:
         raise UserError(f"{path} holds no layers: is it a Keras weights file (.h5, .weights.h5 or .keras)?")
     return layers, described
 
 
+def unpacked(archive: zipfile.ZipFile, name: str, num_bytes: int) -> bytes:
+    """A file of the archive. Raises ValueError where it has more than `num_bytes`, whatever the archive says of it."""
+    with archive.open(name) as file:
+        content = file.read(num_bytes + 1)
+    if len(content) > num_bytes:
+        raise ValueError(f"its {name} is larger than {num_bytes >> 20} MiB, more than this network's weights need")
+    return content
+
+
 def layers_of(group: h5py.Group) -> Iterator[Layer]:
     """The layers below a group: nested models first, as Keras's own order is where one is built on another."""
-    # A string here raises ValueError: the file is then none of Keras's.
-    items = {name: item for name, item in group.items() if isinstance(item, h5py.Dataset)}
-    values = {name.split(":")[0]: np.asarray(item[()], np.float32) for name, item in items.items()}
+    values = {name.split(":")[0]: item for name, item in group.items() if isinstance(item, h5py.Dataset)}
     place = group.name.removesuffix("/vars")
     if values:
         layer = Layer(place.strip("/"), place.rsplit("/", 1)[-1], values)
@@ -215,7 +261,8 @@ def layers_of(group: h5py.Group) -> Iterator[Layer]:
         # conv2d, conv2d_1, conv2d_2, ..., conv2d_10
         return not is_model, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
+    own = set(group.keys())  # not `in group`, which takes paths, such as that of the group itself
     names = [n.decode() if isinstance(n, bytes) else str(n) for n in group.attrs.get("layer_names", [])]
-    for name in [n for n in names if n in group] + sorted(group.keys() - set(names), key=rank):
+    for name in [n for n in names if n in own] + sorted(own - set(names), key=rank):
         if isinstance(group[name], h5py.Group) and not name.startswith(STATE):
             yield from layers_of(group[name])

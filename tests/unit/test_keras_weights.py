@@ -7,6 +7,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from cifar_dist import models
 from cifar_dist.errors import UserError
+from cifar_dist.models import keras_weights
 from cifar_dist.models.keras_weights import (
     base_layers,
     check_head,
@@ -183,7 +185,9 @@ def test_a_file_s_description_is_read_with_nested_models(numbered: Path, tmp_pat
     with h5py.File(numbered, "a") as opened:
         opened.attrs["model_config"] = json.dumps(described)
     for file in (numbered, tmp_path / "small.keras"):
-        assert [kind for kind, _ in read_file(file)[1]] == ["Conv2D", "Flatten", "Dense", "Dense"]
+        with ExitStack() as files:
+            described_in_file = read_file(file, files, num_bytes=1 << 20)[1]
+        assert [kind for kind, _ in described_in_file] == ["Conv2D", "Flatten", "Dense", "Dense"]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +221,7 @@ def put(name: str, value: np.ndarray) -> Callable[[h5py.File], None]:
         (remove("layers/conv2d/vars/0"), "layer layers/conv2d lacks kernel"),
         (remove("layers/dense_1/vars/0"), "layer layers/dense_1 lacks kernel"),
         (remove("layers/batch_normalization/vars/0"), "layer layers/batch_normalization lacks gamma"),
-        (put("layers/dense/vars/0", np.array(b"text")), "is not a Keras weights file"),
+        (put("layers/dense/vars/0", np.array(b"text")), "layers/dense/vars/0 holds values of the type |S4"),
         (remove("layers/conv2d/vars/1"), "layer layers/conv2d lacks bias"),
         (remove("layers/batch_normalization_1/vars/3"), "layer layers/batch_normalization_1 lacks moving_variance"),
         (put("layers/dense_2/vars/0", np.ones((6, 6))), "layer layers/dense_2 (dense) is left over"),
@@ -283,6 +287,221 @@ def test_a_cut_off_file(published: Path, tmp_path: Path):
     (tmp_path / "cut.h5").write_bytes(published.read_bytes()[:1_000_000])
     with pytest.raises(UserError, match="is not a Keras weights file"):
         load_keras_weights(models.build("resnet50v2"), tmp_path / "cut.h5")
+
+
+# What an HDF5 file can hold besides weights. KERNEL and BIAS are places that load_keras_weights reads.
+
+KERNEL, BIAS = "layers/dense/vars/0", "layers/dense/vars/1"
+SECRET = b"TOP SECRET " * 3
+
+
+def link(target: Any) -> Callable[[h5py.File, Path], None]:
+    def act(file: h5py.File, _: Path) -> None:
+        file.move(BIAS, "kept")
+        file[BIAS] = target
+
+    return act
+
+
+def named_link(file: h5py.File, _: Path) -> None:
+    file["layers/a\nb"] = h5py.SoftLink("/x")
+
+
+def link_to_another_file(file: h5py.File, folder: Path) -> None:
+    with h5py.File(folder / "other.h5", "w") as other:
+        other["vars"] = np.ones(6, np.float32)
+    del file[BIAS]
+    file[BIAS] = h5py.ExternalLink("other.h5", "/vars")
+
+
+def link_of_a_group(file: h5py.File, folder: Path) -> None:
+    with h5py.File(folder / "other.h5", "w") as other:
+        other["vars/0"] = np.ones((5, 6), np.float32)
+        other["vars/1"] = np.ones(6, np.float32)
+    del file["layers/dense"]
+    file["layers/dense"] = h5py.ExternalLink("other.h5", "/")
+
+
+def link_of_the_model(file: h5py.File, folder: Path) -> None:
+    with h5py.File(folder / "other.h5", "w") as other:
+        file.copy("layers", other)
+    del file["layers"]
+    file["model_weights"] = h5py.ExternalLink("other.h5", "/")
+
+
+def external_values(file: h5py.File, folder: Path) -> None:
+    (folder / "secret.txt").write_bytes(SECRET)
+    del file[BIAS]
+    file.create_dataset(BIAS, (6,), "<f4", external=[(str(folder / "secret.txt"), 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual(file: h5py.File, folder: Path) -> None:
+    with h5py.File(folder / "other.h5", "w") as other:
+        other["vars"] = np.ones(6, np.float32)
+    layout = h5py.VirtualLayout((6,), "<f4")
+    layout[:] = h5py.VirtualSource(str(folder / "other.h5"), "vars", (6,))
+    del file[BIAS]
+    file.create_virtual_dataset(BIAS, layout)
+
+
+def twice(name: str, place: str) -> Callable[[h5py.File, Path], None]:
+    def act(file: h5py.File, _: Path) -> None:
+        file[place] = file[name]
+
+    return act
+
+
+def typed(dtype: Any) -> Callable[[h5py.File, Path], None]:
+    def act(file: h5py.File, _: Path) -> None:
+        del file[BIAS]
+        file.create_dataset(BIAS, (6,), dtype)
+
+    return act
+
+
+def named_type(file: h5py.File, _: Path) -> None:
+    file["layers/kind"] = np.dtype("<f4")
+
+
+def nested(file: h5py.File, _: Path) -> None:
+    file["/".join(["deep"] * 5000)] = np.ones(6)
+
+
+def stored(shape: tuple[int, ...] | None, **options: Any) -> Callable[[h5py.File, Path], None]:
+    def act(file: h5py.File, _: Path) -> None:
+        del file[BIAS]
+        file.create_dataset(BIAS, shape, "<f4", **options)
+
+    return act
+
+
+def plugin(file: h5py.File, _: Path) -> None:
+    """A filter that no library here has; HDF5 would look for its plugin when the values are read."""
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_chunk((6,))
+    settings.set_filter(300, h5py.h5z.FLAG_OPTIONAL, ())
+    del file[BIAS]
+    space = h5py.h5s.create_simple((6,))
+    h5py.h5d.create(file["layers/dense/vars"].id, b"1", h5py.h5t.IEEE_F32LE, space, settings)
+
+
+FORGED = {
+    "a link to another file": (link_to_another_file, f"{BIAS} is a link to /vars in other.h5"),
+    "a group that is a link": (link_of_a_group, "layers/dense is a link to / in other.h5"),
+    "a model that is a link": (link_of_the_model, "model_weights is a link to / in other.h5"),
+    "a soft link": (link(h5py.SoftLink("/kept")), f"{BIAS} is a link to /kept in the same file"),
+    "a soft link to itself": (link(h5py.SoftLink(f"/{BIAS}")), f"{BIAS} is a link to"),
+    "a link to nothing": (link(h5py.ExternalLink("no.h5", "/x")), f"{BIAS} is a link to /x in no.h5"),
+    "a name of several lines": (named_link, "layers/a?b is a link to"),
+    "values in another file": (external_values, f"{BIAS} keeps its values in another file ("),
+    "values of other datasets": (virtual, f"{BIAS} is put together from other datasets"),
+    "a dataset twice": (twice(BIAS, "layers/zzz/vars/0"), f"{BIAS} is in the file twice"),
+    "a circle": (twice("layers", "layers/dense/again"), "layers/dense/again is in the file twice"),
+    "a circle through the root": (twice("/", "layers/again"), "layers/again is in the file twice"),
+    "groups without end": (nested, "lies more than 64 groups deep"),
+    "texts": (typed(h5py.string_dtype()), f"{BIAS} holds values of the type object"),
+    "references": (typed(h5py.ref_dtype), f"{BIAS} holds values of the type object"),
+    "references to regions": (typed(h5py.regionref_dtype), f"{BIAS} holds values of the type object"),
+    "lists": (typed(h5py.vlen_dtype(np.float32)), f"{BIAS} holds values of the type object"),
+    "records": (typed(np.dtype([("a", "<f4")])), f"{BIAS} holds values of the type"),
+    "complex numbers": (typed(np.complex64), f"{BIAS} holds values of the type complex64"),
+    "a type with a name": (named_type, "layers/kind is neither a group nor a dataset"),
+    "a plugin": (plugin, f"{BIAS} is packed by the filter 300"),
+    "a huge chunk": (stored((6,), chunks=(1 << 28,), maxshape=(None,)), "is stored in chunks of 268435456 values"),
+    "no shape": (lambda file, _: (file.__delitem__(BIAS), file.create_dataset(BIAS, data=h5py.Empty("f"))), "no shape"),
+}
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_forged_file_is_refused_before_a_value_is_read(
+    numbered: Path, forgery: str, archived: bool, monkeypatch: pytest.MonkeyPatch
+):
+    forge, message = FORGED[forgery]
+    with h5py.File(numbered, "a") as file:
+        forge(file, numbered.parent)
+    path = numbered
+    if archived:
+        path = numbered.with_name("small.keras")
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(numbered, "model.weights.h5")
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", lambda *_: pytest.fail("a value was read"))
+    network = small(2)
+    with pytest.raises(UserError) as caught:
+        load_keras_weights(network, path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert same(network, small(2))
+
+
+@pytest.mark.parametrize("place", ["optimizer/vars/9", "elsewhere"])
+def test_links_in_parts_that_are_not_read_are_refused_too(numbered: Path, place: str):
+    with h5py.File(numbered, "a") as file:
+        file[place] = h5py.ExternalLink("other.h5", "/x")
+    with pytest.raises(UserError, match=f"{place} is a link to /x in other.h5"):
+        load_keras_weights(small(2), numbered)
+
+
+@pytest.mark.parametrize("place", [BIAS, "layers/dense/vars/2", "layers/more/vars/0"])
+@pytest.mark.parametrize("chunks", [None, True])
+def test_a_declared_size_takes_no_memory(numbered: Path, place: str, chunks: bool | None):
+    """A terabyte that the file only declares: HDF5 would make zeros of it."""
+    with h5py.File(numbered, "a") as file:
+        if place in file:
+            del file[place]
+        file.create_dataset(place, (1 << 38,), "<f4", chunks=chunks)
+    with pytest.raises(UserError, match=r"has the shape \[274877906944\]|has 2, for which|is left over"):
+        load_keras_weights(small(2), numbered)
+
+
+def test_an_archive_that_unpacks_without_end_is_refused(numbered: Path, monkeypatch: pytest.MonkeyPatch):
+    path = numbered.with_name("small.keras")
+    network = small(2)
+    num_bytes = keras_weights.most_bytes(network)
+    for name, message in (("model.weights.h5", "model.weights.h5 is larger"), ("config.json", "config.json is larger")):
+        monkeypatch.setattr(keras_weights, "MAX_CONFIG_BYTES", 1 << 20)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.write(numbered, "model.weights.h5") if name == "config.json" else None
+            archive.writestr(name, bytes(num_bytes + 1))
+        with pytest.raises(UserError, match=message):
+            load_keras_weights(network, path)
+        assert path.stat().st_size < 1 << 20
+
+
+def test_packed_weights_and_other_numbers_are_read(tmp_path: Path):
+    """Keras writes neither, but HDF5 tools do, without another file or a plugin."""
+    first = small(1)
+    write_numbered(tmp_path / "w.weights.h5", list(zip(NUMBERED, first, strict=True)))
+    with h5py.File(tmp_path / "w.weights.h5", "a") as file:
+        for name, options in ((KERNEL, {"compression": "gzip", "shuffle": True}), (BIAS, {"compression": "lzf"})):
+            values = file[name][()]
+            del file[name]
+            file.create_dataset(name, data=values.astype(np.float64), **options)
+    network = small(2)
+    load_keras_weights(network, tmp_path / "w.weights.h5")
+    assert same(network, first)
+
+
+def test_names_that_lead_out_of_their_group_are_not_followed(numbered: Path):
+    with h5py.File(numbered, "a") as file:
+        file.attrs["layer_names"] = ["/", ".", "layers/dense", "no such layer"]
+    network = small(2)
+    load_keras_weights(network, numbered)
+    assert same(network, small(1))
+
+
+def test_values_that_cannot_be_unpacked_are_named(numbered: Path):
+    with h5py.File(numbered, "a") as file:
+        values = file[KERNEL][()]
+        del file[KERNEL]
+        file.create_dataset(KERNEL, data=values, compression="gzip")
+        chunk = file[KERNEL].id.get_chunk_info(0)
+    content = bytearray(numbered.read_bytes())
+    content[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)
+    numbered.write_bytes(content)
+    with pytest.raises(UserError, match=f"{KERNEL} cannot be read"):
+        load_keras_weights(small(2), numbered)
 
 
 # jobs/weights.py

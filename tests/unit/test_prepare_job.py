@@ -109,6 +109,31 @@ def test_a_folder_with_bad_files(tmp_path: Path, pictures: Path):
     assert sum(split["num_rows"] for split in manifest["splits"].values()) == 20
 
 
+def test_a_file_that_only_pillow_reads_is_encoded_anew(tmp_path: Path, pictures: Path):
+    """Three stray bytes between a JPEG's segments: DALI refuses the file."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)).save(buffer, "JPEG")
+    content = buffer.getvalue()
+    (pictures / "train" / "cat" / "stray.jpg").write_bytes(content[:20] + bytes(3) + content[20:])
+    for skip in ([], ["--skip-bad"]):
+        out = tmp_path / f"out{len(skip)}"
+        done = prepare("--source", "folder", "--path", pictures, "--test-fraction", "0.1", "--out", out, *skip)
+        assert (done.returncode, done.stderr) == (0, "")
+        manifest = json.loads((out / "_manifest.json").read_bytes())
+        assert {tuple(split["encodings"]) for split in manifest["splits"].values()} == {("PNG",)}
+        assert max(split["width"][1] for split in manifest["splits"].values()) == 12
+
+
+def test_12_bit_values_in_16_bit_images_are_warned_of(tmp_path: Path, pictures: Path):
+    for path in sorted(pictures.rglob("*.png")):
+        Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(path)
+    done = prepare("--source", "folder", "--path", pictures, "--out", tmp_path / "out")
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("WARNING: ")
+    assert "of the 20 16-bit images, 4000 of 65535, so 16 of 256 levels" in line
+
+
 def test_the_drawn_test_split_follows_fraction_and_seed(tmp_path: Path, pictures: Path):
     def test_paths(*options: str) -> list[str]:
         out = tmp_path / "-".join(["out", *options])

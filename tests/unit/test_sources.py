@@ -6,7 +6,7 @@ import json
 import pickle
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from odd_pictures import png
 from PIL import Image, ImageOps
 from torchvision.datasets import CIFAR10
 
 from cifar_dist.data import sources
+from cifar_dist.data.check import Checker
 from cifar_dist.data.pipeline import decode
 from cifar_dist.errors import UserError
 
@@ -50,8 +52,20 @@ def write_tree(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def row_of(content: bytes) -> sources.Row:
-    return sources.checked_row(sources.Item("picture", 0, lambda: content))
+CHECKER = Checker()  # one child for all tests
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_child_is_left() -> Iterator[None]:
+    yield
+    CHECKER.stop()
+
+
+def row_of(content: bytes | np.ndarray, path: str = "picture", label: int = 0) -> sources.Row:
+    """What is stored of a file."""
+    items = [sources.Item(path, label, lambda: content)]
+    (row,) = sources.Source("test", ["a"], {"train": items}, checker=CHECKER).rows("train")
+    return row
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -139,7 +153,7 @@ def test_of_several_pages_the_first_is_kept():
 
 def test_raw_pixels_become_lossless_png():
     pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), np.uint8)
-    row = sources.checked_row(sources.Item("x.png", 4, lambda: pixels))
+    row = row_of(pixels, "x.png", 4)
     assert (row.path, row.label, row.encoding, row.height, row.width) == ("x.png", 4, "PNG", 7, 9)
     assert (np.asarray(Image.open(io.BytesIO(row.encoded))) == pixels).all()
 
@@ -478,11 +492,78 @@ def test_files_that_the_decoder_may_not_read_become_png(name: str, save: dict, t
     exif[0x010E] = "x"
     more = {"save_all": True, "append_images": [image]} if "format" in save else {"exif": exif}
     image.save(tmp_path / name, **save, **more)
-    row = sources.checked_row(sources.Item(name, 0, (tmp_path / name).read_bytes))
+    row = row_of((tmp_path / name).read_bytes())
     assert (row.encoding, row.height, row.width) == ("PNG", 15, 20)
 
 
 def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tiff")
     with pytest.raises(UserError, match="floating-point"):
-        sources.checked_row(sources.Item("f.tiff", 0, (tmp_path / "f.tiff").read_bytes))
+        row_of((tmp_path / "f.tiff").read_bytes())
+
+
+def test_a_turned_image_whose_exif_cannot_be_written_again_is_kept():
+    """A camera's name as a floating-point number: Pillow reads such EXIF, and fails to write it."""
+    entries = struct.pack(">HHIf", 0x0110, 11, 1, 1.0) + struct.pack(">HHIHH", ORIENTATION, 3, 1, 6, 0)
+    data = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4)
+    content = JPEG[:20] + b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data + JPEG[20:]
+    with pytest.raises(AttributeError):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    row = row_of(content)
+    assert (row.encoded, row.height, row.width) == (content, 24, 16)
+    assert (decoded(row.encoded) == np.rot90(np.asarray(Image.open(io.BytesIO(JPEG))), -1)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_image_that_is_longer_than_dali_decodes_is_refused(mode: str):
+    longest = row_of(encoded(Image.new(mode, (1_000_000, 1), "red" if mode == "RGB" else 99), "PNG"))
+    assert decoded(longest.encoded).shape == (1, 1_000_000, 3)
+    with pytest.raises(UserError, match="picture has 1000001 x 1 pixels; images of up to 1000000"):
+        row_of(encoded(Image.new(mode, (1_000_001, 1)), "PNG"))
+
+
+# 16-bit images
+
+
+def warning_of(*images: np.ndarray) -> str | None:
+    items = [sources.Item(f"{i}.png", 0, lambda a=a: png_of(a)) for i, a in enumerate(images)]
+    source = sources.Source("test", ["a"], {"train": items}, checker=CHECKER)
+    list(source.rows("train"))
+    return source.deep.warning()
+
+
+def png_of(pixels: np.ndarray) -> bytes:
+    if pixels.ndim == 3 and pixels.dtype == np.uint16:
+        return png(pixels, 16)  # which Pillow does not write
+    return encoded(Image.fromarray(pixels), "PNG")
+
+
+def gray(largest: int, kind: type = np.uint16) -> np.ndarray:
+    return np.linspace(0, largest, 24 * 16).reshape(16, 24).astype(kind)
+
+
+def test_16_bit_images_of_a_narrow_range_are_warned_of():
+    said = warning_of(gray(1000), gray(4095), gray(2000), gray(255, np.uint8))
+    assert said
+    for words in ("1.png has the largest value of the 3 16-bit images", "4095 of 65535", "16 of 256 levels", "scale"):
+        assert words in said
+    assert "\n" not in said
+    deep = np.stack([gray(4095)] * 3, -1)
+    assert "0.png has the largest value of the 1 16-bit images" in (warning_of(deep) or "")
+
+
+def test_16_bit_images_of_the_full_range_are_not():
+    assert warning_of(gray(1000), gray(16384)) is None
+    assert "16383 of 65535, so 64 of 256" in (warning_of(gray(16383)) or "")
+    assert warning_of(np.stack([gray(65535)] * 3, -1)) is None
+    assert warning_of(gray(50, np.uint8)) is None
+    assert warning_of() is None
+
+
+def test_a_second_reading_counts_anew():
+    items = [sources.Item("x.png", 0, lambda: png_of(gray(4095))), sources.Item("bad.png", 0, lambda: b"x")]
+    source = sources.Source("test", ["a"], {"train": items}, checker=CHECKER)
+    for _ in range(2):
+        source.forget()
+        list(source.rows("train", skip_bad=True))
+    assert (source.deep.num_images, len(source.skipped)) == (1, 1)

@@ -1,0 +1,236 @@
+"""What makes a picture sound: DALI decodes it, as in training, to the pixels that Pillow shows upright.
+
+DALI reads fewer kinds of files than Pillow, turns some of them otherwise, and a few files end its process by a signal.
+So the check runs DALI in a child process, which starts again after such a file.
+"""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import IO, Any, Generic, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from cifar_dist.cpus import num_cpus
+from cifar_dist.errors import UserError
+
+BATCH_SIZE = 256  # pictures
+BATCH_BYTES = 32 << 20  # of files and pixels; a larger picture is a batch of its own
+LIMIT_SECONDS = 120  # for the start of DALI, and for a batch
+BROKEN = (EOFError, OSError)  # what a connection raises when its other end is gone
+
+
+def decoder(encoded: Any, gpu: bool = False) -> Any:
+    """DALI's decoder as training uses it. It is defined once, so that the check decodes as training does."""
+    from nvidia.dali import fn, types  # noqa: PLC0415 - the process that prepares data must not hold DALI
+
+    return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
+
+
+def decode_pipeline(max_batch_size: int, num_threads: int) -> Any:
+    """A DALI pipeline from `images` (encoded bytes) to RGB pixels, on the CPU."""
+    from nvidia.dali import Pipeline, fn, types  # noqa: PLC0415 - as above
+
+    pipe = Pipeline(batch_size=max_batch_size, num_threads=num_threads, device_id=None, prefetch_queue_depth=1)
+    with pipe:
+        pipe.set_outputs(decoder(fn.external_source(name="images", dtype=types.UINT8, ndim=1)))
+    pipe.build()
+    return pipe
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Picture(Generic[T]):
+    """`encoded` bytes of a file, and the uint8 [H, W, 3] `pixels` that they must decode to; None asks for no check."""
+
+    encoded: bytes
+    pixels: np.ndarray | None
+    owner: T
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.encoded) + (0 if self.pixels is None else self.pixels.nbytes)
+
+
+def batches(pictures: Iterable[Picture[T]]) -> Iterator[list[Picture[T]]]:
+    """The pictures in order, BATCH_SIZE of them or about BATCH_BYTES together."""
+    batch: list[Picture[T]] = []
+    num_bytes = 0
+    for picture in pictures:
+        if batch and (len(batch) == BATCH_SIZE or num_bytes + picture.num_bytes > BATCH_BYTES):
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(picture)
+        num_bytes += picture.num_bytes
+    if batch:
+        yield batch
+
+
+class Checker:
+    """Asks a child process whether DALI decodes pictures right. The child starts with the first question.
+
+    `module` is that of the function `serve` that the child runs.
+    """
+
+    def __init__(self, module: str = __name__) -> None:
+        self.module = module
+        self._connection: Connection | None = None
+        self._end: Callable[[], Any] = lambda: None
+        self._asking = False
+
+    def stop(self) -> None:
+        """Ends the child; the next question starts another one."""
+        self._connection, self._asking = None, False
+        self._end()
+
+    def checked(self, pictures: Iterable[Picture[T]]) -> Iterator[tuple[Picture[T], bool]]:
+        """The pictures in order, each with whether it is sound. DALI decodes a batch while the next one is made."""
+        waiting: list[Picture[T]] = []
+        try:
+            for batch in batches(pictures):
+                answered = self._answers(waiting)
+                self._ask(batch)
+                waiting = batch
+                yield from answered
+            yield from self._answers(waiting)
+        finally:
+            if self._asking:  # the caller has left early: the child's answer must not be taken for the next one
+                self.stop()
+
+    def _ask(self, batch: list[Picture[T]]) -> None:
+        asked = [picture for picture in batch if picture.pixels is not None]
+        if not asked:
+            return
+        connection = self._connection or self._start()
+        self._asking = True
+        try:
+            send(connection, asked)
+        except BROKEN:
+            self.stop()
+
+    def _answers(self, batch: list[Picture[T]]) -> list[tuple[Picture[T], bool]]:
+        asked = [picture for picture in batch if picture.pixels is not None]
+        sound = self._receive(len(asked)) if asked else b""
+        if sound is None:  # one of them has ended the child: which one, each alone must tell
+            self.stop()
+            sound = bytes(self._alone(picture) for picture in asked)
+        answers = iter(sound)
+        return [(picture, picture.pixels is None or bool(next(answers))) for picture in batch]
+
+    def _alone(self, picture: Picture[T]) -> bool:
+        is_new = self._connection is None
+        self._ask([picture])
+        sound = self._receive(1)
+        if sound is None:
+            self.stop()
+            if not is_new:  # a picture before it may have harmed the child, so it gets one of its own
+                return self._alone(picture)
+        return sound == b"\1"
+
+    def _receive(self, num_pictures: int) -> bytes | None:
+        """A byte for each picture of the last question, or None if the child has died or hangs."""
+        connection, self._asking = self._connection, False
+        try:
+            answer = connection.recv_bytes() if connection and connection.poll(LIMIT_SECONDS) else b""
+        except BROKEN:
+            return None
+        return answer if len(answer) == num_pictures else None
+
+    def _start(self) -> Connection:
+        """Starts the child and waits until it has decoded a picture. Raises UserError if it cannot."""
+        ours, theirs = Pipe()
+        output = tempfile.TemporaryFile()  # noqa: SIM115 - end_child closes it
+        # The parent's own modules by its own search path, in an interpreter that has none of its threads and state.
+        program = f"import sys; sys.path[:] = {sys.path!r}; from {self.module} import serve; serve({theirs.fileno()})"
+        with theirs:
+            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+            process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], **options)
+        self._connection, self._end = ours, weakref.finalize(self, end_child, process, ours, output)
+        if self._receive(1) != b"\1":
+            output.seek(0)
+            said = output.read().decode(errors="replace").strip().splitlines() or ["it ended without a message"]
+            self.stop()
+            raise UserError(
+                f"DALI, which decodes images in training, does not run on this machine ({said[-1]}); "
+                "install the project's packages again"
+            )
+        return ours
+
+
+def end_child(process: subprocess.Popen, connection: Connection, output: IO[bytes]) -> None:
+    process.kill()
+    process.wait()
+    connection.close()
+    output.close()
+
+
+def send(connection: Connection, pictures: list[Picture[Any]]) -> None:
+    """Sends the shapes of the pictures, then each one's file and pixels."""
+    pixels = [np.ascontiguousarray(picture.pixels) for picture in pictures]
+    connection.send_bytes(json.dumps([array.shape for array in pixels]).encode())
+    for picture, array in zip(pictures, pixels, strict=True):
+        connection.send_bytes(picture.encoded)
+        connection.send_bytes(memoryview(array.data).cast("B"))
+
+
+def receive(connection: Connection) -> list[Picture[None]]:
+    """What `send` has sent. Raises EOFError where the other end is closed."""
+    pictures = []
+    for shape in json.loads(connection.recv_bytes()):
+        encoded, pixels = connection.recv_bytes(), np.empty(shape, np.uint8)
+        connection.recv_bytes_into(memoryview(pixels.data).cast("B"))
+        pictures.append(Picture(encoded, pixels, None))
+    return pictures
+
+
+def serve(descriptor: int) -> None:
+    """The child: answers each list of pictures with a byte for each, 1 for a sound one, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes the connection
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump of a file that ends DALI
+    decode = Decoder()
+    connection = Connection(descriptor)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(file, "JPEG")
+    connection.send_bytes(decode.sound([Picture(file.getvalue(), np.full((8, 8, 3), 255, np.uint8), None)]))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # remarks of the decoders' libraries on odd files
+    while True:
+        try:
+            pictures = receive(connection)
+        except BROKEN:
+            return
+        connection.send_bytes(decode.sound(pictures))
+
+
+def is_equal(decoded: np.ndarray, wanted: np.ndarray | None) -> bool:
+    return wanted is not None and np.array_equal(decoded, wanted)
+
+
+class Decoder:
+    """DALI in this process."""
+
+    def __init__(self) -> None:
+        self.num_threads = num_cpus()
+        self.pipe = decode_pipeline(BATCH_SIZE, self.num_threads)
+
+    def sound(self, pictures: list[Picture[None]]) -> bytes:
+        """A byte for each picture: 1 if DALI decodes it to its pixels. A batch fails whole, and is then tried apart."""
+        self.pipe.feed_input("images", [np.frombuffer(picture.encoded, np.uint8) for picture in pictures])
+        try:
+            (decoded,) = self.pipe.run()
+            return bytes(is_equal(decoded.at(i), picture.pixels) for i, picture in enumerate(pictures))
+        except RuntimeError:
+            self.pipe = decode_pipeline(BATCH_SIZE, self.num_threads)  # one that has failed runs no more
+            return b"\0" if len(pictures) == 1 else b"".join(self.sound([picture]) for picture in pictures)

@@ -1,0 +1,66 @@
+"""What an HDF5 file of weights may hold: numbers of its own. HDF5 also follows links to other files, loads plugins."""
+
+import math
+from pathlib import Path
+
+import h5py
+
+from cifar_dist.errors import UserError
+
+# HDF5's own filters, and h5py's LZF: any other one is a plugin, code that HDF5 would load from the local disk.
+FILTERS = {1: "deflate", 2: "shuffle", 3: "Fletcher32", 4: "szip", 5: "n-bit", 6: "scale-offset", 32000: "LZF"}
+MAX_DEPTH = 64  # of groups; Keras's nest a few deep
+MAX_CHUNK_BYTES = 64 << 20  # HDF5 takes memory for a whole chunk, however few values are asked for
+
+
+def check_file(file: h5py.File, path: str | Path) -> None:
+    """Refuses what would have HDF5 read other files, load plugins, go in circles or take memory without end.
+
+    It looks at the whole file and reads none of its values. Raises UserError that names the place in the file.
+    """
+    seen = {h5py.h5o.get_info(file.id).addr}
+    waiting = [(file["/"], 1)]
+    while waiting:
+        group, depth = waiting.pop()
+        for name in group:
+            link, where = group.get(name, getlink=True), f"{group.name.rstrip('/')}/{name}".lstrip("/")
+            if not isinstance(link, h5py.HardLink):
+                refuse(path, where, f"is a link to {link.path} in {getattr(link, 'filename', 'the same file')}")
+            item = group[name]
+            address = h5py.h5o.get_info(item.id).addr
+            if address in seen:
+                refuse(path, where, "is in the file twice: two links lead to it")
+            seen.add(address)
+            if isinstance(item, h5py.Group):
+                if depth == MAX_DEPTH:
+                    refuse(path, where, f"lies more than {MAX_DEPTH} groups deep")
+                waiting.append((item, depth + 1))
+            elif not isinstance(item, h5py.Dataset):
+                refuse(path, where, "is neither a group nor a dataset")
+            elif fault := fault_of(item):
+                refuse(path, where, fault)
+
+
+def refuse(path: str | Path, where: str, fault: str) -> None:
+    what = "".join(c if c.isprintable() else "?" for c in f"{where} {fault}")  # names in the file may hold anything
+    raise UserError(f"{path}: {what}, which no weights file of Keras has; save the weights again with Keras")
+
+
+def fault_of(dataset: h5py.Dataset) -> str | None:
+    """Why a dataset must not be read, None if it may be."""
+    settings = dataset.id.get_create_plist()
+    if settings.get_external_count():
+        return f"keeps its values in another file ({settings.get_external(0)[0].decode(errors='replace')})"
+    if dataset.is_virtual:
+        return "is put together from other datasets"
+    if dataset.dtype.kind not in "fiub":
+        return f"holds values of the type {dataset.dtype}, not numbers"
+    if dataset.shape is None:
+        return "has no shape"
+    for i in range(settings.get_nfilters()):
+        if (code := settings.get_filter(i)[0]) not in FILTERS:
+            return f"is packed by the filter {code}, a plugin"
+    num_values = math.prod(dataset.chunks or ())
+    if num_values * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
+        return f"is stored in chunks of {num_values} values"
+    return None
