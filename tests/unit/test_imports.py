@@ -25,6 +25,7 @@ TRAIN = {
             "cluster",
             "communication",
             "features",
+            "log",
             "loop",
             "metrics",
             "optim",
@@ -32,7 +33,7 @@ TRAIN = {
             "precision",
             "preflight",
         ),
-        *("progress", "saver", "setup", "telemetry", "trainer"),
+        *("progress", "readiness", "saver", "setup", "telemetry", "trainer"),
     )
 }
 MAY_IMPORT = {
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "train": BASE | {"stopping", "data", "models", "deck"} | TRAIN,
     "train.worker": BASE | {"data", "models"} | TRAIN,
     "train.launch": BASE | {"data"} | TRAIN | {"train.worker"},
-    "evaluate": BASE | {"deck", "data", "train.checkpoint", "train.metrics", "train.setup", "models.frozen"},
+    "evaluate": BASE | {"deck", "data", "train.checkpoint", "train.log", "train.setup", "models.frozen"},
 }
 JOBS_MAY_IMPORT = {
     "config",

@@ -12,7 +12,7 @@ DECK_FAN = {
     **{"image_size": 32, "input_range": "0..1", "flips": "none", "crop_padding": 0, "cutout_size": 0},
     **{"validation_fraction": 0.1, "split_seed": 0, "train_images": 0, "synthetic_data": False},
     **{"optimizer": "adam", "learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
-    **{"weight_decay": 0.0, "momentum": 0.9, "muon_learning_rate": 0.02},
+    **{"weight_decay": 0.0, "decay_bias_and_norm": True, "momentum": 0.9, "muon_learning_rate": 0.02},
     **{"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-7},
     **{"clip_norm": 0.0, "label_smoothing": 0.0, "ema_decay": 0.0},
     **{"epochs": 30, "global_batch_size": 64, "accumulation_steps": 1, "seed": 0, "recalibrate_batches": 0},
