@@ -329,8 +329,9 @@ def why_failed(error: Exception, launch: Launch) -> str:
     name, reason = launch.name, first_cause(cause or error)
     if isinstance(error, ray.exceptions.RayActorError):
         return f"Ray Train's controller of run {name} died, on the node of this job: {reason}; {kept}"
-    if getattr(error, "worker_failures", None):
-        memory = "OutOfMemory" in str(error) or "memory pressure" in str(error)
+    if failures := getattr(error, "worker_failures", None):
+        texts = [f"{type(failure).__name__} {failure}" for failure in failures.values()]
+        memory = any("OutOfMemoryError" in text or "low on memory" in text for text in texts)
         advice = "; the machine is out of memory: use fewer --workers or a smaller --global-batch-size" * memory
         return f"the workers of run {name} failed more than {launch.max_failures} times: {reason}{advice}; {kept}"
     return f"Ray could not go on with run {name}: {reason}; is the cluster alive? {kept[0].upper()}{kept[1:]}"

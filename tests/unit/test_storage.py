@@ -24,6 +24,7 @@ from moto.server import ThreadedMotoServer
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, absolute_uri, file_sha256, join_uri, may_pass, open_uri, to_json
+from cifar_dist.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of b"abc", from FIPS 180
@@ -332,7 +333,7 @@ def test_a_full_disk_is_told_at_once(tmp_path: Path, capfd: pytest.CaptureFixtur
     (tmp_path / "some").write_bytes(b"abc" * 100_000)
     with pytest.raises(UserError, match=rf"cannot write {tmp_path}/full: .*No space left on device"):
         folder.upload(tmp_path / "some", "full")
-    with pytest.raises(UserError, match=rf"cannot copy {tmp_path}/some: .*No space left on device"):
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}/full on this machine: .*No space left"):
         folder.download("some", tmp_path / "full")
     assert capfd.readouterr().err == ""
 
@@ -531,3 +532,17 @@ def test_the_prepare_job_writes_to_a_bucket(s3: str):
     assert done.returncode == 0, done.stderr
     assert "20 train, 20 test images of 10 classes; prepared" in done.stdout
     assert store.read_manifest(uri).num_rows("train") == 20
+
+
+def test_a_full_temporary_folder_is_not_blamed_on_the_object_store(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_files", fail)
+    run = checkpoint.Checkpoints(s3_uri)
+    with pytest.raises(UserError, match=r"on this machine: .*No space left.*TMPDIR") as error:
+        run.write(checkpoint.Cursor(0, 1), 1, checkpoint.State({}, None, {}, {}), {"model": "fan"})
+    assert "s3://" not in str(error.value)
+    assert run.folder.names() == []
