@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cifar_dist.data.private import default_folder, keep_own, one_at_a_time, private_folder, user_folder
 from cifar_dist.data.sources import Row, Source
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, is_sealed, join_uri, seal, to_json
+from cifar_dist.storage import Folder, file_sha256, is_sealed, join_uri, seal, to_json
 
 FORMAT_VERSION = 2
 ROWS_PER_FILE = 10_000
@@ -190,7 +190,7 @@ def clear_unfinished(folder: Folder) -> None:
     if MANIFEST in inside and not folder.exists(MANIFEST):  # it was moving
         known = {sha256 for name in {MANIFEST, REPLACED} & set(inside) for sha256 in checksums(folder, name)}
         for name in data_files(folder):
-            if hashlib.sha256(folder.read(name)).hexdigest() in known:
+            if sha256_of(folder, name) in known:
                 folder.delete(name)
     folder.delete(PREPARING)
 
@@ -217,7 +217,14 @@ def is_whole(folder: Folder, manifest: Manifest) -> bool:
     """Whether every file that the manifest names is there with its checksum."""
     files = [file for split in manifest.splits.values() for file in split["files"]]
     there = set(folder.names())
-    return all(f["name"] in there and hashlib.sha256(folder.read(f["name"])).hexdigest() == f["sha256"] for f in files)
+    return all(f["name"] in there and sha256_of(folder, f["name"]) == f["sha256"] for f in files)
+
+
+def sha256_of(folder: Folder, name: str) -> str:
+    """SHA-256 of a file of the data set (hex)."""
+    if folder.is_local:  # without holding it in memory
+        return folder.tried("read", name, lambda: file_sha256(Path(folder.at(name))))
+    return hashlib.sha256(folder.read(name)).hexdigest()
 
 
 def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: list[str]) -> dict[str, Any]:
