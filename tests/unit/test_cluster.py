@@ -232,6 +232,30 @@ def test_a_user_without_home_and_name_gets_both(environment: dict[str, str], mon
     assert (environment["HOME"], environment["USER"]) == ("/home/me", "me")
 
 
+def test_ray_is_told_to_stay_on_loopback_and_what_keeps_it_from_starting_is_one_sentence(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict = {}
+
+    def fail(**settings: object) -> None:
+        given.update(settings, clusters=ray._private.ray_constants.ENABLE_RAY_CLUSTER)  # type: ignore[attr-defined]
+        given["blocked"] = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        raise RuntimeError("no room\nfor it")
+
+    monkeypatch.setattr(ray, "init", fail)
+    monkeypatch.setattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)  # type: ignore[attr-defined]
+    monkeypatch.setattr(cluster, "start_guardian", lambda _: None)
+    monkeypatch.setattr(cluster, "num_cpus", lambda: 3)
+    monkeypatch.setattr(cluster, "temporary_folder", lambda: "/t")
+    with pytest.raises(UserError, match=r"Ray did not start on this machine: no room; .* /t/session_latest/logs$"):
+        cluster.start(2)
+    assert (given["address"], given["_node_ip_address"], given["clusters"]) == ("local", "127.0.0.1", False)
+    assert (given["_temp_dir"], given["num_cpus"]) == ("/t", 3)
+    assert signal.SIGTERM in given["blocked"]
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert len(environment["RAY_AUTH_TOKEN"]) == 64
+
+
 # Ray's folder.
 
 

@@ -49,7 +49,7 @@ def test_workers_that_are_neither_are_refused(text, capsys):
 def test_defaults_are_the_launch_s_own():
     args = parse()
     assert (args.workers, args.preflight_only, args.explain_resume) == ((1, None), False, False)
-    assert launch_of("--address", "local") == Launch("data", "runs", "first", recipe="quickstart_fan", address="local")
+    assert launch_of("--address", "local") == Launch("data", "runs", "first", recipe="quickstart_fan")
 
 
 def test_every_option_reaches_the_launch(tmp_path, monkeypatch):
