@@ -28,11 +28,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_image
 from torchvision.transforms import v2
 
-from cifar_dist.config import Parser, prepare_environment
+from cifar_dist.config import Parser
 from cifar_dist.data import sources, store
 from cifar_dist.data.loader import Loader, train_plans
 from cifar_dist.data.order import Augmentation
 from cifar_dist.data.spec import ImageSpec
+from cifar_dist.environment import prepare_environment
 
 BATCH = 64
 DECODED, ENCODED, FLOOR = "this loader, decoded cache", "this loader, encoded", "floor"

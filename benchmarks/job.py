@@ -33,9 +33,10 @@ import torch.nn.functional as F
 from PIL import Image
 from side_by_side import RESULTS, Rounds, cell, measure, ratio, store, summary, table
 
-from cifar_dist.config import Config, Parser, add_config_options, config_overrides, prepare_environment
+from cifar_dist.config import Config, Parser, add_config_options, config_overrides
 from cifar_dist.data import sources
 from cifar_dist.data import store as datasets
+from cifar_dist.environment import prepare_environment
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.models import MODELS
 from cifar_dist.models.frozen import split_frozen

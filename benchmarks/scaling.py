@@ -26,9 +26,10 @@ from typing import Any
 from job import TRAIN, add_options, case_of, job_rate
 from side_by_side import cell, measure, ratio, store, summary, table
 
-from cifar_dist.config import Parser, config_overrides, prepare_environment
+from cifar_dist.config import Parser, config_overrides
 from cifar_dist.data import sources
 from cifar_dist.data import store as datasets
+from cifar_dist.environment import prepare_environment
 
 RAY_ADDRESS = prepare_environment()
 

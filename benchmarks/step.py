@@ -27,9 +27,10 @@ from job import Case, bare_rate
 from side_by_side import RESULTS, Rounds, cell, measure, ratio, store, summary, table
 
 from cifar_dist import models
-from cifar_dist.config import Parser, prepare_environment
+from cifar_dist.config import Parser
 from cifar_dist.data import sources
 from cifar_dist.data import store as datasets
+from cifar_dist.environment import prepare_environment
 from cifar_dist.errors import exit_code_of
 from cifar_dist.models import frozen
 from cifar_dist.models.dropout import Dropout

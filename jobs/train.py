@@ -4,14 +4,14 @@ import argparse
 import sys
 
 from cifar_dist.config import Config, Parser, add_cluster_options, add_config_options, config_overrides, worker_range
-from cifar_dist.config import prepare_environment as prepare
+from cifar_dist.environment import prepare_environment
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.recipes import describe_recipes, recipe_config
 from cifar_dist.storage import output_uri
 from cifar_dist.train.progress import StartUp
 
 START_UP = StartUp()
-prepare()
+prepare_environment()
 
 from cifar_dist.train import cluster, plan, preflight  # noqa: E402 - Ray reads the environment when it is imported
 

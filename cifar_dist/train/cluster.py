@@ -15,15 +15,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants, services
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from cifar_dist import stopping
-from cifar_dist.config import MARK, job_config_fault, ray_folder, set_up_local_cluster, uses_tls, without_mark
 from cifar_dist.cpus import num_cpus
 from cifar_dist.data.private import default_folder, private_folder
+from cifar_dist.environment import MARK, job_config_fault, ray_folder, set_up_local_cluster, uses_tls, without_mark
 from cifar_dist.errors import UserError
 
 CONNECT_SECONDS = 5  # for a host to answer
@@ -102,8 +103,12 @@ def start(num_workers: int) -> None:
         ) from error
     finally:
         torch_import.join()
+    node: Any = ray._private.worker._global_node
     # It follows the workers' output for the driver, which is quiet. ray.init() cannot leave it out.
-    ray._private.worker._global_node.kill_log_monitor()  # type: ignore[attr-defined]
+    node.kill_log_monitor()
+    # ray.shutdown() sends SIGTERM, which they never get, and waits a second for each of them.
+    end_processes = node.kill_all_processes
+    node.kill_all_processes = lambda **_: end_processes(check_alive=False, allow_graceful=False)
     atexit.register(ray.shutdown)  # before Ray's own, which first sleeps half a second
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import threading
 import time
 import uuid
@@ -20,6 +19,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cifar_dist.data.store import use_decoded
+from cifar_dist.environment import limit_waits
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder, open_uri, seal, to_json
 from cifar_dist.train import preflight
@@ -240,9 +240,7 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
     if launch.min_workers:
         look_for_nodes()
     use_gpu = "GPU" in resources
-    limit = str(launch.collective_timeout_seconds)
-    # Ray's own waits of the ranks for each other, and of its controller for an answer of a rank.
-    os.environ |= {"RAY_TRAIN_COLLECTIVE_TIMEOUT_S": limit, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": limit}
+    limit_waits(launch.collective_timeout_seconds)
     filesystem, path = open_uri(launch.run_uri)
     trainer = Trainer(
         train_function,

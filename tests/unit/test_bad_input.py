@@ -32,8 +32,8 @@ import torch
 from PIL import Image
 
 from cifar_dist import models
-from cifar_dist.config import prepare_environment
 from cifar_dist.data import sources, store
+from cifar_dist.environment import prepare_environment
 from cifar_dist.recipes import recipe_config
 from cifar_dist.storage import to_json
 from cifar_dist.train.checkpoint import Checkpoints, Cursor, State

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig
 
 from cifar_dist import config
+from cifar_dist import environment as environ
 from cifar_dist.errors import UserError
 from cifar_dist.train import cluster, trainer
 
@@ -61,7 +62,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     calls: list[dict] = []
     monkeypatch.setattr(ray, "init", lambda **settings: calls.append(settings))
     monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
-    monkeypatch.delenv(config.JOB_CONFIG, raising=False)
+    monkeypatch.delenv(environ.JOB_CONFIG, raising=False)
     monkeypatch.delenv("RAY_USE_TLS", raising=False)
     return calls
 
@@ -162,10 +163,10 @@ def test_a_cluster_that_hangs_is_given_up() -> None:
 
 
 def test_a_description_of_a_job_that_is_not_json_is_named(asked: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(config.JOB_CONFIG, "{")
+    monkeypatch.setenv(environ.JOB_CONFIG, "{")
     with server(SETTINGS_FRAME) as port, pytest.raises(UserError, match=r"RAY_JOB_CONFIG_JSON_ENV_VAR.* is not JSON"):
         cluster.join(f"127.0.0.1:{port}")
-    monkeypatch.setenv(config.JOB_CONFIG, json.dumps({}))
+    monkeypatch.setenv(environ.JOB_CONFIG, json.dumps({}))
     with server(SETTINGS_FRAME) as port:
         cluster.join(f"127.0.0.1:{port}")
     assert len(asked) == 1
@@ -183,7 +184,7 @@ def test_an_empty_address_means_a_cluster_of_ones_own(
     config.add_cluster_options(parser)
     assert parser.parse_args([]).address == expected
     assert parser.parse_args(["--address", text]).address == expected
-    assert config.prepare_environment() == expected
+    assert environ.prepare_environment() == expected
 
 
 # The environment.
@@ -197,20 +198,20 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_what_is_left_of_other_clusters_does_not_reach_ones_own(environment: dict[str, str]) -> None:
-    for name in config.OF_OTHER_CLUSTERS:
+    for name in environ.OF_OTHER_CLUSTERS:
         environment[name] = "left over"
-    config.set_up_local_cluster("mark", "token", "lo")
-    assert not set(config.OF_OTHER_CLUSTERS) & set(environment)
-    assert {"RAY_AUTH_MODE", "RAY_REDIS_ADDRESS", "RAY_USE_TLS", config.JOB_CONFIG} <= set(config.OF_OTHER_CLUSTERS)
+    environ.set_up_local_cluster("mark", "token", "lo")
+    assert not set(environ.OF_OTHER_CLUSTERS) & set(environment)
+    assert {"RAY_AUTH_MODE", "RAY_REDIS_ADDRESS", "RAY_USE_TLS", environ.JOB_CONFIG} <= set(environ.OF_OTHER_CLUSTERS)
     assert environment["RAY_AUTH_TOKEN"] == "token"
     assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
-    assert environment[config.MARK] == "mark"
-    assert config.MARK not in config.without_mark()
+    assert environment[environ.MARK] == "mark"
+    assert environ.MARK not in environ.without_mark()
 
 
 def test_old_switches_are_set_right(environment: dict[str, str]) -> None:
     environment |= {"RAY_TRAIN_V2_ENABLED": "0", "RAY_CLIENT_MODE": "1", "RAY_ENABLE_AUTO_CONNECT": "1"}
-    config.prepare_environment()
+    environ.prepare_environment()
     assert environment["RAY_TRAIN_V2_ENABLED"] == "1"
     assert not {"RAY_CLIENT_MODE", "RAY_ENABLE_AUTO_CONNECT"} & set(environment)
 
@@ -224,11 +225,11 @@ def test_a_user_without_home_and_name_gets_both(environment: dict[str, str], mon
     for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
         environment.pop(name, None)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    config.prepare_environment()
-    assert environment["HOME"] == config.NO_HOME
+    environ.prepare_environment()
+    assert environment["HOME"] == environ.NO_HOME
     assert environment["USER"] == str(os.geteuid())
     environment |= {"HOME": "/home/me", "USER": "me"}
-    config.prepare_environment()
+    environ.prepare_environment()
     assert (environment["HOME"], environment["USER"]) == ("/home/me", "me")
 
 
@@ -336,11 +337,11 @@ def test_without_a_temporary_folder_it_is_said(environment: dict[str, str], monk
 
 
 def sleeper(mark: str) -> subprocess.Popen:
-    return subprocess.Popen(["sleep", "60"], env={"A": "b", config.MARK: mark, "Z": ""}, start_new_session=True)
+    return subprocess.Popen(["sleep", "60"], env={"A": "b", environ.MARK: mark, "Z": ""}, start_new_session=True)
 
 
 def start(mark: str, seconds: float = 20, before: str = "") -> subprocess.Popen:
-    command = [sys.executable, "-S", "-E", "-c", before + cluster.GUARDIAN, f"{config.MARK}={mark}", str(seconds)]
+    command = [sys.executable, "-S", "-E", "-c", before + cluster.GUARDIAN, f"{environ.MARK}={mark}", str(seconds)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
