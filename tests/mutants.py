@@ -99,6 +99,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="faults that are tried at the same time")
     args = parser.parse_args()
     mutants = [m for m in read_table() if args.only in " ".join((m.area, m.wrong, m.file, m.test))]
+    if not mutants:
+        parser.error(f"no row of the table has {args.only!r} in it")
     tests = sorted({m.test for m in mutants})
     with copied() as folder:
         code, output = run_python(folder, *PYTEST, f"-n{args.jobs}", "--dist=loadgroup", *tests, limit_seconds=3600)

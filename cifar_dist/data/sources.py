@@ -159,7 +159,8 @@ def examined(item: Item, deep: DeepImages) -> Picture[Row]:
             odd = is_special(image) or image.mode != "RGB" or getattr(image, "n_frames", 1) > 1
             is_deep = has_16_bits(image, content)
             largest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
-            pixels = np.asarray(to_rgb(upright(image)))
+            turn_upright(image)
+            pixels = np.asarray(to_rgb(image))
     except UserError:
         raise
     except Exception as error:  # Pillow raises many types for damaged files; each means the same here
@@ -183,12 +184,12 @@ def own_picture(item: Item, pixels: np.ndarray) -> Picture[Row]:
     return Picture(encoded, None, Row(encoded, item.path, item.label, "PNG", *pixels.shape[:2]))
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF or XMP orientation says."""
+def turn_upright(image: Image.Image) -> None:
+    """Turns the image as its EXIF or XMP orientation says."""
     image.getexif()  # read, so that the raw EXIF may go: exif_transpose would write it anew, and fails on odd tags
     for name in ("exif", "Raw profile type exif"):
         image.info.pop(name, None)
-    return ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
 
 
 def is_special(image: Image.Image) -> bool:

@@ -55,12 +55,15 @@ def odd() -> tuple[dict[str, bytes], dict[str, sources.Row], list[str]]:
 
 @pytest.fixture(scope="module")
 def decoded(odd) -> dict[str, np.ndarray]:
-    """What DALI decodes from each row's bytes."""
+    """What DALI decodes from each row's bytes; no pixels where it fails."""
     pipe = check.decode_pipeline(1, 1)
     found = {}
     for name, row in odd[1].items():
         pipe.feed_input("images", [np.frombuffer(row.encoded, np.uint8)])
-        found[name] = np.array(pipe.run()[0].at(0))
+        try:
+            found[name] = np.array(pipe.run()[0].at(0))
+        except RuntimeError:
+            found[name], pipe = np.zeros((0, 0, 3), np.uint8), check.decode_pipeline(1, 1)
     return found
 
 

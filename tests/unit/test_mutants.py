@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-AREAS = ("networks", "recipes", "order", "loop", "optimizer", "checkpoint", "evaluation", "staging")
+AREAS = ("networks", "recipes", "order", "loop", "optimizer", "checkpoint", "evaluation", "staging", "pictures")
 
 
 def load() -> ModuleType:
