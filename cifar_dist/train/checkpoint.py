@@ -71,8 +71,9 @@ class Checkpoint:
         if not metrics:
             return -1.0, 0.0
         accuracy, loss = metrics["validation_accuracy"], metrics["validation_loss"]
-        # What was not finite is stored as None, and worse than anything.
-        return (-math.inf if accuracy is None else accuracy, -math.inf if loss is None else -loss)
+        if accuracy is None or loss is None:  # it was not finite: worse than anything
+            return -math.inf, -math.inf
+        return accuracy, -loss
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,10 @@ class Saver:
         retry_seconds: float,
     ) -> None:
         self.attempt, self.num_kept = attempt, num_kept
+        self.attempts = Attempts(Folder(run_uri, retry_seconds), driver)
+        self._fence()  # the log is cut at the mark, which may be behind what a newer attempt has stored
         self.log = RunLog(run_uri, global_step, mark, retry_seconds)
         self.checkpoints = Checkpoints(run_uri, retry_seconds)
-        self.attempts = Attempts(Folder(run_uri, retry_seconds), driver)
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stall_seconds = 0.0  # for which save() held up its caller
         self.saved_at = time.monotonic()

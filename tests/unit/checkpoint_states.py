@@ -1,11 +1,14 @@
 """States of a small made-up run for the tests of checkpoints and savers, and how two are compared."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
+from cifar_dist.storage import seal
+from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, Mark, State
 
 EXPECT = {"model": "fan", "num_classes": 10, "manifest_sha256": "abc"}
 
@@ -30,7 +33,7 @@ def state(value: float) -> State:
         average=weights(value + 0.5),
         ranks={"model": torch.arange(8.0).view(2, 4) * value, "average": torch.full((2, 4), float(value))},
         optimizer=optimizer_state(value),
-        lines=[{"kind": "step", "global_step": step, "train_loss": value / step} for step in (1, 2)],
+        log=Mark(int(100 * value), f"{int(value):064x}"),
     )
 
 
@@ -44,6 +47,16 @@ def write(
 ) -> Checkpoint:
     """Writes state(epoch); `changed` goes into meta.json."""
     return checkpoints.write(Cursor(epoch, step), attempt, state(epoch), meta_of(score, **changed))
+
+
+def without_log(whole: State) -> State:
+    """A saver puts in the mark of its own log."""
+    return replace(whole, log=None)
+
+
+def put_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Writes a meta.json with the right checksum of its own, as whoever can write the folder can."""
+    path.write_text(json.dumps(seal(meta)))
 
 
 def same(a: object, b: object) -> bool:

@@ -18,13 +18,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from checkpoint_states import EXPECT, meta_of, optimizer_state, same, state
+from checkpoint_states import EXPECT, meta_of, optimizer_state, same, state, without_log
 
 import cifar_dist
 from cifar_dist.storage import Folder
 from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoints, Cursor
-from cifar_dist.train.metrics import read_lines
+from cifar_dist.train.checkpoint import Checkpoints, Cursor, Mark
+from cifar_dist.train.log import LOG, read_lines
 from cifar_dist.train.saver import Saver
 from cifar_dist.versions import package_versions
 
@@ -51,10 +51,17 @@ def forked(act: Callable[[], object]) -> int:
 
 
 def saver_of(run: str, driver: str, attempt: int, num_kept: int) -> Saver:
-    return Saver(run, driver, attempt, torch.device("cpu"), 0, [], num_kept, 0.0)
+    """Goes on behind the newest checkpoint."""
+    newest = Checkpoints(run).latest()
+    mark = Mark(**newest.meta["log"]) if newest else None
+    saver = Saver(run, driver, attempt, torch.device("cpu"), 0, mark, num_kept, 0.0)
+    assert not saver.log.lost
+    return saver
 
 
 def save(saver: Saver, epoch: int) -> None:
+    """With a line of the log, of which TensorBoard is told nothing: its local file may not grow either."""
+    saver.log.add("samples", epoch, epoch, ids=[epoch])
     saver.save(Cursor(epoch, 0), state(epoch), meta_of())
     saver.wait()
 
@@ -68,10 +75,16 @@ def prepare(run: str) -> None:
 
 
 def write_second(run: str, on_event: OnEvent | None = None, file_size: int | None = None) -> None:
-    """`on_event` sees each function call, in Python or C, of the thread that stores."""
+    """`on_event` sees each function call, in Python or C, that opens the log, then those of the thread that stores."""
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if on_event and event in ("call", "c_call"):
+            on_event(event, frame)
+
+    sys.setprofile(profile)
     saver = saver_of(run, "aaaaaaaa", 1, 1)
-    if on_event:
-        threading.setprofile(lambda frame, event, _: event in ("call", "c_call") and on_event(event, frame))
+    sys.setprofile(None)
+    threading.setprofile(profile)
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
@@ -97,6 +110,11 @@ def record_events(run: str, target: Path) -> None:
     target.write_text(json.dumps(ours))
 
 
+def logged(run: str) -> list[int]:
+    """The epochs that the log has lines of."""
+    return [epoch for line in read_lines(Folder(run)) for epoch in line["ids"]]
+
+
 def look(run: str) -> int:
     """The epoch of the checkpoint that a resume goes on from; raises unless all is as it must be."""
     notes: list[tuple[str, str]] = []
@@ -106,14 +124,15 @@ def look(run: str) -> int:
     epoch = checkpoint.cursor.epoch
     assert notes == [(checkpoint.name, "")], notes
     assert epoch in (1, 2), checkpoint.name
-    assert same(loaded, state(epoch)), f"{checkpoint.name} is another one than was written"
-    assert read_lines(Folder(run)) in (state(1).lines, state(2).lines)
+    assert same(without_log(loaded), without_log(state(epoch))), f"{checkpoint.name} is another one than was written"
+    assert logged(run) in ([0, 1], [0, 1, 2])
     attempt = Attempts(Folder(run), "bbbbbbbb").claim(takeover=True)
     save(saver_of(run, "bbbbbbbb", attempt, 1), 3)
+    assert logged(run) == [*range(epoch + 1), 3]
     again, loaded = Checkpoints(run).load_newest(EXPECT) or (None, None)
     assert again is not None
     assert again.cursor.epoch == 3
-    assert same(loaded, state(3))
+    assert same(without_log(loaded), without_log(state(3)))
     files = {str(p.relative_to(run)) for p in (Path(run) / "checkpoints").rglob("*") if p.is_file()}
     expected = {f"checkpoints/{again.name}/{file}" for file in (*again.meta["files"], "meta.json")}
     assert files == expected, f"not cleaned up: {files - expected}"
@@ -147,13 +166,15 @@ def main(folder: Path, num_points: int) -> list[dict[str, Any]]:
     # Most events are of libraries that read package versions: as many points again between the steps of our own.
     points = spread(list(range(1, ours[-1] + 1)), num_points) | spread(ours, num_points)
     acts: dict[str, dict[str, Any]] = {f"event {p} of {ours[-1]}": {"on_event": killer(p)} for p in sorted(points)}
-    acts |= {f"file of {size} bytes": {"file_size": size} for size in FILE_SIZES}
+    in_log = (folder / "start" / LOG).stat().st_size + 20  # in the midst of a line
+    acts |= {f"file of {size} bytes": {"file_size": size} for size in (*FILE_SIZES, in_log)}
     signals, runs = [], []
     for options in acts.values():
         runs.append(str(folder / f"run-{len(runs)}"))
         shutil.copytree(folder / "start", runs[-1])
         status = forked(lambda: write_second(runs[-1], **options))  # noqa: B023 - called at once
         signals.append(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0)
+    assert (Path(runs[-1]) / LOG).stat().st_size == in_log
     assert forked(lambda: look_at_all(runs, folder / "found")) == 0
     rows = zip(acts, signals, json.loads((folder / "found").read_text()), strict=True)
     return [{"where": where, "signal": number, "found": found} for where, number, found in rows]

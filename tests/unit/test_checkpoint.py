@@ -6,6 +6,7 @@ Where the newest is damaged a run goes on from the one before, and says so.
 import hashlib
 import importlib.metadata
 import json
+import math
 import pickle
 import resource
 from collections.abc import Callable
@@ -15,13 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_states import EXPECT, meta_of, same, state, tree, weights, write
+from checkpoint_states import EXPECT, meta_of, put_meta, same, state, tree, weights, write
 
 from cifar_dist.errors import UserError
+from cifar_dist.storage import seal
 from cifar_dist.train.checkpoint import FORMAT_VERSION, Checkpoint, Checkpoints, Cursor, Damaged
 from cifar_dist.versions import MODEL_VERSIONS
 
-FILES = ["model.safetensors", "average.safetensors", "ranks.safetensors", "optimizer.pt", "metrics.jsonl"]
+FILES = ["model.safetensors", "average.safetensors", "ranks.safetensors", "optimizer.pt"]
 
 
 @pytest.fixture
@@ -73,19 +75,20 @@ def test_weights_of_another_version_of_the_network_are_refused(run, made):
     """Those without a number are of version 1: that head had no ReLU, the same tensors would fit."""
     written = run.write(Cursor(2, 0), 1, state(1), {**meta_of((0.5, 1.0)), "model": "resnet50v2"})
     meta = {key: value for key, value in written.meta.items() if key != "model_version"}
-    path_of(run, written, "meta.json").write_text(json.dumps(meta | ({"model_version": made} if made else {})))
+    put_meta(path_of(run, written, "meta.json"), meta | ({"model_version": made} if made else {}))
     sentence = rf"holds version {made or 1} of the network resnet50v2, .* version 2, with a ReLU .* another --name"
     (found,) = run.all()
     for read in (lambda: run.load(found), lambda: run.load_newest({"model": "resnet50v2"})):
         with pytest.raises(UserError, match=sentence):
             read()
-    path_of(run, written, "meta.json").write_text(json.dumps(written.meta))
+    put_meta(path_of(run, written, "meta.json"), written.meta)
     assert same(run.load(run.all()[0]), state(1))
 
 
-def test_a_run_without_a_log_yet_has_no_lines(run):
-    written = run.write(Cursor(0, 1), 1, replace(state(1), lines=[]), meta_of())
-    assert run.load(written).lines == []
+def test_a_state_without_a_log_has_none_when_it_is_loaded(run):
+    written = run.write(Cursor(0, 1), 1, replace(state(1), log=None), meta_of())
+    assert written.meta["log"] is None
+    assert run.load(written).log is None
 
 
 def test_meta_names_the_checksum_of_every_file_and_the_versions(run):
@@ -168,6 +171,25 @@ def test_best_is_the_latest_where_none_was_validated(run):
     assert run.best().cursor == Cursor(0, 6)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("score", [(NAN, 1.0), (0.9, NAN), (0.9, INF), (NAN, NAN), (INF, 0.1), (0.9, -INF)])
+@pytest.mark.parametrize("others", [[(0.5, 1.0), (0.4, 1.0)], [None, (0.0, 9.0)], [None, None]])
+def test_what_was_not_finite_is_stored_as_null_and_never_the_best(run, score, others):
+    """Also where its accuracy is the highest, or no other one was validated."""
+    first, odd, last = (write(run, epoch, 0, made) for epoch, made in enumerate([others[0], score, others[1]], 1))
+    stored = json.loads(path_of(run, odd, "meta.json").read_text())["metrics"]
+    assert list(stored.values()) == [value if math.isfinite(value) else None for value in score]
+    assert names(run.all()) == names([first, odd, last])
+    assert run.best() == (first if others[0] else last)
+    assert same(run.load(odd), state(2))
+    run.keep(1, 1)
+    assert names(run.all()) == names(
+        sorted({run.best().name: run.best(), last.name: last}.values(), key=lambda c: c.age)
+    )
+
+
 @pytest.mark.parametrize(("num_newest", "kept"), [(1, [2, 5]), (2, [2, 4, 5]), (9, [1, 2, 3, 4, 5])])
 def test_keep_leaves_the_newest_and_the_best(run, num_newest, kept):
     for epoch, accuracy in enumerate([0.1, 0.9, 0.2, 0.3, 0.4], 1):
@@ -234,13 +256,12 @@ def test_write_that_fails_leaves_the_one_before(run):
     run.load(written)
 
 
-@pytest.mark.parametrize("large", ["model", "average", "ranks", "optimizer", "lines"])
+@pytest.mark.parametrize("large", ["model", "average", "ranks", "optimizer"])
 def test_write_that_finds_no_room_says_so_and_frees_what_it_took(run, large):
     """A limit on the size of files, which fails as a full disk does, in the midst of each kind of file."""
     written = write(run, 1)
     before = tree(Path(run.folder.path))
-    values: Any = [{"large": "x" * 400_000}] if large == "lines" else {"large": torch.zeros(100_000)}
-    whole = replace(state(2), **{large: values})
+    whole = replace(state(2), **{large: {"large": torch.zeros(100_000)}})
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, old[1]))
@@ -348,7 +369,7 @@ def test_damaged_meta_is_refused(run, content):
 
 def test_other_format_version_is_refused(run):
     written = write(run, 1)
-    path_of(run, written, "meta.json").write_text(json.dumps({**written.meta, "format_version": 1}))
+    put_meta(path_of(run, written, "meta.json"), {**written.meta, "format_version": 1})
     with pytest.raises(Damaged, match=f"has format version 1, this program reads {FORMAT_VERSION}"):
         run.all()
 
@@ -379,20 +400,27 @@ def test_run_goes_on_from_the_one_before_a_damaged_file(run, file, damage):
     assert fault in said
 
 
+def sealed(meta: dict[str, Any]) -> str:
+    return json.dumps(seal(meta))
+
+
 METAS: dict[str, Callable[[dict[str, Any]], str]] = {
     "emptied": lambda _: "",
     "cut": lambda meta: json.dumps(meta)[:-1],
     "no JSON": lambda meta: json.dumps(meta).replace(":", ";"),
     "not text": lambda meta: json.dumps(meta).replace("fan", "\udcff\udcfe"),
     "another kind": lambda meta: json.dumps([meta]),
-    "no cursor": lambda meta: json.dumps({k: v for k, v in meta.items() if k != "epoch"}),
-    "no attempt": lambda meta: json.dumps({k: v for k, v in meta.items() if k != "attempt"}),
-    "no metrics": lambda meta: json.dumps({k: v for k, v in meta.items() if k != "metrics"}),
-    "half the metrics": lambda meta: json.dumps({**meta, "metrics": {"validation_accuracy": 0.5}}),
-    "no weights": lambda meta: json.dumps({**meta, "files": {**meta["files"], "model.safetensors": None}}),
-    "no files": lambda meta: json.dumps({**meta, "files": {}}),
-    "an earlier format": lambda meta: json.dumps({**meta, "format_version": FORMAT_VERSION - 1}),
-    "a later format": lambda meta: json.dumps({**meta, "format_version": FORMAT_VERSION + 1}),
+    "no cursor": lambda meta: sealed({k: v for k, v in meta.items() if k != "epoch"}),
+    "no attempt": lambda meta: sealed({k: v for k, v in meta.items() if k != "attempt"}),
+    "no metrics": lambda meta: sealed({k: v for k, v in meta.items() if k != "metrics"}),
+    "half the metrics": lambda meta: sealed({**meta, "metrics": {"validation_accuracy": 0.5}}),
+    "no weights": lambda meta: sealed({**meta, "files": {**meta["files"], "model.safetensors": None}}),
+    "no files": lambda meta: sealed({**meta, "files": {}}),
+    "an earlier format": lambda meta: sealed({**meta, "format_version": FORMAT_VERSION - 1}),
+    "a later format": lambda meta: sealed({**meta, "format_version": FORMAT_VERSION + 1}),
+    "no checksum": lambda meta: json.dumps({k: v for k, v in meta.items() if k != "sha256"}),
+    "an empty checksum": lambda meta: json.dumps({**meta, "sha256": ""}),
+    "a setting more": lambda meta: json.dumps({**meta, "more": 1}),
 }
 
 
@@ -408,6 +436,39 @@ def test_run_goes_on_from_the_one_before_a_damaged_meta(run, damage):
     (passed_over, said), loading = notes
     assert (passed_over, loading) == (newest.name, (before.name, ""))
     assert run.where(newest.name) in said
+
+
+def test_one_changed_digit_of_meta_makes_its_checkpoint_none(run):
+    """It is passed over, and is not the best one, for which the real best one would be deleted."""
+    best, older, newest = (write(run, n, 0, (accuracy, 1.0)) for n, accuracy in enumerate([0.912, 0.412, 0.433], 1))
+    path = path_of(run, newest, "meta.json")
+    text = path.read_text()
+    digits = [at for at, character in enumerate(text) if character.isdigit()]
+    assert len(digits) > 100
+    for at in digits:
+        path.write_text(f"{text[:at]}{(int(text[at]) + 5) % 10}{text[at + 1 :]}")
+        found, damaged = run.scan()
+        assert (found, list(damaged)) == ([best, older], [newest.name]), text[at - 40 : at + 10]
+        assert run.best() == best
+        run.keep(1, 1)
+    notes = Notes()
+    checkpoint, loaded = run.load_newest(EXPECT, notes)
+    assert (checkpoint, [name for name, _ in notes]) == (older, [newest.name, older.name])
+    assert same(loaded, state(2))
+    assert run.folder.names() == names([best, older, newest])  # a damaged one is left to whoever can mend it
+    path.write_text(text)
+    assert run.load_newest(EXPECT)[0] == newest
+
+
+def test_a_run_whose_only_meta_has_a_changed_digit_does_not_start_again(run):
+    written = write(run, 1, 0, (0.5, 1.0))
+    path = path_of(run, written, "meta.json")
+    path.write_text(path.read_text().replace('"world_size": 1', '"world_size": 2'))
+    for read in (run.all, run.best, run.latest, lambda: run.load_newest(EXPECT)):
+        with pytest.raises(Damaged, match=r"meta\.json does not match its own checksum; remove that folder") as error:
+            read()
+        assert run.where(written.name) in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_each_checkpoint_that_was_passed_over_is_told(run):
@@ -452,7 +513,7 @@ def test_run_whose_checkpoints_are_all_damaged_does_not_start_again(run, kinds):
         elif kind == "meta":
             path_of(run, written, "meta.json").write_text("{")
         else:
-            path_of(run, written, "meta.json").write_text(json.dumps({**written.meta, "format_version": 9}))
+            put_meta(path_of(run, written, "meta.json"), {**written.meta, "format_version": 9})
     cut_off(run, "epoch-0009-step-000000-attempt-0001")
     notes = Notes()
     with pytest.raises(Damaged, match=r"no checkpoint of the run can be read: .*--name") as error:
@@ -485,19 +546,15 @@ def test_foreign_checkpoint_behind_a_damaged_one_is_refused_too(run):
 
 def test_meta_with_files_of_another_kind_is_damaged(run):
     before, newest = write(run, 1), write(run, 2)
-    path_of(run, newest, "meta.json").write_text(json.dumps({**newest.meta, "files": list(newest.meta["files"])}))
+    put_meta(path_of(run, newest, "meta.json"), {**newest.meta, "files": list(newest.meta["files"])})
     assert run.load_newest(EXPECT)[0] == before
 
 
 @pytest.mark.parametrize("key", ["epoch", "step", "attempt"])
 def test_meta_that_contradicts_the_folders_name_is_damaged(run, key):
-    """One digit is another; the weights would go on at another place of the data stream, unnoticed."""
+    """Its own checksum is right; the weights would go on at another place of the data stream, unnoticed."""
     before, newest = write(run, 1), write(run, 2, 6)
-    path = path_of(run, newest, "meta.json")
-    text = path.read_text()
-    changed = text.replace(f'"{key}": {newest.meta[key]}', f'"{key}": {newest.meta[key] + 1}')
-    assert changed != text
-    path.write_text(changed)
+    put_meta(path_of(run, newest, "meta.json"), {**newest.meta, key: newest.meta[key] + 1})
     assert run.load_newest(EXPECT)[0] == before
 
 
@@ -505,7 +562,7 @@ def test_run_of_the_format_before_does_not_start_again(run):
     written = write(run, 2)
     folder = path_of(run, written, "")
     old = folder.rename(folder.with_name("epoch-0002-step-000000"))
-    (old / "meta.json").write_text(json.dumps({**written.meta, "format_version": 2}))
+    put_meta(old / "meta.json", {**written.meta, "format_version": 2})
     with pytest.raises(Damaged, match="format version 2"):
         run.load_newest(EXPECT)
 
@@ -514,7 +571,7 @@ def test_keep_leaves_the_checkpoints_of_another_format(run):
     """load_newest says to use the program that wrote them; that has to find them."""
     write(run, 1)
     later = write(run, 2)
-    path_of(run, later, "meta.json").write_text(json.dumps({**later.meta, "format_version": FORMAT_VERSION + 1}))
+    put_meta(path_of(run, later, "meta.json"), {**later.meta, "format_version": FORMAT_VERSION + 1})
     newest = write(run, 2, attempt=2)
     run.keep(1, 2)
     assert run.folder.names() == names([later, newest])
@@ -537,7 +594,7 @@ def forge(run: Checkpoints, checkpoint: Checkpoint, file: str, content: bytes) -
     """Replaces a file and gives it the right checksum, as whoever can write the folder can."""
     path_of(run, checkpoint, file).write_bytes(content)
     checkpoint.meta["files"][file] = hashlib.sha256(content).hexdigest()
-    path_of(run, checkpoint, "meta.json").write_text(json.dumps(checkpoint.meta))
+    put_meta(path_of(run, checkpoint, "meta.json"), checkpoint.meta)
     return next(c for c in run.all() if c.name == checkpoint.name)
 
 
@@ -601,13 +658,7 @@ def test_stray_pickles_beside_a_checkpoint_are_not_read(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        (file, content)
-        for file in FILES
-        for content in (b"", b"of no kind at all", b"\xff" * 64)
-        if (file, content) != ("metrics.jsonl", b"")  # an empty log is a whole one
-    ],
+    ("file", "content"), [(file, content) for file in FILES for content in (b"", b"of no kind at all", b"\xff" * 64)]
 )
 def test_file_of_another_kind_is_refused_even_with_the_right_checksum(run, file, content):
     before = write(run, 1)

@@ -78,12 +78,12 @@ def whole(n: int, seed: int = 1) -> Batch:
 
 
 def part(batch: Batch, rank: int, world: int) -> Batch:
-    """A rank's part of a global batch as the loader hands it out: an empty part comes as one image that does not
-    count."""
+    """A rank's part of a global batch as the loader hands it out: a rank without one works on another's, which does
+    not count."""
     n = batch.global_size
-    start, stop, _ = rank_part(0, n, n, rank, world)
-    rows = slice(start, stop) if stop > start else slice(min(start, n - 1), min(start, n - 1) + 1)
-    return Batch(batch.images[rows], batch.labels[rows], batch.ids[rows], stop - start, n)
+    start, stop, _, counts = rank_part(0, n, n, rank, world)
+    rows = slice(start, stop)
+    return Batch(batch.images[rows], batch.labels[rows], batch.ids[rows], (stop - start) * counts, n)
 
 
 def gradient(model: nn.Module) -> torch.Tensor:
@@ -120,6 +120,17 @@ def test_gradient_is_the_mean_over_the_global_batch(n, world, accumulation):
     assert totals.tolist() == pytest.approx(totals_of(model, batch), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("n", "accumulation", "sizes"), [(7, 3, [3, 2, 2]), (7, 100, [3, 2, 2]), (7, 2, [4, 3]), (3, 2, [3]), (1, 4, [1])]
+)
+def test_no_part_of_a_step_is_a_single_image_unless_the_step_is(n, accumulation, sizes):
+    """BatchNorm has no variance of one value."""
+    model, seen = plain_model(), []
+    model.register_forward_pre_hook(lambda _module, inputs: seen.append(len(inputs[0])))
+    backward(state_of(model, accumulation_steps=accumulation), whole(n))
+    assert seen == sizes
+
+
 def test_label_smoothing_is_in_the_gradient():
     model, batch = plain_model(), whole(6)
     state = state_of(copy.deepcopy(model), label_smoothing=0.2)
@@ -130,9 +141,9 @@ def test_label_smoothing_is_in_the_gradient():
 
 def test_rank_with_an_empty_part_contributes_nothing():
     batch = whole(2)
-    empty = part(batch, 0, 3)
-    assert (empty.num_counted, len(empty.labels)) == (0, 1)
-    state = state_of(plain_model(), 0, 3, accumulation_steps=2)
+    empty = part(batch, 1, 3)
+    assert (empty.num_counted, len(empty.labels)) == (0, 2)
+    state = state_of(plain_model(), 1, 3, accumulation_steps=2)
     assert backward(state, empty).tolist() == [0, 0, 0]
     assert not gradient(state.model).any()
 
@@ -235,7 +246,7 @@ def test_sums_and_averages_without_a_group_change_nothing():
 
 # Another number of workers.
 
-# The last of the seven batches has 2 images: of 3 workers one has none.
+# The last of the seven batches has 2 images, which are never parted: of 3 workers two have none.
 NUM_IMAGES, BATCH_SIZE, NUM_STEPS, NUM_EPOCHS, SEED = 44, 7, 7, 2, 3
 FLIPS = Augmentation(8, "both")
 SETTINGS = {
@@ -350,7 +361,7 @@ def test_workers_that_come_and_go_train_as_if_nothing_had_happened(name, runs):
             assert [f for step in mine for f in step["flips"]] == FLIPS.draw(SEED, epoch, np.array(ids)).flips.tolist()
             assert [step["totals"][2] for step in mine] == [7, 14, 21, 28, 35, 42, 44]
     assert [step["sizes"] for step in moved[:4]] == [[3, 4]] * 3 + [[7]]
-    assert [step["sizes"] for step in moved[-2:]] == [[2, 2, 3], [0, 1, 1]]
+    assert [step["sizes"] for step in moved[-2:]] == [[2, 2, 3], [2, 0, 0]]
     for one, other in zip(straight, moved, strict=True):
         assert (one["ids"], one["flips"]) == (other["ids"], other["flips"])
         assert one["totals"][0] == pytest.approx(other["totals"][0], rel=1e-5)
@@ -435,9 +446,9 @@ def test_learning_rate_follows_the_schedule_of_the_whole_run():
 
 
 def test_average_of_weights_is_updated_each_step():
-    state, seen = state_of(plain_model(), ema_decay=0.5, learning_rate=0.1), []
+    state, seen = state_of(plain_model(), ema_decay=0.1, learning_rate=0.1), []
     train_epoch(state, [whole(4, seed) for seed in range(3)], lambda _clock: seen.append(weights(state.model)))
-    expected = 0.5 * (0.5 * seen[0] + 0.5 * seen[1]) + 0.5 * seen[2]
+    expected = 0.1 * (0.1 * seen[0] + 0.9 * seen[1]) + 0.9 * seen[2]
     assert torch.allclose(weights(state.average.module), expected, atol=1e-6)
 
 

@@ -265,22 +265,45 @@ def test_set_step_does_not_depend_on_earlier_steps():
 # Average of weights.
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon"])
+@pytest.mark.parametrize("decay_bias_and_norm", [True, False])
+def test_biases_and_norms_decay_only_if_they_shall(optimizer, decay_bias_and_norm):
+    """With no gradient but the decay, what moves is what decays."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
+    nn.init.constant_(model[1].bias, 0.5)
+    config = OptimConfig(
+        optimizer=optimizer, learning_rate=0.1, weight_decay=0.1, decay_bias_and_norm=decay_bias_and_norm
+    )
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for made in make_optimizers(model, config):
+        made.step()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    kernels = {"0.weight", "3.weight"}
+    assert moved == (set(before) if decay_bias_and_norm else kernels)
+
+
 def test_no_average_without_a_decay():
     assert average_of(nn.Linear(1, 1), OptimConfig()) is None
 
 
-def test_average_follows_weights_and_buffers():
+@pytest.mark.parametrize("decay", [0.1, 0.5, 0.75, 0.999])
+def test_average_follows_weights_and_buffers(decay):
+    """It warms up: after n steps no more than (1 + n) / (10 + n) of it is kept, or the random start would stay in it
+    for 1 / (1 - decay) steps."""
     model = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
-    average = average_of(model, OptimConfig(ema_decay=0.75))
-    values = [1.0, 3.0, -2.0]
+    average = average_of(model, OptimConfig(ema_decay=decay))
+    values = [float(value) for value in np.random.default_rng(0).normal(size=40)]
     for value in values:
         nn.init.constant_(model[0].weight, value)
         nn.init.constant_(model[1].running_mean, 10 * value)
         average.update_parameters(model)
     expected = values[0]
-    for value in values[1:]:
-        expected = 0.75 * expected + 0.25 * value
-    assert average.module[0].weight.item() == pytest.approx(expected)
-    assert average.module[1].running_mean.item() == pytest.approx(10 * expected)
-    assert model[0].weight.item() == values[-1]  # the model itself is left alone
-    assert int(average.n_averaged) == 3
+    for n, value in enumerate(values[1:], 1):
+        kept = min(decay, (1 + n) / (10 + n))
+        expected = kept * expected + (1 - kept) * value
+    assert average.module[0].weight.item() == pytest.approx(expected, rel=1e-4)
+    assert average.module[1].running_mean.item() == pytest.approx(10 * expected, rel=1e-4)
+    assert model[0].weight.item() == pytest.approx(values[-1])  # the model itself is left alone
+    assert int(average.n_averaged) == 40

@@ -3,7 +3,10 @@
 A process that is killed at any point of a write leaves a run that can be continued.
 """
 
+import errno
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,14 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_states import EXPECT, meta_of, same, state, tree
+from checkpoint_states import EXPECT, meta_of, same, state, tree, without_log
 
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder
-from cifar_dist.train import metrics
+from cifar_dist.train import log as log_module
 from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoints, Cursor, State
-from cifar_dist.train.metrics import read_lines
+from cifar_dist.train.checkpoint import Checkpoints, Cursor, Mark, State
+from cifar_dist.train.log import read_lines, read_log
 from cifar_dist.train.saver import Saver
 
 A, B = "aaaaaaaa", "bbbbbbbb"
@@ -59,12 +62,10 @@ def gates() -> Iterator[list[Gate]]:
         gate.passed.set()
 
 
-def saver_of(
-    uri: str, driver: str = A, num_kept: int = 9, device: str = "cpu", lines: list[dict[str, Any]] | None = None
-) -> Saver:
+def saver_of(uri: str, driver: str = A, num_kept: int = 9, device: str = "cpu", mark: Mark | None = None) -> Saver:
     """Of a new attempt."""
     attempt = Attempts(Folder(uri), driver).claim(takeover=True)
-    return Saver(uri, driver, attempt, torch.device(device), 0, lines or [], num_kept, 0.0)
+    return Saver(uri, driver, attempt, torch.device(device), 0, mark, num_kept, 0.0)
 
 
 def held(saver: Saver, gates: list[Gate], call: int = 1) -> Gate:
@@ -116,7 +117,7 @@ def test_what_is_saved_is_a_copy(uri, gates, device):
     gate.passed.set()
     saver.wait()
     _, loaded = Checkpoints(uri).load_newest(EXPECT)
-    assert same(loaded, state(1))
+    assert same(without_log(loaded), without_log(state(1)))
 
 
 def test_the_state_that_was_saved_is_left_as_it_was(uri):
@@ -127,30 +128,53 @@ def test_the_state_that_was_saved_is_left_as_it_was(uri):
 
 
 def test_optional_parts_may_be_missing(uri):
-    saver, whole = saver_of(uri), replace(state(1), average=None, ranks={}, lines=[])
+    saver, whole = saver_of(uri), replace(state(1), average=None, ranks={})
     save(saver, 1, whole)
     saver.wait()
     _, loaded = Checkpoints(uri).load_newest(EXPECT)
-    assert same(loaded, whole)
+    assert same(without_log(loaded), without_log(whole))
 
 
-def test_checkpoint_holds_the_lines_so_far_and_so_does_the_runs_log(uri):
-    earlier = [{"kind": "step", "epoch": 0, "global_step": 1, "train_loss": 2.0}]
-    saver = saver_of(uri, lines=earlier)
-    saver.log.add("step", 0, 2, train_loss=1.0)
-    save(saver, 1, replace(state(1), lines=saver.log.take()))
-    saver.log.add("step", 1, 3, train_loss=0.5)  # after the checkpoint: a resume will bring it again
+def steps(uri: str) -> list[int]:
+    return [line["global_step"] for line in read_lines(Folder(uri))]
+
+
+def test_a_checkpoint_holds_the_logs_mark_and_the_lines_up_to_it_are_stored_first(uri, gates):
+    saver = saver_of(uri)
+    saver.log.add("step", 0, 1, train_loss=2.0)
+    gate = held(saver, gates, 2)  # before the checkpoint
+    save(saver, 1)
+    saver.log.add("step", 0, 2, train_loss=1.0)  # after the checkpoint: a resume will bring it again
+    assert gate.reached.wait(60)
+    assert steps(uri) == [1]
+    gate.passed.set()
     saver.wait()
-    expected = [*earlier, {"kind": "step", "epoch": 0, "global_step": 2, "train_loss": 1.0}]
     _, loaded = Checkpoints(uri).load_newest(EXPECT)
-    assert loaded.lines == read_lines(Folder(uri)) == expected
-    resumed = saver_of(uri, lines=loaded.lines)
-    resumed.log.add("step", 1, 3, train_loss=0.25)
-    save(resumed, 2, replace(state(2), lines=resumed.log.take()))
+    content = read_log(Folder(uri))
+    assert loaded.log == Mark(len(content), hashlib.sha256(content).hexdigest())
+    save(saver, 2)  # with the line that had come
+    saver.wait()
+    assert steps(uri) == [1, 2]
+    resumed = saver_of(uri, mark=loaded.log)
+    resumed.log.add("step", 0, 2, train_loss=0.25)
+    save(resumed, 2)
     resumed.wait()
-    _, loaded = Checkpoints(uri).load_newest(EXPECT)
-    assert loaded.lines == read_lines(Folder(uri)) == [*expected, {**expected[1], **resumed.log.lines[2]}]
-    assert [line["global_step"] for line in loaded.lines] == [1, 2, 3]
+    assert steps(uri) == [1, 2]
+    assert [line["train_loss"] for line in read_lines(Folder(uri))] == [2.0, 0.25]
+    _, again = Checkpoints(uri).load_newest(EXPECT)
+    content = read_log(Folder(uri))
+    assert again.log == Mark(len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_checkpoints_do_not_grow_with_the_log(uri):
+    saver = saver_of(uri)
+    sizes = []
+    for epoch in (1, 2):
+        saver.log.add("samples", 0, 1, ids=[1] * 10_000 * epoch)
+        save(saver, epoch)
+        saver.wait()
+        sizes.append(sum(map(len, tree(Path(uri) / "checkpoints" / Checkpoints(uri).latest().name).values())))
+    assert abs(sizes[1] - sizes[0]) < 100
 
 
 def test_closed_it_has_stored_all_and_leaves_no_file_of_its_own(uri, tmp_path, monkeypatch):
@@ -160,10 +184,11 @@ def test_closed_it_has_stored_all_and_leaves_no_file_of_its_own(uri, tmp_path, m
     saver = saver_of(uri)
     assert list(local.iterdir())
     saver.log.add("step", 0, 2, train_loss=1.0)
-    save(saver, 1, replace(state(1), lines=saver.log.take()))
+    save(saver, 1)
     saver.close()
     assert not list(local.iterdir())
-    assert read_lines(Folder(uri)) == saver.log.lines
+    assert steps(uri) == [2]
+    assert Checkpoints(uri).latest()
     assert Folder(uri).names("tensorboard")
 
 
@@ -205,23 +230,23 @@ def test_a_second_save_waits_for_the_first(uri, gates):
 
 
 def test_the_log_is_stored_when_it_is_due_and_nothing_else_is_being_stored(uri, gates, monkeypatch):
-    monkeypatch.setattr(metrics, "FLUSH_SECONDS", 1e9)
+    monkeypatch.setattr(log_module, "FLUSH_SECONDS", 1e9)
     saver = saver_of(uri)
     saver.log.add("step", 0, 1, train_loss=1.0)
     saver.flush_if_due()
     saver.wait()
     assert read_lines(Folder(uri)) == []
-    monkeypatch.setattr(metrics, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(log_module, "FLUSH_SECONDS", -1.0)
     saver.flush_if_due()
     saver.wait()
-    assert [line["global_step"] for line in read_lines(Folder(uri))] == [1]
+    assert steps(uri) == [1]
     gate = held(saver, gates)
-    save(saver, 1, replace(state(1), lines=saver.log.take()))
+    save(saver, 1, state(1))
     saver.log.add("step", 0, 2, train_loss=1.0)
     saver.flush_if_due()  # does not wait for the checkpoint
     gate.passed.set()
     saver.wait()
-    assert [line["global_step"] for line in read_lines(Folder(uri))] == [1]
+    assert steps(uri) == [1]
 
 
 CALLS = {
@@ -238,7 +263,7 @@ def settle(saver: Saver) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_an_error_in_the_thread_is_raised_by_the_next_call(uri, call, monkeypatch):
-    monkeypatch.setattr(metrics, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(log_module, "FLUSH_SECONDS", -1.0)
     saver = saver_of(uri)
     (Path(uri) / "checkpoints").write_text("where the checkpoints should be")
     save(saver, 1)
@@ -251,7 +276,7 @@ def test_an_error_in_the_thread_is_raised_by_the_next_call(uri, call, monkeypatc
 
 @pytest.mark.parametrize("call", CALLS)
 def test_an_error_that_is_no_users_fault_is_raised_as_it_is(uri, call, monkeypatch):
-    monkeypatch.setattr(metrics, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(log_module, "FLUSH_SECONDS", -1.0)
     saver = saver_of(uri)
     save(saver, 1, replace(state(1), optimizer={"cannot be pickled": threading.Lock()}))
     settle(saver)
@@ -261,9 +286,14 @@ def test_an_error_that_is_no_users_fault_is_raised_as_it_is(uri, call, monkeypat
 
 
 def test_an_error_while_the_log_is_stored_is_raised_too(uri, monkeypatch):
-    monkeypatch.setattr(metrics, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(log_module, "FLUSH_SECONDS", -1.0)
     saver = saver_of(uri)
-    (Path(uri) / "metrics.jsonl").mkdir()
+    saver.log.add("step", 0, 1, train_loss=1.0)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
     saver.flush_if_due()
     with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl"):
         saver.wait()
@@ -280,18 +310,16 @@ def test_a_stale_saver_stores_nothing_more(uri, monkeypatch):
     new = saver_of(uri, B)
     for epoch in (1, 2):
         new.log.add("step", epoch, epoch, train_loss=1.0)
-        save(new, epoch, replace(state(epoch + 10), lines=new.log.take()))
+        save(new, epoch, state(epoch + 10))
     new.wait()
     before = tree(Path(uri))
-    monkeypatch.setattr(metrics, "FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(log_module, "FLUSH_SECONDS", -1.0)
     old.log.add("step", 9, 9, train_loss=9.0)
     old.flush_if_due()
     with pytest.raises(UserError, match="taken over as attempt 2 by process"):
         old.wait()
-    other = Saver(uri, A, 1, torch.device("cpu"), 0, [], 1, 0.0)
-    save(other, 9)
     with pytest.raises(UserError, match="taken over as attempt 2 by process"):
-        other.wait()
+        Saver(uri, A, 1, torch.device("cpu"), 0, None, 1, 0.0)  # which would cut the log
     assert tree(Path(uri)) == before
     save(new, 3)
     new.wait()
@@ -306,10 +334,11 @@ def test_a_saver_that_becomes_stale_while_it_stores_publishes_nothing(uri, gates
     old.wait()
     gate = held(old, gates, call)
     old.log.add("step", 9, 9, train_loss=9.0)
-    save(old, 2, replace(state(9), lines=old.log.take()))
+    save(old, 2, state(9))
     assert gate.reached.wait(60)
     new = saver_of(uri, B, num_kept=2)
     for epoch in (1, 2, 3):
+        new.log.add("step", epoch, epoch, train_loss=1.0)
         save(new, epoch)
     new.wait()
     before = tree(Path(uri))
@@ -318,7 +347,7 @@ def test_a_saver_that_becomes_stale_while_it_stores_publishes_nothing(uri, gates
         old.wait()
     assert tree(Path(uri)) == before
     assert [(c.meta["attempt"], c.cursor.epoch) for c in Checkpoints(uri).all()] == [(2, 2), (2, 3)]
-    assert read_lines(Folder(uri)) == state(3).lines
+    assert steps(uri) == [1, 2, 3]
 
 
 def test_what_a_saver_left_when_it_was_taken_over_is_cleaned_up(uri, gates):
@@ -356,7 +385,7 @@ def test_a_saver_on_s3(s3_uri):
     saver.wait()
     (checkpoint,) = Checkpoints(s3_uri).all()
     assert checkpoint.cursor == Cursor(2, 0)
-    assert same(Checkpoints(s3_uri).load(checkpoint, EXPECT), state(2))
+    assert same(without_log(Checkpoints(s3_uri).load(checkpoint, EXPECT)), without_log(state(2)))
     new = saver_of(s3_uri, B)
     save(saver, 3)
     with pytest.raises(UserError, match="taken over as attempt 2 by process"):
