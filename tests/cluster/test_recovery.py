@@ -198,6 +198,42 @@ def test_a_worker_that_hangs_is_found(nodes: Nodes, whole_run: tuple[Path, str],
     assert_same_run(tmp_path / "run", whole_run[0])
 
 
+def wait_for_phrase(nodes: Nodes, job: Job, phrase: str, num_said: int) -> None:
+    """Until both workers are there, and the job has said it once more."""
+    wait_until(lambda: len(nodes.train_workers()) == 2 and (not phrase or job.output().count(phrase) > num_said))
+
+
+# Where a rank is stopped: after so many seconds from the moment its process is there, or from what the job says.
+MOMENTS = [
+    *(("", 0.0), ("", 1.0), ("", 3.0), ("", 5.0)),  # the process group, imports, staging, reading a checkpoint
+    *(("continuing from", 0.0), ("continuing from", 2.0), ("epoch ", 0.0)),  # features, a step, after validation
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_worker_that_is_stopped_at_any_wait_is_found(
+    nodes: Nodes, whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path, rank: int
+) -> None:
+    """One after the other in one run. A hang costs the limit and what a start takes, in which it has to be found."""
+    limit = 8
+    more = ["--collective-timeout-seconds", str(limit), "--checkpoint-every-steps", "1", "--max-failures", "9"]
+    job = Job(*train_args(tiny_uri, tmp_path, "run", 2, *more))
+    for phrase, seconds in MOMENTS:
+        wait_for_phrase(nodes, job, phrase, job.output().count(phrase))
+        time.sleep(seconds)
+        stopped = nodes.train_workers()[rank]
+        os.kill(stopped, signal.SIGSTOP)
+        start = time.monotonic()
+        while stopped in nodes.train_workers():
+            assert time.monotonic() - start < 60 + 2 * limit, f"{seconds} s after {phrase!r}: {job.output()}"
+            time.sleep(0.1)
+        print(f"{seconds} s after {phrase!r}: ended after {time.monotonic() - start:.1f} s")
+    code, output = job.wait()
+    assert code == 0, output
+    assert_same_run(tmp_path / "run", whole_run[0])
+
+
 def test_a_newer_start_of_a_run_takes_over_from_an_older_one(tiny_uri: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     more = ["--record-samples", "--checkpoint-every-steps", "1"]
