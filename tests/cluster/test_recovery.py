@@ -250,6 +250,21 @@ def test_a_newer_start_of_a_run_takes_over_from_an_older_one(tiny_uri: str, tmp_
     assert_every_sample_once(run, tiny_uri)
 
 
+@pytest.mark.slow
+def test_two_starts_of_a_run_at_once_leave_one_that_goes_on(tiny_uri: str, tmp_path: Path) -> None:
+    args = train_args(tiny_uri, tmp_path, "run", 1, "--epochs", "1", "--record-samples")
+    jobs = [Job(*args), Job(*args)]
+    outcomes = [job.wait() for job in jobs]
+    codes = sorted(code for code, _ in outcomes)
+    assert codes in ([0, 0], [0, 1]), outcomes  # both end well where one comes after the other has finished
+    for code, output in outcomes:
+        assert "is it shared?" not in output
+        assert "Traceback" not in output
+        assert "was taken over as attempt" in output or code == 0, output
+    assert_every_sample_once(tmp_path / "run", tiny_uri, num_steps=3)
+    assert not (tmp_path / "run" / "preflight").exists()
+
+
 def test_preflight_prints_what_it_found(tiny_uri: str, tmp_path: Path) -> None:
     code, output = run_job(*train_args(tiny_uri, tmp_path, "run", 2, "--preflight-only"))
     assert code == 0, output
