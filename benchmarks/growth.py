@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 from cifar_dist.config import Parser
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError, exit_code_of
-from cifar_dist.storage import to_json
+from cifar_dist.storage import seal, to_json
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "cluster"), str(Path(__file__).parent)]
@@ -59,7 +59,7 @@ def repeat(data: str, times: int, target: Path) -> store.Manifest:
     counts |= {"num_rows_per_class": [times * n for n in split["num_rows_per_class"]]}
     splits = {**manifest.splits, "train": {**split, **counts, "files": files}}
     values = {**asdict(manifest), "source": f"{manifest.source}, {times} times", "splits": splits}
-    repeated = store.Manifest(**{**values, "sha256": store.Manifest(**values).digest()})
+    repeated = store.Manifest(**seal(values))
     (target / store.MANIFEST).write_bytes(to_json(asdict(repeated)))
     return repeated
 

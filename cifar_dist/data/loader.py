@@ -178,7 +178,8 @@ class Loader:
             try:
                 next(decode([[self.staged.encoded(i)]], 1, 1))
             except RuntimeError as reason:
-                text = " ".join(str(reason).split("Error in")[-1].split())
+                # Behind a traceback of the pipeline's definition.
+                text = " ".join(str(reason).split("encountered:")[-1].split("Current pipeline object")[0].split())
                 return UserError(
                     f"image {self.staged.path(i)} (row {i} of {self.split}) cannot be decoded: DALI says {text!r}; "
                     "prepare the data set again: that checks every image and names those that are damaged"

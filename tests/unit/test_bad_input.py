@@ -35,7 +35,7 @@ from cifar_dist import models
 from cifar_dist.data import sources, store
 from cifar_dist.environment import prepare_environment
 from cifar_dist.recipes import recipe_config
-from cifar_dist.storage import to_json
+from cifar_dist.storage import seal, to_json
 from cifar_dist.train.checkpoint import Checkpoints, Cursor, State
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -47,7 +47,7 @@ MANIFEST, CONFIG = "data/_manifest.json", "runs/first/config.json"
 TRAIN_FILE, TEST_FILE = "data/train-00000.parquet", "data/test-00000.parquet"
 SOURCE_TRAIN, SOURCE_TEST = "parquet/train-00000.parquet", "parquet/test-00000.parquet"
 CAT = "pictures/train/cat/0.png"
-MODEL, OPTIMIZER, LINES, META = "model.safetensors", "optimizer.pt", "metrics.jsonl", "meta.json"  # of a checkpoint
+MODEL, OPTIMIZER, META = "model.safetensors", "optimizer.pt", "meta.json"  # of a checkpoint
 TEXT = b"this is no picture"
 
 
@@ -68,12 +68,11 @@ def write_runs(folder: Path) -> None:
     planned = plan.make_plan(config, plan.Launch(data, str(folder / "runs"), "first", recipe="quickstart_fan"))
     for name in ("first", "empty"):
         (folder / "runs" / name).mkdir(parents=True)
-        (folder / "runs" / name / "config.json").write_bytes(to_json(planned.card))
+        (folder / "runs" / name / "config.json").write_bytes(to_json(seal(planned.card)))
     optimizer: dict[str, Any] = {"optimizers": [{"state": {}, "param_groups": []}], "scaler": {}}
     for global_step, cursor in enumerate([Cursor(0, 1), Cursor(1, 0), Cursor(1, 1)], 1):
-        lines = [{"kind": "step", "global_step": i + 1} for i in range(global_step)]
         # The driver looks at no weights but for their checksums: a small tensor keeps the copies small.
-        state = State({"weight": torch.full((4, 3), float(global_step))}, None, {}, optimizer, lines)
+        state = State({"weight": torch.full((4, 3), float(global_step))}, None, {}, optimizer)
         meta = {
             **setup.expected_of(config, planned.manifest),
             "global_step": global_step,
@@ -148,14 +147,21 @@ def flip(name: str) -> Damage:
 
 
 def edited(name: str, change: Callable[[Any], object]) -> Damage:
-    """A JSON file whose values `change` changes."""
+    """A JSON file whose values `change` changes; those of a run with their right checksum, as another program may have
+    written them."""
 
     def change_bytes(content: bytes) -> bytes:
         values = json.loads(content)
         change(values)
-        return to_json(values)
+        return to_json(values if name == MANIFEST else seal(values))
 
     return rewritten(name, change_bytes)
+
+
+def digit_more(key: str) -> Callable[[str], Damage]:
+    """A number in a JSON file, by its key; the checksum stays as it was."""
+    found, made = f'"{key}": '.encode(), f'"{key}": 1'.encode()
+    return lambda name: rewritten(name, lambda content: content.replace(found, made, 1))
 
 
 def updated(name: str, **values: Any) -> Damage:
@@ -166,12 +172,12 @@ def resealed(change: Callable[[Any], object]) -> Damage:
     """The manifest changed, with its right checksum, as another program may have written it; a run trained on that."""
 
     def act(stored: Path) -> None:
-        def seal(values: dict) -> None:
+        def change_and_seal(values: dict) -> None:
             change(values)
-            values["sha256"] = store.Manifest(**values).digest()
+            values.update(seal(values))
             every_meta(manifest_sha256=values["sha256"])(stored)
 
-        edited(MANIFEST, seal)(stored)
+        edited(MANIFEST, change_and_seal)(stored)
 
     return act
 
@@ -440,7 +446,7 @@ MANIFESTS = [
     train("a manifest that is no text", "", *AT_MANIFEST, damage=put(MANIFEST, b"\xff\x80")),
     train("a manifest that lacks a key", "", *AT_MANIFEST, damage=edited(MANIFEST, lambda found: found.pop("splits"))),
     train("a manifest with a key too many", "", *AT_MANIFEST, damage=updated(MANIFEST, colour="red")),
-    train("a manifest of another version", "", "{s}/" + MANIFEST, "format version 7", "reads 1", "prepare it again",
+    train("a manifest of another version", "", "{s}/" + MANIFEST, "format version 7", "reads 2", "prepare it again",
           damage=updated(MANIFEST, format_version=7)),
     train("a manifest that was edited", "", "{s}/" + MANIFEST, "its own checksum", "prepare the data set again",
           damage=edited(MANIFEST, lambda values: values["class_names"].reverse())),
@@ -469,6 +475,8 @@ RUNS = [
     resume("a config with a section that is text", "", *AT_CONFIG,
            damage=edited(CONFIG, lambda values: values["config"].update(loop="fast"))),
     resume("a config with weights that are text", "", *AT_CONFIG, damage=updated(CONFIG, weights="imagenet")),
+    resume("a digit more in a config", "", *AT_CONFIG, "its own checksum", "or remove that file",
+           damage=digit_more("epochs")(CONFIG)),
     resume("a lost config and another batch size", "--global-batch-size 8", "global_batch_size=32, not 8",
            "another --name", damage=removed(CONFIG)),
     resume("a run that was started from weights", "", "/w.h5", "--weights", "another --name",
@@ -486,6 +494,8 @@ CHECKPOINTS = [
     resume("every meta.json null", "", *AT_META, damage=every(file_of(META, lambda name: put(name, "null")))),
     resume("every meta.json without the optimizer's file", "", *AT_ONE,
            damage=every(file_of(META, lambda name: edited(name, lambda found: found["files"].pop(OPTIMIZER))))),
+    resume("a digit more in every meta.json", "", "{s}/runs/first/checkpoints/epoch-", META, "its own checksum",
+           "remove that folder", damage=every(file_of(META, digit_more("global_step")))),
     resume("every meta.json with metrics in words", "", *AT_META, damage=every_meta(metrics="good")),
     resume("every meta.json without files", "", *AT_ONE, damage=every_meta(files=None)),
     resume("every meta.json with a list of files", "", *AT_ONE, damage=every_meta(files=[MODEL])),
@@ -509,8 +519,6 @@ CHECKPOINTS = [
     resume("safetensors cut off, with their checksum", "", *NOT_OURS, MODEL,
            damage=every(forged(MODEL, b'\x40\0\0\0\0\0\0\0{"weight":'))),
     resume("safetensors that are none", "", *NOT_OURS, MODEL, damage=every(forged(MODEL, b"\xff" * 64))),
-    resume("metrics that are no JSON", "", *NOT_OURS, LINES, damage=every(forged(LINES, "step 1\n"))),
-    resume("metrics that are no text", "", *NOT_OURS, LINES, damage=every(forged(LINES, b"\xff\xfe"))),
     resume("a malicious pickle", "", *AT_ALL, OPTIMIZER, "checksum",
            damage=every(file_of(OPTIMIZER, lambda name: put(name, PICKLE)))),
     resume("a malicious pickle with its checksum", "", *NOT_OURS, OPTIMIZER, damage=every(forged(OPTIMIZER, PICKLE))),
@@ -571,8 +579,8 @@ PREPARE = [
     shapes("another data set in out", "--out {s}/data --data-seed 5", "{s}/data already holds another", "--overwrite"),
     shapes("a damaged manifest in out", "--out {s}/data", "{s}/" + MANIFEST, "damaged", "--overwrite",
            damage=cut(MANIFEST)),
-    shapes("a manifest of another version in out", "--out {s}/data", "{s}/" + MANIFEST, "version 2", "--overwrite",
-           damage=updated(MANIFEST, format_version=2)),
+    shapes("a manifest of another version in out", "--out {s}/data", "{s}/" + MANIFEST, "version 3", "--overwrite",
+           damage=updated(MANIFEST, format_version=3)),
     pictures("no folder given", "--path ''", "(no --path)", "PATH/train/CLASS/IMAGE"),
     pictures("no such folder", "--path {s}/nowhere", "{s}/nowhere", "no folder named train", "PATH/train/CLASS/IMAGE"),
     pictures("a file for the folder", "--path {s}/notes.txt", "{s}/notes.txt", "PATH/train/CLASS/IMAGE"),
@@ -592,12 +600,12 @@ PREPARE = [
     pictures("an image with a changed bit", "", *BAD_CAT, damage=flip(CAT)),
     pictures("an image of no bytes", "", *BAD_CAT, "is empty", damage=put(CAT, b"")),
     pictures("an image of another format", "", *BAD_CAT, "PPM file", damage=put(CAT, encoded(1, "PPM"))),
-    pictures("an image that is a folder", "", "{s}/pictures/train/cat/more", "--skip-bad",
+    pictures("an image that is a folder", "", "{s}/pictures/train/cat/more", "inside a class's folder",
              damage=folder_made("pictures/train/cat/more")),
     pictures("a class of bad images only", "--skip-bad", "'cat' has no usable images",
              damage=all_of(*(put(f"pictures/train/cat/{i}.png", TEXT) for i in range(3)))),
-    pictures("an out in the source", "--out {s}/pictures/train/data", "--out", "source's own folder"),
-    pictures("an out that is the source", "--out {s}/pictures", "--out", "source's own folder"),
+    pictures("an out in the source", "--out {s}/pictures/train/data", "--out", "lie in each other"),
+    pictures("an out that is the source", "--out {s}/pictures", "--out", "lie in each other"),
     parquet("no Parquet folder given", "--path ''", "needs --path"),
     parquet("no such Parquet folder", "--path {s}/nowhere", "{s}/nowhere holds no train*.parquet"),
     parquet("a folder without Parquet", "--path {s}/pictures", "{s}/pictures holds no train*.parquet"),
@@ -649,8 +657,8 @@ EVALUATE = [
     evaluate("shards that are no number", "--shards x", "--shards", "'x'", code=2),
     evaluate("an unknown split", "--splits valid", "--splits", "'valid'", "did you mean validation", code=2),
     evaluate("an option without its runs", "--runs", "--runs", "expected at least one argument", code=2),
-    evaluate("a cluster by a name that is none", NO_CLUSTER, "no Ray cluster answers at nowhere"),
-    train("a cluster by a name that is none", NO_CLUSTER, "no Ray cluster answers at nowhere"),
+    evaluate("a cluster by a name that is none", NO_CLUSTER, "'nowhere' is no address of a Ray cluster", "HOST:PORT"),
+    train("a cluster by a name that is none", NO_CLUSTER, "'nowhere' is no address of a Ray cluster", "HOST:PORT"),
     train("a cluster that does not answer", "--address 127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
     evaluate("runs that are not there, before Ray starts", "--runs {s}/runs/no " + NO_CLUSTER, "{s}/runs/no"),
     evaluate("data that are not there, before Ray starts", "--data {s}/no " + NO_CLUSTER, "{s}/no is no data set"),
@@ -673,7 +681,7 @@ LIVE = [  # on a Ray cluster of 2 CPUs
     evaluate("every meta.json cut off", "", *AT_META, damage=every(file_of(META, cut))),
     evaluate("every meta.json without its data set", "", *AT_META,
              damage=every(file_of(META, lambda name: edited(name, lambda found: found.pop("manifest_sha256"))))),
-    evaluate("no place to stage", "--staging-folder {s}/notes.txt", "cannot stage", "--staging-folder"),
+    evaluate("no place to stage", "--staging-folder {s}/notes.txt", "cannot make the folder", "--staging-folder"),
     evaluate("Parquet missing", "", *AT_TRAIN_FILE, "missing", damage=removed(TRAIN_FILE)),
     evaluate("Parquet cut off", "", *AT_TRAIN_FILE, "checksum", damage=cut(TRAIN_FILE)),
     evaluate("Parquet with a changed bit", "", *AT_TRAIN_FILE, "checksum", damage=flip(TRAIN_FILE)),
@@ -686,7 +694,7 @@ LIVE = [  # on a Ray cluster of 2 CPUs
     evaluate("Parquet without labels", "", *AT_TRAIN_FILE, damage=resealed_train(no_column("label"))),
     evaluate("Parquet whose images are text", "", *AT_TRAIN_FILE, damage=resealed_train(text_column("image"))),
     evaluate("Parquet with a missing label", "", *AT_TRAIN_FILE, damage=resealed_train(label(3, None))),
-    evaluate("images that cannot be decoded", "", "image /etc/passwd (row 0)", "prepare the data again",
+    evaluate("images that cannot be decoded", "", "image /etc/passwd (row 0 of t", "prepare the data set again",
              damage=all_of(fan_weights, resealed_train(image(TEXT)))),
     evaluate("an out that is a file", "--out {s}/notes.txt", "{s}/notes.txt"),
     evaluate("all weights cut off", "", *DAMAGED_STATE, "checksum", damage=every(file_of(MODEL, cut))),
@@ -753,7 +761,7 @@ def stored(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.chdir(tmp_path / "work")
     copy = Path(shutil.copytree(whole, tmp_path / "stored"))
     for path in (copy / "runs").rglob("*.json"):  # they name the data set
-        path.write_text(path.read_text().replace(str(whole), str(copy)))
+        path.write_bytes(to_json(seal(json.loads(path.read_text().replace(str(whole), str(copy))))))
     yield copy
     for name in ("stored", "work"):  # there are hundreds of them
         shutil.rmtree(tmp_path / name, ignore_errors=True)
@@ -842,11 +850,20 @@ def test_debug_shows_the_traceback_before_the_sentence(
         (nothing, "epoch-0001-step-000001", ""),
         (newest(file_of(MODEL, cut)), "epoch-0001-step-000000", "does not match its checksum"),
         (newest(file_of(META, cut)), "epoch-0001-step-000000", "meta.json is damaged"),
+        (newest(file_of(META, digit_more("world_size"))), "epoch-0001-step-000000", "its own checksum"),
         (newest(file_of(META, removed)), "epoch-0001-step-000000", ""),  # cut off while it was written
         (newest(forged(OPTIMIZER, ARCHIVE)), "epoch-0001-step-000000", "not written by this program"),
         (newest(file_of(META, lambda name: updated(name, epoch="two"))), "epoch-0001-step-000000", "is damaged"),
     ],
-    ids=["sound", "weights cut off", "meta.json cut off", "no meta.json", "malicious archive", "epoch in words"],
+    ids=[
+        "sound",
+        "weights cut off",
+        "meta.json cut off",
+        "a digit more",
+        "no meta.json",
+        "malicious",
+        "epoch in words",
+    ],
 )
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(
     damage: Damage, loaded: str, fault: str, stored: Path, capfd: pytest.CaptureFixture[str]

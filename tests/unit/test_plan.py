@@ -17,7 +17,7 @@ from cifar_dist.config import Config, option_fields
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
 from cifar_dist.models.keras_weights import base_layers, tensors_of
-from cifar_dist.storage import Folder, to_json
+from cifar_dist.storage import Folder, seal, to_json
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
 from cifar_dist.train.plan import Launch, explain_resume, make_plan
@@ -124,7 +124,7 @@ def stored_with(run: Path, plan, **settings) -> None:
     card = json.loads(to_json(plan.card))
     for name, value in settings.items():
         card["config"][option_fields()[name][0]][name] = value
-    (run / "config.json").write_bytes(to_json(card))
+    (run / "config.json").write_bytes(to_json(seal(card)))
 
 
 def test_plan_holds_what_config_json_is_to_say(planned, shapes_uri, tmp_path):
@@ -166,13 +166,15 @@ def test_stored_run_goes_on_with_other_values_only_of_what_is_not_learned_from(n
     assert contents(tmp_path) == before
 
 
-def test_setting_that_the_stored_run_did_not_know_is_refused(planned, run):
+def test_setting_that_the_stored_run_did_not_know_was_at_its_default(planned, run):
+    """A run of an earlier version goes on, but not with another value."""
     plan = planned()
     card = json.loads(to_json(plan.card))
     del card["config"]["optim"]["clip_norm"]
     run.mkdir(parents=True)
-    (run / "config.json").write_bytes(to_json(card))
-    refusal(planned, "was started with clip_norm=None, not 0.0")
+    (run / "config.json").write_bytes(to_json(seal(card)))
+    assert planned().card == plan.card
+    refusal(lambda: planned(clip_norm=1.5), "was started with clip_norm=0.0, not 1.5")
 
 
 def test_run_of_another_data_set_is_refused(planned, run, tmp_path):
@@ -203,20 +205,41 @@ DAMAGED = {
 }
 
 
+@pytest.mark.parametrize("is_sealed", [True, False])
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damaged_config_json_is_named(kind, planned, run, tmp_path):
+def test_damaged_config_json_is_named(kind, is_sealed, planned, run, tmp_path):
+    """Also with the right checksum of its own, which any program can make."""
     run.mkdir(parents=True)
-    (run / "config.json").write_bytes(DAMAGED[kind])
+    content = DAMAGED[kind]
+    (run / "config.json").write_bytes(to_json(seal(json.loads(content))) if is_sealed and b"}" in content else content)
     before = contents(tmp_path)
     refusal(planned, f"{run}/config.json is damaged", "use another --name")
     assert contents(tmp_path) == before
+
+
+def test_one_changed_digit_of_config_json_is_said_in_a_sentence(planned, run):
+    """Without the file the run goes on by what its checkpoints say; with another setting it would be another run."""
+    stored_with(run, planned())
+    path = run / "config.json"
+    text = path.read_text()
+    digits = [at for at, character in enumerate(text) if character.isdigit()]
+    assert len(digits) > 100
+    said = []
+    for at in digits[:: len(digits) // 60]:
+        path.write_text(f"{text[:at]}{(int(text[at]) + 5) % 10}{text[at + 1 :]}")
+        found = refusal(planned, f"{run}/config.json is damaged (", "use another --name")
+        said.append("it does not match its own checksum" in found)
+        assert "or remove that file: the run's checkpoints say the same" in found
+    assert sum(said) > len(said) * 0.9  # a few make it no JSON any more
+    path.write_text(text)
+    assert planned()
 
 
 @pytest.mark.parametrize("weights", ["a string", ["a", "list"], 3])
 def test_config_json_whose_weights_are_no_card_is_named(weights, planned, run):
     plan = planned()
     run.mkdir(parents=True)
-    (run / "config.json").write_bytes(to_json({**plan.card, "weights": weights}))
+    (run / "config.json").write_bytes(to_json(seal({**plan.card, "weights": weights})))
     refusal(planned, f"{run}/config.json is damaged", "use another --name")
 
 
@@ -226,9 +249,30 @@ def test_config_json_that_cannot_be_read_is_named(planned, run):
 
 
 def test_batch_smaller_than_the_workers_is_refused(planned, tmp_path):
-    assert planned(global_batch_size=3, num_workers=3).config.loop.global_batch_size == 3
+    assert planned(global_batch_size=6, num_workers=3).config.loop.global_batch_size == 6
     refusal(lambda: planned(global_batch_size=3, num_workers=4), "--global-batch-size 3", "each of 4 workers")
     refusal(lambda: planned(global_batch_size=3, num_workers=4, min_workers=1), "each of 4 workers")
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "workers", "micro_batches"),
+    [
+        ({"global_batch_size": 5, "num_workers": 3}, 5, 3, 1),
+        ({"global_batch_size": 6, "num_workers": 2, "accumulation_steps": 2}, 6, 2, 2),
+        ({"global_batch_size": 64, "num_workers": 4, "train_images": 7}, 7, 4, 1),
+        ({"global_batch_size": 1}, 1, 1, 1),
+    ],
+)
+def test_steps_that_leave_a_worker_a_single_image_at_a_time_are_refused(
+    planned, tmp_path, settings, size, workers, micro_batches
+):
+    """BatchNorm has no variance of one value, and no gradient passes it."""
+    words = (
+        f"a batch of {size} images on {workers} workers in {micro_batches} accumulation steps",
+        "one image at a time",
+    )
+    refusal(lambda: planned(**settings), *words, "raise --global-batch-size")
     assert contents(tmp_path) == {}
 
 
@@ -327,7 +371,7 @@ def test_run_goes_on_only_from_the_weights_it_was_started_from(
     sha256 = {"the same": hashlib.sha256(base_file.read_bytes()).hexdigest(), "others": "0" * 64}.get(old)
     weights = sha256 and {"uri": "/elsewhere/base.h5", "sha256": sha256}
     run.mkdir(parents=True)
-    (run / "config.json").write_bytes(to_json({**with_weights("").card, "weights": weights}))
+    (run / "config.json").write_bytes(to_json(seal({**with_weights("").card, "weights": weights})))
     before, given = contents(tmp_path), base_file if is_given else ""
     if refused:
         refusal(lambda: with_weights(given), refused.format(given), "name the same file, or use another --name")
@@ -360,7 +404,7 @@ def stored(planned, run) -> Callable:
             **expected_of(plan.config, plan.manifest),
             **{"metrics": metrics, "global_step": 3 * epoch + step, "world_size": 2, "config": plan.config.to_dict()},
         }
-        state = State(tensors, None, {}, {"optimizers": []}, [{"kind": "step", "global_step": 3 * epoch + step}])
+        state = State(tensors, None, {}, {"optimizers": []})
         return Checkpoints(str(run)).write(Cursor(epoch, step), attempt, state, meta)
 
     return act
@@ -435,7 +479,7 @@ def test_later_attempt_is_newer_though_it_has_done_less(stored, explained):
     assert f"  {ahead.name}: older, kept as the best" in lines
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "metrics.jsonl", "meta.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "meta.json"])
 def test_damaged_newest_is_passed_over_and_why(file, stored, explained, run):
     older, newest = stored(1, accuracy=0.5), stored(2, accuracy=0.6)
     why = damage(run, newest, file)
@@ -450,7 +494,7 @@ def test_damaged_newest_is_passed_over_and_why(file, stored, explained, run):
 def test_checkpoint_of_another_program_is_passed_over(stored, explained, run):
     older, newest = stored(1), stored(2)
     meta = {**newest.meta, "format_version": 99}
-    (run / "checkpoints" / newest.name / "meta.json").write_bytes(to_json(meta))
+    (run / "checkpoints" / newest.name / "meta.json").write_bytes(to_json(seal(meta)))
     lines = explained()
     assert lines[1].startswith(f"  {newest.name}: PASSED OVER: ")
     assert "format version 99" in lines[1]

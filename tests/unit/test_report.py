@@ -26,7 +26,7 @@ from cifar_dist.evaluate.scores import count, wilson_interval
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
 from cifar_dist.recipes import recipe_config
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
-from cifar_dist.train.metrics import RunLog
+from cifar_dist.train.log import RunLog
 
 NUM_TRAIN, NUM_TEST, SIZE = 60, 250, 96  # three batches of test images, so that three shards have one each
 REAL = Path(__file__).parents[3] / "shared/data/cifar10-jpeg.tar.gz"
@@ -96,14 +96,16 @@ def run(tmp_path_factory) -> Run:
     weights = {name: tensor if "running" in name else tensor * 0 for name, tensor in average.items()}
     run_uri = str(folder / "runs" / "first-run")
     (folder / "runs" / "first-run").mkdir(parents=True)
-    log = RunLog(run_uri, 0, [])
+    log = RunLog(run_uri, 0)
     rates = {"images_per_second": 20.0, "data_wait_share": 0.25, "seconds": 4.0}
     scores = {"train_loss": 2.0, "train_accuracy": 0.3, "validation_loss": 2.1, "validation_accuracy": 0.25}
     log.add("warning", 0, 0, warning="random_weights", message="starts from RANDOM weights <not> ImageNet's")
     log.add("step", 0, 5, step=5, **scores, **rates)
     log.add("epoch", 0, 10, **scores, **rates)
     log.add("epoch", 1, 20, **scores, **{**rates, "images_per_second": 40.0, "data_wait_share": 0.0, "seconds": 12.0})
-    log.store(log.take())
+    taken = log.take()
+    log.store(taken)
+    log.close()
     meta = {
         "model": "resnet50v2",
         "num_classes": 10,
@@ -122,7 +124,7 @@ def run(tmp_path_factory) -> Run:
         "num_threads_per_worker": 1,
         "git_commit": "unknown",
     }
-    state = State(weights, average, {}, {}, log.take())
+    state = State(weights, average, {}, {}, taken.mark)
     checkpoint = Checkpoints(run_uri).write(Cursor(2, 0), 1, state, meta)
     return Run(data_uri, run_uri, staging, checkpoint)
 
@@ -253,7 +255,7 @@ def test_checkpoint_of_another_data_set_is_refused(run):
 
 
 def test_a_run_s_best_checkpoint_is_evaluated_not_its_latest(run, tmp_path):
-    uri, state = str(tmp_path / "runs" / "again"), State({"a": torch.ones(1)}, None, {}, {}, [])
+    uri, state = str(tmp_path / "runs" / "again"), State({"a": torch.ones(1)}, None, {}, {})
     for epoch, accuracy in enumerate((0.3, 0.9, 0.2), 1):
         scores = {"validation_accuracy": accuracy, "validation_loss": 1.0}
         meta = {key: run.checkpoint.meta[key] for key in ("model", "global_step", "world_size", "config")}
