@@ -42,18 +42,18 @@ import os, signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 sys.stdin.read()
-mark, end, found = sys.argv[1].encode(), time.monotonic() + float(sys.argv[2]), True
-while found and time.monotonic() < end:
-    found = False
+mark, end, num_empty = sys.argv[1].encode(), time.monotonic() + float(sys.argv[2]), 0
+while num_empty < 20 and time.monotonic() < end:  # a process that is just being started shows no environment
+    num_empty += 1
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 if mark in file.read().split(b"\\0"):
-                    found = True
+                    num_empty = 0
                     os.kill(int(pid), signal.SIGKILL)
         except OSError:
             pass
-    time.sleep(0.1 * found)
+    time.sleep(0.1)
 """
 GUARDIAN_SECONDS = 30.0
 

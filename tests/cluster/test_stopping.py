@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,10 @@ def started(*args: str, until: str) -> Job:
 def ended(job: Job, seconds: float = 60) -> tuple[int, str]:
     """(exit code, output) of a job that ends by itself and leaves nothing running."""
     code = job.process.wait(seconds)
-    wait_until(lambda: not job.family(), 20)
+    end = time.monotonic() + 20
+    while left := job.family():
+        assert time.monotonic() < end, [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left]
+        time.sleep(0.1)
     output = job.output()
     assert "Traceback" not in output
     assert "***" not in output  # a native stack
