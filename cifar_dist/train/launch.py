@@ -29,12 +29,13 @@ from cifar_dist.train.cluster import connect, count_resource, uses_gpu
 from cifar_dist.train.plan import Job, Launch, Plan
 from cifar_dist.train.progress import Display, StartUp
 from cifar_dist.train.telemetry import Telemetry
-from cifar_dist.train.trainer import Trainer
+from cifar_dist.train.trainer import StartLimit, Trainer
 from cifar_dist.versions import git_commit
 
 NODE_SECONDS = 60.0  # for a node to answer preflight's questions
 QUICK_SECONDS = 30.0  # after a failure: another one then waits before the workers are started again
 RETRY_SECONDS, MOST_RETRY_SECONDS = 5.0, 30.0  # the first such wait, which doubles, and the longest
+START_SECONDS = 60.0  # for nodes to be found and Python to start, before the ranks' limit counts
 STOP_SECONDS = 20.0  # for the workers to store a checkpoint at a signal; pods and Slurm give 30 s
 
 
@@ -259,7 +260,7 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=launch.max_failures),
-            callbacks=[StopOnUserError()],  # type: ignore[list-item]
+            callbacks=[StopOnUserError(), StartLimit(START_SECONDS + launch.collective_timeout_seconds)],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
             if config.loop.deterministic
             else None,

@@ -5,17 +5,22 @@ costs both the thread that it interrupts and those that wait for that one. No po
 """
 
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import ray
 import torch.distributed as dist
+from ray._private.state import state
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
@@ -68,6 +73,36 @@ def a_node_is_leaving() -> bool:
     """Whether Ray has told this worker that the node of some worker is about to be taken away. ray.train's own
     get_preemption_info asks all workers each time, and waits for one that hangs."""
     return get_internal_train_context().preemption_context.preemption_info is not None
+
+
+class StartLimit(WorkerGroupCallback):
+    """Ends the workers of a group that has not started after so many seconds, so that Ray Train starts another one.
+
+    Its controller waits for their first answers without a limit, and so for a process that was stopped.
+    """
+
+    def __init__(self, limit_seconds: float) -> None:
+        self.limit_seconds = limit_seconds
+
+    @contextmanager
+    def on_worker_group_start(self) -> Iterator[None]:
+        """Called in the controller, around the start of the workers."""
+        watch = threading.Timer(self.limit_seconds, end_workers)
+        watch.daemon = True
+        watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+
+def end_workers() -> None:
+    """Kills the workers that the controller in this process has started."""
+    context, core = ray.get_runtime_context(), ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
+    job = ray.JobID.from_hex(context.get_job_id())
+    for actor_id, actor in state.actor_table(None, job, "ALIVE").items():
+        if actor["ActorClassName"].endswith("RayTrainWorker"):
+            core.kill_actor(ray.ActorID.from_hex(actor_id), True)
 
 
 class FixedScaling(FixedScalingPolicy):

@@ -226,7 +226,7 @@ def test_a_worker_that_is_stopped_at_any_wait_is_found(
         os.kill(stopped, signal.SIGSTOP)
         start = time.monotonic()
         while stopped in nodes.train_workers():
-            assert time.monotonic() - start < 60 + 2 * limit, f"{seconds} s after {phrase!r}: {job.output()}"
+            assert time.monotonic() - start < 90 + 2 * limit, f"{seconds} s after {phrase!r}: {job.output()}"
             time.sleep(0.1)
         print(f"{seconds} s after {phrase!r}: ended after {time.monotonic() - start:.1f} s")
     code, output = job.wait()
@@ -261,7 +261,7 @@ def test_two_starts_of_a_run_at_once_leave_one_that_goes_on(tiny_uri: str, tmp_p
         assert "is it shared?" not in output
         assert "Traceback" not in output
         assert "was taken over as attempt" in output or code == 0, output
-    assert_every_sample_once(tmp_path / "run", tiny_uri, num_steps=3)
+    assert_every_sample_once(tmp_path / "run", tiny_uri, num_steps=4)
     assert not (tmp_path / "run" / "preflight").exists()
 
 
