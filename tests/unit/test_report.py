@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import tarfile
 from functools import partial
 from html.parser import HTMLParser
@@ -25,7 +26,7 @@ from cifar_dist.evaluate.driver import Evaluation, choose, merge
 from cifar_dist.evaluate.scores import count, wilson_interval
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
 from cifar_dist.recipes import recipe_config
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
+from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, Mark, State
 from cifar_dist.train.log import RunLog
 
 NUM_TRAIN, NUM_TEST, SIZE = 60, 250, 96  # three batches of test images, so that three shards have one each
@@ -405,6 +406,28 @@ def test_worst_mistakes_are_pictures_of_the_test_images(run, merged, page):
 
 def test_plots_are_drawn(page):
     assert page.tags.count("svg") == 2 * 3
+
+
+def test_a_run_with_a_loss_that_was_not_finite_is_reported(run, merged, tmp_path):
+    """It is stored as null, in the log and in the checkpoint."""
+    uri, meta = str(tmp_path / "null-run"), run.checkpoint.meta
+    shutil.copytree(run.run_uri, uri)
+    log = RunLog(uri, 20, Mark(**meta["log"]))
+    assert not log.lost
+    scores = {**meta["metrics"], "validation_loss": float("nan")}
+    rates = {"images_per_second": 20.0, "data_wait_share": 0.25, "seconds": 4.0}
+    log.add("epoch", 2, 30, **scores, **rates)
+    log.store(log.take())
+    log.close()
+    state = Checkpoints(uri).load(run.checkpoint)
+    checkpoint = Checkpoints(uri).write(Cursor(3, 0), 1, state, {**meta, "metrics": scores, "epoch": 3, "step": 0})
+    odd = dataclasses.replace(evaluation(run, merged, "null-run", meta["model"]), run_uri=uri, checkpoint=checkpoint)
+    (tmp_path / "out").mkdir()
+    report.write_report([odd], run.data_uri, str(tmp_path / "out"), run.staging)
+    stored = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert [epoch["validation_loss"] for epoch in stored["runs"][0]["epochs"]] == [2.1, 2.1, None]
+    assert Page((tmp_path / "out" / "report.html").read_text()).tags.count("svg") == 3
+    assert choose([uri], run.data_uri)["null-run"][1] == run.checkpoint  # the one before is the best
 
 
 def test_json_holds_the_integers_and_is_strict(written, merged):

@@ -1,36 +1,54 @@
-"""When a worker logs and stores, after which steps; what it stores; and that another one goes on from that."""
+"""When a worker logs and stores, after which steps; what it stores; and that another one goes on from that.
+
+When it is asked to stop all ranks end after the same step, and what they have come to is stored.
+"""
 
 import copy
 import dataclasses
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cifar_dist.config import Config
+from cifar_dist.data.loader import Batch
 from cifar_dist.errors import UserError
 from cifar_dist.models import KerasBatchNorm
+from cifar_dist.storage import Folder
 from cifar_dist.train import worker as worker_module
-from cifar_dist.train.checkpoint import Checkpoint, Cursor, State
+from cifar_dist.train.attempt import Attempts
+from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
+from cifar_dist.train.log import LOG, read_lines
 from cifar_dist.train.loop import Clock, TrainState, gather_statistics, update
 from cifar_dist.train.optim import average_of, make_optimizers
 from cifar_dist.train.precision import Precision
-from cifar_dist.train.worker import Worker
+from cifar_dist.train.saver import Saver
+from cifar_dist.train.setup import expected_of
+from cifar_dist.train.worker import Stop, Worker
 
 NUM_STEPS = 6
 
 
 class Steps(Worker):
-    """Counts steps without data, storage and Ray; `due`: the global steps at which the clock wants a checkpoint."""
+    """Counts steps without data, storage and Ray; `due`: the global steps at which the clock wants a checkpoint,
+    `stop_at`: the one from which on the ranks are asked to stop."""
 
-    def __init__(self, due: set[int], agree_every: int, **settings) -> None:
+    def __init__(self, due: set[int], agree_every: int, stop_at: float = math.inf, **settings) -> None:
         config, cpu, model = Config().replace(**settings), torch.device("cpu"), nn.Linear(1, 1)
         precision = Precision("fp32", cpu)
         self.state = TrainState(config, model, model, [], precision, None, cpu, 0, 1, NUM_STEPS)
         self.job, self.saver = SimpleNamespace(config=config), None
         self.due, self.agree_every, self.steps_to_agree = due, agree_every, 1
+        self.stops, self.stop_at = False, stop_at
         self.logged, self.agreed, self.stored = [], [], []
 
     def _on_log(self, _clock) -> None:
@@ -39,6 +57,7 @@ class Steps(Worker):
     def _agree(self) -> bool:
         self.steps_to_agree = self.agree_every
         self.agreed.append(self.state.global_step)
+        self.stops = self.state.global_step >= self.stop_at
         return self.state.global_step in self.due
 
     def _write_checkpoint(self, _metrics=None) -> None:
@@ -75,6 +94,28 @@ def test_checkpoint_that_is_due_where_the_epoch_ends_is_the_epoch_s():
     assert two_epochs(due=(6,), agree_every=5).stored == []
 
 
+@pytest.mark.parametrize(("stop_at", "last"), [(1, 1), (2, 3), (3, 3), (4, 5)])
+def test_asked_to_stop_it_stores_at_the_next_agreement_and_goes_no_further(stop_at, last):
+    worker = Steps(set(), 2, stop_at)
+    for step in range(last - 1):
+        worker.state.cursor = Cursor(0, step + 1)
+        worker._after_step(Clock())
+    assert worker.stored == []
+    worker.state.cursor = Cursor(0, last)
+    with pytest.raises(Stop):
+        worker._after_step(Clock())
+    assert worker.stored == [last]
+
+
+def test_asked_to_stop_where_the_epoch_ends_the_checkpoint_is_the_epoch_s():
+    """Then it is validated as well, and run() ends after it."""
+    worker = Steps(set(), 5, stop_at=6)
+    for step in range(NUM_STEPS):
+        worker.state.cursor = Cursor(0, step + 1)
+        worker._after_step(Clock())
+    assert (worker.stored, worker.stops) == ([], True)
+
+
 # What is stored.
 
 
@@ -93,8 +134,7 @@ class Alone(Worker):
         self.manifest = SimpleNamespace(num_classes=10, sha256="abc", class_names=["a"] * 10)
         self.train_ids, self.saved, self.waits = range(9), [], {"seconds": 1.0}
         self.checkpoints = SimpleNamespace(latest=lambda: None, where=lambda name: name)
-        log = SimpleNamespace(take=lambda: [{"kind": "step"}])
-        self.saver: Any = SimpleNamespace(log=log, save=lambda *parts: self.saved.append(parts), wait=lambda: None)
+        self.saver: Any = SimpleNamespace(save=lambda *parts: self.saved.append(parts), wait=lambda: None)
 
     def step(self, num: int = 1) -> None:
         state = self.state
@@ -184,8 +224,7 @@ class Ending(Alone):
     _check_validation = _check_train_chance
 
 
-def test_an_epoch_ends_with_the_average_evaluated_and_the_next_one_begun(monkeypatch):
-    monkeypatch.setattr(worker_module.ray.train, "report", lambda _metrics: None)
+def test_an_epoch_ends_with_the_average_evaluated_and_the_next_one_begun():
     worker = Ending()
     worker.saver = None
     worker.step(NUM_STEPS)
@@ -196,3 +235,291 @@ def test_an_epoch_ends_with_the_average_evaluated_and_the_next_one_begun(monkeyp
     assert (metrics["train_loss"], metrics["train_accuracy"]) == (1.5 / 5, 2 / 5)
     assert (metrics["validation_loss"], metrics["validation_accuracy"]) == (2.5, 0.3)
     assert (metrics["num_validation_correct"], metrics["num_validation"]) == (6, 20)
+
+
+# A run on storage.
+
+DRIVER = "aaaaaaaa"
+
+
+class Stored(Alone):
+    """One rank of a run at `uri`; its images are random. `said`: what it told the driver."""
+
+    def __init__(self, uri: Path | str, rank: int = 0, world: int = 1, **settings: Any) -> None:
+        super().__init__(rank, world)
+        defaults = {"epochs": 2, "global_batch_size": 5 * world, "chance_warning_steps": 0}
+        config = self.state.config.replace(**{**defaults, **settings})
+        self.state.config, self.state.precision = config, Precision("fp32", torch.device("cpu"))
+        if not config.optim.ema_decay:
+            self.state.average = None
+        self.head, self.train_ids, self.validation_ids = self.state.model, range(5 * world * NUM_STEPS), range(20)
+        self.said: list[str] = []
+        progress: dict[str, Callable] = {"say": self.said.append, "trains": lambda: None}
+        progress |= dict.fromkeys(("update", "measured"), lambda _values: None)
+        progress["asks_to_stop"] = lambda: self.state.global_step >= self.stop_at
+        self.stop_at = math.inf
+        self.job.config, self.job.driver, self.job.run_uri = config, DRIVER, str(uri)
+        self.job.progress = SimpleNamespace(**{n: SimpleNamespace(remote=act) for n, act in progress.items()})
+        self.retry_seconds, self.checkpoints = 0.0, Checkpoints(str(uri))
+        self.diagnosed, self.noticed, self.stops, self.warned = False, False, False, set[str]()
+        self.steps_to_agree, self.agreed_steps, self.agreed_at, self.started_at = 1, 1, 0.0, 0.0
+        self.waits = dict.fromkeys(("seconds", "data_wait_seconds", "communication_seconds"), 0.0)
+        self.logged_stall_seconds = 0.0
+        self.source = self.loader = None
+        self.saver = None
+        self.attempt = Attempts(Folder(str(uri)), DRIVER).claim(takeover=True) if rank == 0 else 0
+
+    def resumed(self) -> "Stored":
+        """From the newest checkpoint, if there is one."""
+        self.resume(self.checkpoints.load_newest(expected_of(self.job.config, self.manifest)))
+        return self
+
+    def opened(self) -> "Stored":
+        """With a saver, behind no checkpoint."""
+        self.saver = Saver(self.job.run_uri, DRIVER, self.attempt, self.state.device, 0, None, 9, 0.0)
+        return self
+
+    def _train_batches(self, cursor: Cursor) -> Iterator[Batch]:
+        for step in range(cursor.step, NUM_STEPS):
+            generator = torch.Generator().manual_seed(100 * cursor.epoch + 10 * step + self.rank)
+            images, labels = torch.randn(5, 3, generator=generator), torch.randint(2, (5,), generator=generator)
+            yield Batch(images, labels, np.arange(5), 5, 5 * self.world)
+
+    def _validate(self, _model: nn.Module) -> list[float]:
+        return [10.0, 12.0, 20.0]
+
+
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    """No Ray and no process group; each step comes with an agreement."""
+    without_ray(monkeypatch.setattr)
+    monkeypatch.setattr(worker_module.dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
+
+
+def without_ray(put: Callable[[Any, str, Any], None]) -> None:
+    put(worker_module, "a_node_is_leaving", lambda: False)
+    put(worker_module, "AGREE_SECONDS", 0.0)
+    put(worker_module.ray, "get", lambda answer, **_: answer)
+
+
+def lines_of(uri: Path, kind: str = "") -> list[dict[str, Any]]:
+    return [line for line in read_lines(Folder(str(uri))) if not kind or line["kind"] == kind]
+
+
+# Asked to stop.
+
+STOPS = {4: Cursor(0, 4), 6: Cursor(1, 0), 7: Cursor(1, 1), 12: Cursor(2, 0)}
+
+
+def stopped(uri: Path | str, stop_at: float, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    worker, fault = Stored(uri, rank, world).resumed(), ""
+    saver, worker.stop_at = worker.saver, stop_at
+    try:
+        worker.run()
+    except UserError as error:
+        fault = str(error)
+    found = {"fault": fault, "cursor": list(worker.state.cursor), "totals": worker.state.totals.tolist()}
+    return {**found, "closed": saver is not None and saver._pool._shutdown and saver.log._written.closed}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("stop_at", STOPS)
+def test_a_run_that_is_asked_to_stop_stores_what_it_has_come_to(tmp_path, stop_at):
+    found = stopped(tmp_path, stop_at)
+    assert (found["fault"], found["closed"]) == ("the run was asked to stop", True)
+    latest = Checkpoints(str(tmp_path)).latest()
+    assert latest.cursor == Cursor(*found["cursor"]) == STOPS[stop_at]
+    assert (latest.meta["metrics"] is None) is (latest.cursor.step > 0)
+    assert latest.meta["totals"] == found["totals"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_run_that_was_stopped_goes_on_and_ends_as_one_that_was_not(tmp_path):
+    for stop_at in (4, 6, 7):
+        stopped(tmp_path / "often", stop_at)
+    often, once = (stopped(tmp_path / name, math.inf) for name in ("often", "once"))
+    assert often == once == {"fault": "", "cursor": [2, 0], "totals": [0, 0, 0], "closed": True}
+    ends = [Checkpoints(str(tmp_path / name)) for name in ("often", "once")]
+    one, other = (end.load(end.latest()) for end in ends)
+    assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+    assert all(torch.equal(one.average[name], other.average[name]) for name in one.average)
+    epochs = [[line["train_loss"] for line in lines_of(tmp_path / name, "epoch")] for name in ("often", "once")]
+    assert epochs[0] == epochs[1]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_driver_that_is_gone_asks_for_nothing(tmp_path, monkeypatch):
+    def gone(*_: Any, **__: Any) -> Any:
+        raise worker_module.ray.exceptions.GetTimeoutError
+
+    monkeypatch.setattr(worker_module.ray, "get", gone)
+    assert stopped(tmp_path, 1)["fault"] == ""
+
+
+def in_a_group(rank: int, folder: Path) -> None:
+    """One of two processes; they are asked to stop at each of STOPS in turn, each in a run of its own."""
+    torch.set_num_threads(1)
+    without_ray(setattr)
+    for stop_at in STOPS:
+        uri = folder / str(stop_at)
+        place, limit = f"file://{folder}/group-{stop_at}", timedelta(seconds=60)
+        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2, timeout=limit)
+        torch.save(stopped(uri, stop_at if rank == 0 else math.inf, rank, 2), folder / f"{stop_at}-{rank}.pt")
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("group")
+    multiprocessing.set_forkserver_preload([worker_module.__name__])
+    torch.multiprocessing.start_processes(in_a_group, (folder,), 2, start_method="forkserver")
+    return folder
+
+
+@pytest.mark.parametrize("stop_at", STOPS)
+def test_all_ranks_stop_after_the_same_step_and_one_says_so(group, stop_at):
+    """Only rank 0 asks the driver. An error of another rank would cut rank 0 off before all is stored."""
+    first, second = (torch.load(group / f"{stop_at}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert (first["fault"], second["fault"]) == ("the run was asked to stop", "")
+    assert (first["closed"], second["closed"]) == (True, False)
+    assert Cursor(*first["cursor"]) == Cursor(*second["cursor"]) == STOPS[stop_at]
+    checkpoints = Checkpoints(str(group / str(stop_at)))
+    latest = checkpoints.latest()
+    assert (latest.cursor, latest.meta["world_size"]) == (STOPS[stop_at], 2)
+    assert latest.meta["totals"] == [a + b for a, b in zip(first["totals"], second["totals"], strict=True)]
+    loaded = checkpoints.load(latest)
+    if latest.cursor.step:  # inside an epoch each rank has its own statistics
+        assert not torch.equal(*loaded.ranks["model"])
+    assert loaded.ranks["model"].shape[0] == 2
+
+
+# What it warns of.
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_warning_is_said_once_per_attempt_and_recorded_once_per_run(tmp_path):
+    for attempt in (1, 2, 3):
+        worker = Stored(tmp_path).resumed()
+        for _ in range(2):
+            worker._warn("kind", "a sentence", accuracy=0.5)
+        worker._warn(f"kind {attempt}", "another sentence")
+        assert worker.said[-2:] == ["WARNING: a sentence", "WARNING: another sentence"]
+        assert worker.said.count("WARNING: a sentence") == 1
+        worker.step()
+        worker._write_checkpoint()
+        worker.saver.close()
+    assert [line["warning"] for line in lines_of(tmp_path, "warning")] == ["kind", "kind 1", "kind 2", "kind 3"]
+    (first, *_) = lines_of(tmp_path, "warning")
+    assert (first["message"], first["accuracy"]) == ("a sentence", 0.5)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("damage", ["removed", "shortened", "one byte"])
+def test_a_log_that_was_lost_is_said_and_training_goes_on(tmp_path, damage):
+    stopped(tmp_path, 7)
+    path = tmp_path / LOG
+    content = path.read_bytes()
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-9] if damage == "shortened" else content.replace(b"1", b"2", 1))
+    worker = Stored(tmp_path).resumed()
+    (said,) = (text for text in worker.said if text.startswith("WARNING: "))
+    assert "metrics.jsonl is not the log that the checkpoint was written with; a new one begins" in said
+    assert worker.state.cursor == STOPS[7]
+    worker.run()
+    assert worker.state.cursor == Cursor(2, 0)
+    lines = lines_of(tmp_path)
+    assert (lines[0]["warning"], lines[0]["global_step"]) == ("log_lost", 7)
+    assert [line["epoch"] for line in lines if line["kind"] == "epoch"] == [1]
+    again = Stored(tmp_path, epochs=3).resumed()
+    assert not again.saver.log.lost
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(("settings", "warned"), [({"schedule": "cosine"}, True), ({"schedule": "constant"}, False)])
+def test_a_schedule_of_another_length_is_warned_of_once(tmp_path, settings, warned):
+    worker = Stored(tmp_path, **settings).resumed()
+    worker.run()
+    for epochs in (4, 4, 5):
+        worker = Stored(tmp_path, epochs=epochs, **settings).resumed()
+        worker.stop_at = 13
+        with pytest.raises(UserError):
+            worker.run()
+    kinds = [line["warning"] for line in lines_of(tmp_path, "warning") if line["warning"].startswith("schedule")]
+    assert kinds == (["schedule_of_4_epochs", "schedule_of_5_epochs"] if warned else [])
+
+
+@pytest.mark.usefixtures("alone")
+def test_few_images_at_a_time_are_warned_of(tmp_path):
+    worker = Stored(tmp_path).resumed()
+    worker.run()
+    (line,) = lines_of(tmp_path, "warning")
+    assert line["warning"] == "few_images_at_a_time"
+    assert "only 5 images at a time" in line["message"]
+
+
+class NotFinite(Stored):
+    """Its second epoch's validation loss."""
+
+    def _validate(self, model: nn.Module) -> list[float]:
+        loss, *rest = super()._validate(model)
+        return [
+            math.nan if self.state.cursor.epoch == 1 else loss,
+            19.0 if self.state.cursor.epoch == 1 else rest[0],
+            rest[1],
+        ]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_validation_loss_that_is_not_finite_is_said_and_never_the_best(tmp_path):
+    worker = NotFinite(tmp_path, epochs=3, keep_checkpoints=9).resumed()
+    worker.run()
+    (said,) = (text for text in worker.said if "not finite" in text)
+    assert said.startswith("WARNING: the validation loss after epoch 2 is not finite: it is stored as null")
+    checkpoints = Checkpoints(str(tmp_path))
+    losses = {c.cursor.epoch: c.meta["metrics"]["validation_loss"] for c in checkpoints.all()}
+    assert losses == {1: 0.5, 2: None, 3: 0.5}
+    assert checkpoints.best().cursor.epoch == 3
+    assert [line["validation_loss"] for line in lines_of(tmp_path, "epoch")] == [0.5, None, 0.5]
+    assert checkpoints.load(checkpoints.all()[1]).model
+
+
+class Lagging(Stored):
+    """Validation finds 3 of 20 images by the average of the weights and by BatchNorm's statistics as they are;
+    `plain`: by the weights themselves, `recalibrated`: with statistics re-estimated."""
+
+    plain, recalibrated, num_recalibrated = 3.0, 3.0, 0
+
+    def _validate(self, model: nn.Module) -> list[float]:
+        found = self.plain if model is self.state.model else self.recalibrated if self.num_recalibrated else 3.0
+        return [10.0, found, 20.0]
+
+    def _recalibrate(self, _model: nn.Module, _num_batches: int) -> None:
+        self.num_recalibrated += 1
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("plain", "recalibrated", "kind", "part"),
+    [
+        (
+            12.0,
+            3.0,
+            "average_lags",
+            "The weights themselves reach 60.0%: the average lags behind them (--ema-decay 0.5",
+        ),
+        (3.0, 12.0, "validation_near_chance", "the moving statistics lag behind the weights"),
+        (3.0, 3.0, "validation_near_chance", "it is not BatchNorm's moving statistics"),
+    ],
+)
+def test_what_lagging_validation_comes_from_is_found_out(tmp_path, plain, recalibrated, kind, part):
+    worker = Lagging(tmp_path, chance_warning_steps=1).opened()
+    worker.plain, worker.recalibrated = plain, recalibrated
+    for _ in range(2):
+        worker._check_validation(worker.state.average.module, 0.6, 0.15)
+    worker.saver.log.store(worker.saver.log.take())
+    (line,) = lines_of(tmp_path, "warning")
+    assert line["warning"] == kind
+    assert part in line["message"]
+    assert worker.num_recalibrated == (kind != "average_lags")
