@@ -205,12 +205,13 @@ def wait_for_phrase(nodes: Nodes, job: Job, phrase: str, num_said: int) -> None:
 
 # Where a rank is stopped: after so many seconds from the moment its process is there, or from what the job says.
 MOMENTS = [
-    *(("", 0.0), ("", 1.0), ("", 3.0), ("", 5.0)),  # the process group, imports, staging, reading a checkpoint
-    *(("continuing from", 0.0), ("continuing from", 2.0), ("epoch ", 0.0)),  # features, a step, after validation
+    *(("epoch 1/", 0.0), ("continuing from", 0.0), ("continuing from", 2.0)),  # after validation, features, a step
+    *(("", 0.0), ("", 3.0)),  # the process group, imports, staging, reading a checkpoint
 ]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_worker_that_is_stopped_at_any_wait_is_found(
     nodes: Nodes, whole_run: tuple[Path, str], tiny_uri: str, tmp_path: Path, rank: int
