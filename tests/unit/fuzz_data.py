@@ -16,11 +16,12 @@ from mutations import change_bytes, change_file, change_json, change_table, chan
 from cifar_dist.data import sources, store
 from cifar_dist.data.loader import Loader, eval_plans
 from cifar_dist.data.spec import ImageSpec
-from cifar_dist.storage import seal, to_json
+from cifar_dist.storage import to_json
 from cifar_dist.train.features import FeatureCache
 
 SPLITS = ("train", "test")
 FREE = ("source", "num_skipped", "sha256")  # what the manifest says and no file can tell
+FREE_OF_SPLIT = ("encodings", "height", "width")  # the sizes are held against the pixels, see `loader`
 
 
 class Base:
@@ -52,8 +53,13 @@ class Data(Group):
             for s, split in staged.items()
         }
         words = {name: value for name, value in asdict(manifest).items() if name not in FREE}
-        shapes = {s: (manifest.image_shape(s), manifest.num_rows(s)) for s in SPLITS}
-        return {"words": to_json(words), "rows": rows, "shapes": shapes, "num_classes": manifest.num_classes}
+        for split in words["splits"].values():
+            for name in FREE_OF_SPLIT:
+                split.pop(name)
+            for file in split["files"]:
+                file["sha256"] = file["num_bytes"] = ""  # held against the file: the same rows may lie there otherwise
+        _ = [manifest.image_shape(split) for split in SPLITS]
+        return {"words": to_json(words), "rows": rows}
 
     def load(self, data: Path, staging_folder: Path, job: str, cache: str) -> np.ndarray:
         """The test split as it is trained on."""
@@ -126,7 +132,8 @@ class Data(Group):
             for split in values["splits"].values():
                 for file in split["files"]:
                     if (data / file["name"]).is_file():
-                        file["sha256"] = sha256((data / file["name"]).read_bytes())
+                        content = (data / file["name"]).read_bytes()
+                        file |= {"sha256": sha256(content), "num_bytes": len(content)}
             put_json(data / store.MANIFEST, values)
             self.said += ", sealed again"
 
@@ -164,7 +171,7 @@ class Data(Group):
             if random.random() < 0.5:
                 values["splits"]["test"] |= {"height": random.choice(sides), "width": random.choice(sides)}
                 self.said += f", sizes {values['splits']['test']['height']} {values['splits']['test']['width']}"
-            path.write_bytes(to_json(seal(values)))
+            put_json(path, values)
         else:
             self.staged_of(random, copy, ("test.decoded", "test.decoded", "test.arrow", "test.decoded.sha256"))
         job, cache = random.choice(["second", "first"]), random.choice(["decoded", "decoded", "encoded"])
@@ -181,7 +188,10 @@ class Data(Group):
         if isinstance(found, Refused):
             require(after == before, "refused and changed")
         else:
-            require(after == tree(self.original / "data"), "prepared to something else")
+            wanted, manifest = tree(self.original / "data"), store.MANIFEST
+            require(found[0] == self.prepared, "prepared to something else")
+            require({**after, manifest: 0} == {**wanted, manifest: 0}, "other files than it says")
+            require(store.read_manifest(str(copy / "data")) == self.prepared, "another manifest than it says")
 
     def features(self, random: Random, copy: Path) -> None:
         folder = copy / "staged"
@@ -212,14 +222,17 @@ def forged_arrow(random: Random, content: bytes) -> tuple[bytes, str]:
     batch = batches[at]
     columns = {name: batch[name] for name in batch.schema.names}
     n = len(batch)
-    match kind := random.choice(["offsets", "offsets", "paths", "labels", "order", "schema", "rows", "nulls"]):
-        case "offsets" | "paths":
-            name, width = ("bytes", np.int64) if kind == "offsets" else ("path", np.int32)
-            valid, offsets, data = columns[name].buffers()
-            values = np.frombuffer(offsets, width, n + 1).copy()
-            values[random.randrange(n + 1)] = random.choice([0, -1, len(data), len(data) + 1, 2**31 - 1, 2**30])
-            forged = pa.py_buffer(values.tobytes())
-            columns[name] = pa.Array.from_buffers(columns[name].type, n, [valid, forged, data])
+    if batch.schema != store.STAGED or random.random() < 0.2:  # forged before
+        return change_bytes(random, content)
+    name, width = random.choice([("bytes", np.int64), ("path", np.int32)])
+    _, offsets, data = columns[name].buffers()
+    if random.random() < 0.5:
+        values = np.frombuffer(offsets, width, n + 1).copy()
+        place = content.index(values.tobytes())
+        forged = random.choice([0, -1, len(data), len(data) + 1, 2**31 - 1, 2**30])
+        values[random.randrange(n + 1)] = forged
+        return content[:place] + values.tobytes() + content[place + values.nbytes :], f"offset {forged} of {name}"
+    match kind := random.choice(["labels", "order", "schema", "rows", "nulls"]):
         case "labels":
             labels = columns["label"].to_numpy().copy()
             labels[random.randrange(n)] = random.choice([0, 1, -1, 2**40])
