@@ -153,6 +153,9 @@ class Folder:
         info = self.tried("look at", name, lambda: self.fs.get_file_info(self.at(name)))
         return info.type != fs.FileType.NotFound
 
+    def is_link(self, name: str) -> bool:
+        return self.is_local and os.path.islink(self.at(name))
+
     def names(self, name: str = "") -> list[str]:
         """Sorted base names in the folder or in one of its folders; empty if it is not there."""
         selector = fs.FileSelector(self.at(name), allow_not_found=True)
@@ -213,7 +216,7 @@ class Folder:
     def delete(self, name: str) -> None:
         """Deletes a file or a folder with all that is in it; what is not there is fine. Of a link, what it leads to
         stays."""
-        if self.is_local and os.path.islink(self.at(name)):
+        if self.is_link(name):
             return self.tried("delete", name, lambda: Path(self.at(name)).unlink(missing_ok=True))
         kind = self.tried("look at", name, lambda: self.fs.get_file_info(self.at(name))).type
         with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile

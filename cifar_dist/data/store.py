@@ -1,6 +1,7 @@
 """A data set at rest (Parquet and a manifest) and staged (an Arrow file on the node, memory-mapped)."""
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -119,18 +120,16 @@ def check_words(manifest: Manifest) -> None:
                 raise ValueError(f"num_rows_per_class, height or width of {name}")
         if split.keys() != SPLIT_WORDS or not is_texts(split["encodings"]) or not all(0 < a <= b for a, b in sizes):
             raise ValueError(f"the words of {name}")
-        for file in split["files"]:
+        for i, file in enumerate(split["files"]):
             digests = file["sha256"], file["rows_sha256"]
             if file.keys() != FILE_WORDS or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
                 raise ValueError(f"the files of {name}")
-            if not DATA_FILE.fullmatch(file["name"]) or not file["name"].startswith(f"{name}-"):
-                raise ValueError(f"{name} has a file of the name {file['name']!r}")
+            if file["name"] != f"{name}-{i:05d}.parquet":
+                raise ValueError(f"file {i} of {name} has the name {file['name']!r}")
             if not all(is_count(file[key]) and file[key] for key in ("num_rows", "num_bytes")):
                 raise ValueError(f"num_rows or num_bytes of {file['name']}")
         if not is_count(split["num_rows"]) or split["num_rows"] != sum(file["num_rows"] for file in split["files"]):
             raise ValueError(f"num_rows of {name} is not the sum of its files'")
-    if len({*file_names(manifest)}) < len(file_names(manifest)):
-        raise ValueError("a file is named twice")
 
 
 def is_count(value: object) -> bool:
@@ -267,10 +266,12 @@ def is_whole(folder: Folder, manifest: Manifest) -> bool:
 
 
 def sha256_of(folder: Folder, name: str) -> str:
-    """SHA-256 of a file of the data set (hex)."""
-    if folder.is_local:  # without holding it in memory
-        return folder.tried("read", name, lambda: file_sha256(Path(folder.at(name))))
-    return hashlib.sha256(folder.read(name)).hexdigest()
+    """SHA-256 of a file of the data set (hex), empty for a link that leads nowhere."""
+    with contextlib.suppress(FileNotFoundError):
+        if folder.is_local:  # without holding it in memory
+            return folder.tried("read", name, lambda: file_sha256(Path(folder.at(name))))
+        return hashlib.sha256(folder.read(name)).hexdigest()
+    return ""
 
 
 def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: list[str]) -> dict[str, Any]:
@@ -546,24 +547,18 @@ def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
                     ) from None
                 if sha256 != file["sha256"] or local.stat().st_size != file["num_bytes"]:
                     raise UserError(f"{where} does not match the manifest's checksum; prepare the data set again")
-                try:
-                    table = pq.ParquetFile(local)
-                    batches = staged_batches(table.iter_batches(ROWS_PER_GROUP))
-                    same_rows = rows_sha256(written(batches, writer, per_class, where)) == file["rows_sha256"]
-                    if not same_rows or stored_names(table.schema_arrow) not in (None, manifest.class_names):
-                        others.append(where)
-                except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                    if isinstance(error, OSError) and error.errno:
-                        raise  # of this node: Arrow's own, of a damaged file, have no number
-                    what = str(error).splitlines()[0]
-                    raise UserError(
-                        f"{where} is no Parquet file of images and labels ({what}); prepare it again"
-                    ) from error
+                rows_digest, num_rows, names = copy_rows(local, where, writer, per_class)
+                same_rows = (rows_digest, num_rows) == (file["rows_sha256"], file["num_rows"])
+                if not same_rows or names not in (None, manifest.class_names):
+                    others.append(where)
     finally:
         local.unlink(missing_ok=True)
     num_rows = int(per_class.sum())
     if num_rows != manifest.num_rows(split):
-        raise UserError(f"{uri}: {num_rows} {split} rows were found, the manifest says {manifest.num_rows(split)}")
+        raise UserError(
+            f"{uri}: {num_rows} {split} rows were found, the manifest says {manifest.num_rows(split)}; prepare the data "
+            "set again"
+        )
     if others or per_class.tolist() != manifest.splits[split]["num_rows_per_class"]:
         where = others[0] if others else f"the {split} split of {uri}"
         raise UserError(f"{where} has other rows or class names than the manifest says; prepare the data set again")
@@ -582,7 +577,19 @@ def written(
         yield batch
 
 
-def stored_names(schema: pa.Schema) -> Any:
-    """The class names in a Parquet file's Hugging Face metadata, None if it has no such metadata."""
-    metadata = (schema.metadata or {}).get(b"huggingface")
-    return from_json(metadata)["info"]["features"]["label"]["names"] if metadata else None
+def copy_rows(
+    local: Path, where: str, writer: pa.RecordBatchFileWriter, per_class: np.ndarray
+) -> tuple[str, int, list[str] | None]:
+    """Copies a Parquet file's rows; returns their SHA-256, their number and the class names in the file's Hugging Face
+    metadata, None if it has none. Raises UserError for another kind of file."""
+    before = int(per_class.sum())
+    try:
+        file = pq.ParquetFile(local)
+        digest = rows_sha256(written(staged_batches(file.iter_batches(ROWS_PER_GROUP)), writer, per_class, where))
+        metadata = (file.schema_arrow.metadata or {}).get(b"huggingface")
+        names = from_json(metadata)["info"]["features"]["label"]["names"] if metadata else None
+    except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of this node: Arrow's own, of a damaged file, have no number
+        raise UserError(f"{where} is no Parquet file of images and labels ({error}); prepare it again") from error
+    return digest, int(per_class.sum()) - before, names

@@ -252,7 +252,8 @@ class Checkpoints:
         for name in self._names():
             match = NAME.fullmatch(name)
             if match and name not in names and int(match[2] or 0) <= attempt:
-                self.folder.delete(f"{name}/meta.json")
+                if not self.folder.is_link(name):  # what a link leads to is another run's
+                    self.folder.delete(f"{name}/meta.json")
                 self.folder.delete(name)
 
     def load_newest(

@@ -65,7 +65,20 @@ class Data(Group):
         """The test split as it is trained on."""
         manifest = store.read_manifest(str(data))
         spec, staging = ImageSpec(32, "0..1", False, False, 0), store.Staging(job, limit_seconds=1.0)
-        where = str(data), manifest, "test", spec, torch.device("cpu"), 1, 8, cache, 2048, staging_folder, False, staging
+        where = (
+            str(data),
+            manifest,
+            "test",
+            spec,
+            torch.device("cpu"),
+            1,
+            8,
+            cache,
+            2048,
+            staging_folder,
+            False,
+            staging,
+        )
         loader = Loader(*where)
         return np.concatenate([b.images.numpy() for b in loader.batches(eval_plans(np.arange(20), 8, 0, 1))])
 
@@ -94,7 +107,9 @@ class Data(Group):
             one, other = random.sample(files, 2)
             names = random.choice([["name"], list(one), ["sha256"], ["name", "sha256"], ["num_rows"], ["rows_sha256"]])
             for name in names:
-                one[name], other[name] = other[name], one[name] if random.random() < 0.7 else one[name]
+                one[name], other[name] = other[name], one[name]
+                if random.random() < 0.3:  # twice the same
+                    other[name] = one[name]
             put_json(path, values)
             self.said = f"{names} of two files swapped"
             return
@@ -216,8 +231,11 @@ class Data(Group):
 
 def forged_arrow(random: Random, content: bytes) -> tuple[bytes, str]:
     """A staged file whose columns say that they lie elsewhere, or hold something else."""
-    reader = pa.ipc.open_file(pa.BufferReader(content))
-    batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    try:
+        reader = pa.ipc.open_file(pa.BufferReader(content))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except (pa.ArrowException, OSError):  # damaged before
+        return change_bytes(random, content)
     at = random.randrange(len(batches))
     batch = batches[at]
     columns = {name: batch[name] for name in batch.schema.names}

@@ -11,8 +11,20 @@ from typing import Any
 import numpy as np
 from checkpoint_states import same, state
 from fuzzing import Group, Refused, outcome, require, tree
-from mutations import NAMES, NUMBERS, OTHERS, change_bytes, change_file, change_json, change_pickle, change_safetensors
-from mutations import change_values, dumped, put_json, sealed, sha256
+from mutations import (
+    NAMES,
+    NUMBERS,
+    OTHERS,
+    change_file,
+    change_json,
+    change_pickle,
+    change_safetensors,
+    change_values,
+    dumped,
+    put_json,
+    sealed,
+    sha256,
+)
 
 from cifar_dist.config import Config
 from cifar_dist.data import sources, store
@@ -58,9 +70,18 @@ class Runs(Group):
             taken = log.take()
             log.store(taken)
             meta = {
-                **{**self.expect, "global_step": number, "metrics": {**metrics, "validation_loss": 1.0} if score else None},
+                **{
+                    **self.expect,
+                    "global_step": number,
+                    "metrics": {**metrics, "validation_loss": 1.0} if score else None,
+                },
                 **{"totals": [0.0, 0.0, 0.0], "num_averaged": 0, "config": self.config.to_dict(), "weights": None},
-                **{"data_uri": self.data, "class_names": plan.manifest.class_names, "world_size": 2, "precision": "fp32"},
+                **{
+                    "data_uri": self.data,
+                    "class_names": plan.manifest.class_names,
+                    "world_size": 2,
+                    "precision": "fp32",
+                },
                 **{"num_threads_per_worker": 1, "num_train": 50},
             }
             stored = checkpoints.write(cursor, 1, replace(state(number), log=taken.mark), meta)
@@ -71,7 +92,7 @@ class Runs(Group):
         self.names = sorted(self.states)
         self.is_finished = self.config.loop.epochs <= 2
         self.metas = {c.name: c.meta for c in checkpoints.all()}
-        shutil.copytree(run / "checkpoints" / self.names[0], self.outside / "checkpoint")
+        shutil.copytree(run / "checkpoints", self.outside / "checkpoints")
 
     def launch(self, copy: Path) -> Launch:
         return Launch(self.data, str(copy), "run")
@@ -186,7 +207,9 @@ class Runs(Group):
         match random.choice(["link", "file", "empty", "renamed", "odd"]):
             case "link":
                 shutil.rmtree(folder / name)
-                (folder / name).symlink_to(random.choice([self.outside / "checkpoint", self.outside, Path("nowhere")]))
+                (folder / name).symlink_to(
+                    random.choice([self.outside / "checkpoints" / name, self.outside, Path("nowhere")])
+                )
             case "file":
                 shutil.rmtree(folder / name)
                 (folder / name).write_text("text")
@@ -197,7 +220,9 @@ class Runs(Group):
                 other = f"epoch-{random.choice(['0009', '00001', '99999999'])}-step-000000-attempt-0001"
                 (folder / name).rename(folder / other)
             case "odd":
-                (folder / random.choice(["epoch-0001-step-000000-attempt-\u0661\u0661\u0661\u0661", "notes.txt"])).touch()
+                (
+                    folder / random.choice(["epoch-0001-step-000000-attempt-\u0661\u0661\u0661\u0661", "notes.txt"])
+                ).touch()
         self.said = f"{sorted(p.name for p in folder.iterdir())}"
         found = self.reads(copy)
         if found and not isinstance(found, Refused):
@@ -285,7 +310,9 @@ class Runs(Group):
         self.damage_log(random, copy)
         found = outcome(lambda: read_lines(Folder(str(copy / "run"))))
         if not isinstance(found, Refused):
-            require(all(isinstance(line, dict) and isinstance(line["kind"], str) for line in found), "no lines of a log")
+            require(
+                all(isinstance(line, dict) and isinstance(line["kind"], str) for line in found), "no lines of a log"
+            )
 
     def report(self, random: Random, copy: Path) -> None:
         if random.random() < 0.7:

@@ -88,7 +88,7 @@ class Sources(Group):
         if not isinstance(found, Refused):
             wanted = self.rows_of(folder)
             if "test" not in wanted:  # then it is drawn from train
-                found, wanted = ({"train": sorted(sum(rows.values(), []))} for rows in (found, wanted))
+                found, wanted = (sorted(row for part in rows.values() for row in part) for rows in (found, wanted))
             require(found == wanted, "other rows than the files have")
 
     def rows_of(self, folder: Path) -> dict[str, list[tuple[str, int, bytes]]]:
@@ -101,7 +101,9 @@ class Sources(Group):
                 table.validate(full=True)
                 for i, row in enumerate(table.to_pylist()):
                     image: dict[str, Any] = row["image"]
-                    rows[split].append((image.get("path") or f"row-{i}", row["label"], upright(image["bytes"]).tobytes()))
+                    rows[split].append(
+                        (image.get("path") or f"row-{i}", row["label"], upright(image["bytes"]).tobytes())
+                    )
         return {split: found for split, found in rows.items() if found}
 
     def pictures(self, random: Random, copy: Path) -> None:
@@ -116,15 +118,20 @@ class Sources(Group):
                 self.said = change_file(random, path, names[0])
         if random.random() < 0.1:
             name = random.choice([n for n in NAMES if n.isprintable() and "/" not in n and 2 < len(n) < 250])
-            shutil.copy(self.original / "pictures/train/cat/0.png", folder / random.choice(["", "train", "train/cat"]) / name)
+            shutil.copy(
+                self.original / "pictures/train/cat/0.png", folder / random.choice(["", "train", "train/cat"]) / name
+            )
             self.said += f", a file {name}"
         before = tree(folder)
         found = outcome(lambda: self.taken(sources.image_folder(str(folder))))
         require(tree(folder) == before, "reading has changed the source")
         if not isinstance(found, Refused):
             rows = sorted(row for split in found.values() for row in split)
-            files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-            wanted = [(str(p.relative_to(folder)), int(p.parent.name == "dog"), upright(p.read_bytes()).tobytes()) for p in files]
+            files = [p for p in sorted(folder.glob("train/*/*")) if p.is_file() and not p.name.startswith(".")]
+            wanted = [
+                (str(p.relative_to(folder)), int(p.parent.name == "dog"), upright(p.read_bytes()).tobytes())
+                for p in files
+            ]
             require(rows == sorted(wanted), "other pictures than the files have")
 
 

@@ -111,20 +111,38 @@ class Weights(Group):
             sets, groups = [], []
             file.visititems(lambda name, item: (sets if isinstance(item, h5py.Dataset) else groups).append(name))
             name, group = random.choice(sets), random.choice(groups)
-            match kind := random.choice("gone shape type nan link soft outside twice renamed config big filter attr".split()):
+            match kind := random.choice(
+                [
+                    "gone",
+                    "shape",
+                    "type",
+                    "nan",
+                    "link",
+                    "soft",
+                    "outside",
+                    "twice",
+                    "renamed",
+                    "config",
+                    "big",
+                    "filter",
+                    "attr",
+                ]
+            ):
                 case "gone":
                     del file[random.choice([name, group])]
                 case "shape" | "type" | "nan" | "big":
                     value = file[name][()]
                     del file[name]
                     if kind == "shape":
-                        value = random.choice([value[..., None], value.ravel(), value[:0], value[..., :-1], value.sum()])
+                        value = random.choice(
+                            [value[..., None], value.ravel(), value[:0], value[..., :-1], value.sum()]
+                        )
                     elif kind == "type":
                         value = random.choice([value.astype("S9"), value.astype(bool), value + 1j, value.astype("f2")])
                     elif kind == "nan":
                         value.flat[random.randrange(value.size)] = random.choice([np.nan, np.inf, 1e39])
                     if kind == "big":
-                        file.create_dataset(name, (2**random.choice([20, 40, 60]),), "f4", chunks=(2**10,))
+                        file.create_dataset(name, (2 ** random.choice([20, 40, 60]),), "f4", chunks=(2**10,))
                     else:
                         file[name] = value
                 case "link":

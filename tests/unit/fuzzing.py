@@ -2,6 +2,8 @@
 
     python tests/unit/fuzzing.py FOLDER GROUP SEED SECONDS [AREA:NUMBER]
 
+FOLDER is empty; GROUP is a module fuzz_GROUP; SECONDS do not count the start.
+
 It says which case begins before it begins, so that whoever started it knows which one has ended the process. The last
 argument repeats one case.
 """
@@ -22,6 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+PACKAGE = str(Path(__file__).parents[2] / "cifar_dist")
 CASE_SECONDS = 60  # a hang; a case takes some ms
 CASE_BYTES = 1 << 30  # of memory that a case may take
 MOST_FAULTS = 10  # that are told apart, then it ends
@@ -114,7 +117,7 @@ def run_case(group: Group, area: str, seed: int, number: int) -> None:
 def place_of(error: BaseException) -> str:
     """Faults of one kind and place are one."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if "cifar_dist/" in f.filename] or frames
+    ours = [f for f in frames if f.filename.startswith(PACKAGE)] or frames
     return f"{type(error).__name__} {ours[-1].filename}:{ours[-1].lineno} {str(error)[:30] * isinstance(error, Fault)}"
 
 
@@ -148,4 +151,6 @@ def main(folder: str, group_name: str, seed: str, seconds: str, one: str = "") -
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    import fuzzing  # under the name by which the groups import it
+
+    sys.exit(fuzzing.main(*sys.argv[1:]))
