@@ -8,7 +8,13 @@ from cifar_dist import stopping
 
 
 class UserError(Exception):
-    """What was wrong, with which file or value, and what to do: shown without a traceback."""
+    """What was wrong, with which file or value, and what to do: shown without a traceback, on one line.
+
+    A library's message and the name of a file may hold line breaks, and characters that change a terminal.
+    """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in super().__str__())
 
 
 def exit_code_of(main: Callable[[], object], debug: bool) -> int:

@@ -153,6 +153,9 @@ class Folder:
         info = self.tried("look at", name, lambda: self.fs.get_file_info(self.at(name)))
         return info.type != fs.FileType.NotFound
 
+    def is_link(self, name: str) -> bool:
+        return self.is_local and os.path.islink(self.at(name))
+
     def names(self, name: str = "") -> list[str]:
         """Sorted base names in the folder or in one of its folders; empty if it is not there."""
         selector = fs.FileSelector(self.at(name), allow_not_found=True)
@@ -162,7 +165,14 @@ class Folder:
                 return self.fs.get_file_info(selector)
             return self.fs.get_file_info(selector)
 
-        return sorted(info.base_name for info in self.tried("list", name, act))
+        return sorted({info.base_name for info in self.tried("list", name, act)} | self._broken_links(name))
+
+    def _broken_links(self, name: str) -> set[str]:
+        """Links in a local folder that lead nowhere: pyarrow does not list them, and what they name is missing."""
+        if self.is_local:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return {e.name for e in os.scandir(self.at(name)) if e.is_symlink() and not os.path.exists(e.path)}
+        return set()
 
     def folders(self) -> list[str]:
         """Sorted base names of the folders in this one."""
@@ -204,7 +214,10 @@ class Folder:
         self.tried("write", new_name, lambda: self.fs.move(self.at(name), self.at(new_name)))
 
     def delete(self, name: str) -> None:
-        """Deletes a file or a folder with all that is in it; what is not there is fine."""
+        """Deletes a file or a folder with all that is in it; what is not there is fine. Of a link, what it leads to
+        stays."""
+        if self.is_link(name):
+            return self.tried("delete", name, lambda: Path(self.at(name)).unlink(missing_ok=True))
         kind = self.tried("look at", name, lambda: self.fs.get_file_info(self.at(name))).type
         with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile
             if kind == fs.FileType.Directory:
@@ -293,6 +306,41 @@ def finite(value: Any) -> Any:
 def to_json(value: Any) -> bytes:
     """Readable JSON with a fixed layout, so that equal values give equal bytes."""
     return (json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+MOST_LEVELS = 50  # of nested JSON; what the project writes has a handful
+
+
+def from_json(content: bytes | str) -> dict[str, Any]:
+    """The JSON object in a file that is read back.
+
+    Raises ValueError for what `to_json` does not write: another kind of value, NaN and the infinities, numbers of more
+    than 64 bits, text that is not Unicode, and nesting that would exhaust the stack.
+    """
+    try:
+        found = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    level: list[Any] = [found]
+    for _ in range(MOST_LEVELS):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += [*value, *value.values()]
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str):
+                value.encode()
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"it has the number {value}")
+            elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+                raise ValueError("it has a number of more than 64 bits")
+        level = inner
+        if not level:
+            return found
+    raise ValueError("it is nested too deep")
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class Loader:
     ) -> None:
         self.staged: StagedSplit = stage(uri, split, staging_folder, manifest, staging)
         self.device, self.split = device, split
-        shape = manifest.image_shape(split)
+        self.shape = shape = manifest.image_shape(split)
+        self.image_size = spec.image_size
         self.decoded: np.ndarray | None = None
         self.synthetic = synthetic_batch(spec, max_batch_size, manifest.num_classes, device) if synthetic else None
         if synthetic:
@@ -130,6 +131,8 @@ class Loader:
     def _collect(self, plan: Plan) -> Batch:
         try:
             images = self.pipeline.collect() if len(plan.ids) else torch.empty(0)
+            if len(plan.ids) and images.shape[2:] != (self.image_size, self.image_size):
+                raise RuntimeError(f"images of the shape {tuple(images.shape)}")
         except RuntimeError as error:
             raise self._named(plan.ids, error) from error
         return Batch(images, self.labels(plan.ids), plan.ids, plan.num_counted, plan.global_size, plan.augment)
@@ -167,16 +170,25 @@ class Loader:
             for pixels in decode(
                 ([self.staged.encoded(i) for i in chunk] for chunk in chunks), DECODE_BATCH, num_threads
             ):
-                next(done)
+                ids = next(done)
+                if pixels.shape[1:3] != self.shape:
+                    raise self._named(ids, RuntimeError(f"pixels of the shape {pixels.shape}"))
                 yield pixels
         except RuntimeError as error:
             raise self._named(next(done), error) from error
 
     def _named(self, ids: np.ndarray, error: RuntimeError) -> Exception:
-        """DALI fails a whole batch without naming the image: decode one by one to find it."""
+        """DALI fails a whole batch without naming the image: decode one by one to find it, or the one of another size
+        than the manifest says."""
         for i in ids:
             try:
-                next(decode([[self.staged.encoded(i)]], 1, 1))
+                (pixels,) = next(decode([[self.staged.encoded(i)]], 1, 1))
+                if self.shape and pixels.shape[:2] != self.shape:
+                    (height, width), (own_height, own_width) = self.shape, pixels.shape[:2]
+                    return UserError(
+                        f"image {self.staged.path(i)} (row {i} of {self.split}) has {own_width} x {own_height} pixels, "
+                        f"the manifest says {width} x {height}; prepare the data set again"
+                    )
             except RuntimeError as reason:
                 # Behind a traceback of the pipeline's definition.
                 text = " ".join(str(reason).split("encountered:")[-1].split("Current pipeline object")[0].split())

@@ -5,7 +5,6 @@ so, else a lossless PNG of those pixels.
 """
 
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 from cifar_dist.data.check import Checker, Picture
 from cifar_dist.data.order import TEST, stratified_split
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, join_uri
+from cifar_dist.storage import Folder, from_json, join_uri
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_SIDE = 1_000_000  # pixels: more than libpng decodes
@@ -377,12 +376,14 @@ def read_parquet(folder: Folder, name: str) -> tuple[str, pa.Table]:
 def parquet_classes(path: str, tables: list[pa.Table]) -> list[str]:
     """Class names from the Hugging Face metadata, or '0', '1', ... up to the largest label."""
     try:
-        info = json.loads((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
+        info = from_json((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
         names = info.get("info", {}).get("features", {}).get("label", {}).get("names")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} has Hugging Face metadata that cannot be read ({error}); write it again") from error
     if names:
-        return list(names)
+        if type(names) is not list or not all(type(name) is str for name in names):
+            raise UserError(f"{path} has Hugging Face metadata whose class names are no list of names; write it again")
+        return names
     labels = [value for table in tables for value in table["label"].to_pylist() if value is not None]
     largest = max(labels, default=-1)
     if not 0 <= largest < len(labels):

@@ -1,6 +1,7 @@
 """A data set at rest (Parquet and a manifest) and staged (an Arrow file on the node, memory-mapped)."""
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from cifar_dist.data.private import default_folder, keep_own, one_at_a_time, private_folder, user_folder
 from cifar_dist.data.sources import Row, Source
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, file_sha256, is_sealed, join_uri, seal, to_json
+from cifar_dist.storage import Folder, file_sha256, from_json, is_sealed, join_uri, seal, to_json
 
 FORMAT_VERSION = 2
 ROWS_PER_FILE = 10_000
@@ -70,12 +71,12 @@ def read_manifest(uri: str) -> Manifest:
     """The data set's manifest. Raises UserError if there is none, or one that is damaged or of another version."""
     where = join_uri(uri, MANIFEST)
     try:
-        values = json.loads(Folder(uri).read(MANIFEST))
+        values = from_json(Folder(uri).read(MANIFEST))
         version = values["format_version"]
         if version == FORMAT_VERSION:
             manifest = Manifest(**values)
-            _ = [manifest.splits[name]["files"] for name in ("train", "test")]
             damaged = not is_sealed(values)
+            check_words(manifest)
     except FileNotFoundError:
         if has_old_manifest(Folder(uri)):
             raise UserError(
@@ -86,7 +87,7 @@ def read_manifest(uri: str) -> Manifest:
         if isinstance(error.__cause__, NotADirectoryError):
             raise UserError(f"{uri} is no data set: it is a file; make one with jobs/prepare.py") from error
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{where} is damaged ({error!r}); prepare the data set again") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{where} has format version {version}, this program reads {FORMAT_VERSION}; prepare it again")
@@ -95,14 +96,58 @@ def read_manifest(uri: str) -> Manifest:
     return manifest
 
 
+SPLIT_WORDS = {"num_rows", "num_rows_per_class", "encodings", "height", "width", "files"}
+FILE_WORDS = {"name", "num_rows", "num_bytes", "sha256", "rows_sha256"}
+
+
+def check_words(manifest: Manifest) -> None:
+    """Raises ValueError, TypeError, KeyError or AttributeError for what prepare does not write, whoever sealed it.
+
+    copy_split holds the numbers against the files.
+    """
+    names = manifest.class_names
+    if not is_texts(names) or not names:
+        raise ValueError("class_names is no list of names")
+    if type(manifest.source) is not str or not is_count(manifest.num_skipped):
+        raise ValueError("source or num_skipped")
+    splits = manifest.splits
+    if not {"train", "test"} <= splits.keys() <= {"train", "validation", "test"}:
+        raise ValueError(f"its splits are {', '.join(splits)}, not train and test")
+    for name, split in splits.items():
+        sizes, per_class = (split["height"], split["width"]), split["num_rows_per_class"]
+        for numbers, count in ((per_class, manifest.num_classes), *((size, 2) for size in sizes)):
+            if type(numbers) is not list or len(numbers) != count or not all(map(is_count, numbers)):
+                raise ValueError(f"num_rows_per_class, height or width of {name}")
+        if split.keys() != SPLIT_WORDS or not is_texts(split["encodings"]) or not all(0 < a <= b for a, b in sizes):
+            raise ValueError(f"the words of {name}")
+        for i, file in enumerate(split["files"]):
+            digests = file["sha256"], file["rows_sha256"]
+            if file.keys() != FILE_WORDS or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
+                raise ValueError(f"the files of {name}")
+            if file["name"] != f"{name}-{i:05d}.parquet":
+                raise ValueError(f"file {i} of {name} has the name {file['name']!r}")
+            if not all(is_count(file[key]) and file[key] for key in ("num_rows", "num_bytes")):
+                raise ValueError(f"num_rows or num_bytes of {file['name']}")
+        if not is_count(split["num_rows"]) or split["num_rows"] != sum(file["num_rows"] for file in split["files"]):
+            raise ValueError(f"num_rows of {name} is not the sum of its files'")
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_texts(value: object) -> bool:
+    return type(value) is list and all(type(item) is str for item in value)
+
+
 def has_old_manifest(folder: Folder) -> bool:
     """Whether the folder has a manifest under its earlier name. Other programs write files of that name too: the keys
     tell."""
     try:
-        found = json.loads(folder.read(OLD_MANIFEST))
+        found = from_json(folder.read(OLD_MANIFEST))
     except (FileNotFoundError, ValueError):
         return False
-    return isinstance(found, dict) and found.keys() == {field.name for field in fields(Manifest)}
+    return found.keys() == {field.name for field in fields(Manifest)}
 
 
 def prepare(
@@ -198,7 +243,7 @@ def clear_unfinished(folder: Folder) -> None:
 def checksums(folder: Folder, name: str) -> set[str]:
     """Those of the files that a manifest in PREPARING names, none if it is damaged."""
     try:
-        splits = json.loads(folder.read(f"{PREPARING}/{name}"))["splits"]
+        splits = from_json(folder.read(f"{PREPARING}/{name}"))["splits"]
         return {file["sha256"] for split in splits.values() for file in split["files"]}
     except (ValueError, TypeError, KeyError, AttributeError):
         return set()
@@ -221,10 +266,12 @@ def is_whole(folder: Folder, manifest: Manifest) -> bool:
 
 
 def sha256_of(folder: Folder, name: str) -> str:
-    """SHA-256 of a file of the data set (hex)."""
-    if folder.is_local:  # without holding it in memory
-        return folder.tried("read", name, lambda: file_sha256(Path(folder.at(name))))
-    return hashlib.sha256(folder.read(name)).hexdigest()
+    """SHA-256 of a file of the data set (hex), empty for a link that leads nowhere."""
+    with contextlib.suppress(FileNotFoundError):
+        if folder.is_local:  # without holding it in memory
+            return folder.tried("read", name, lambda: file_sha256(Path(folder.at(name))))
+        return hashlib.sha256(folder.read(name)).hexdigest()
+    return ""
 
 
 def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: list[str]) -> dict[str, Any]:
@@ -455,6 +502,8 @@ def has_rows(path: Path, files: list[dict[str, Any]]) -> bool:
         batches = [staged.get_batch(i) for i in range(staged.num_record_batches)]
         for batch in batches:
             batch.validate(full=True)
+            if any(column.null_count for column in batch.columns):
+                return False
     except (pa.ArrowException, OSError, ValueError):
         return False
     places = iter(batches)
@@ -479,10 +528,13 @@ def staged_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
-    """Parquet files -> one Arrow file of ROWS_PER_GROUP-row batches with columns bytes, path and label."""
+    """Parquet files -> one Arrow file of ROWS_PER_GROUP-row batches with columns bytes, path and label.
+
+    What the manifest says of the files and their rows is held against them: it may have been edited and sealed again.
+    """
     data = Folder(uri)
     local = path.with_name(path.name + ".parquet")
-    num_rows = 0
+    per_class, others = np.zeros(manifest.num_classes, int), []
     try:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, STAGED) as writer:
             for file in manifest.splits[split]["files"]:
@@ -493,22 +545,51 @@ def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
                     raise UserError(
                         f"{where} is named in the manifest but missing; prepare the data set again"
                     ) from None
-                if sha256 != file["sha256"]:
+                if sha256 != file["sha256"] or local.stat().st_size != file["num_bytes"]:
                     raise UserError(f"{where} does not match the manifest's checksum; prepare the data set again")
-                try:
-                    for batch in staged_batches(pq.ParquetFile(local).iter_batches(ROWS_PER_GROUP)):
-                        labels = batch["label"].to_numpy()
-                        if labels.min() < 0 or labels.max() >= manifest.num_classes:
-                            most = manifest.num_classes - 1
-                            raise UserError(f"{where} has labels outside 0 to {most}; prepare it again")
-                        writer.write_batch(batch)
-                        num_rows += len(labels)
-                except (pa.ArrowException, KeyError, AttributeError, TypeError) as error:
-                    what = str(error).splitlines()[0]
-                    raise UserError(
-                        f"{where} is no Parquet file of images and labels ({what}); prepare it again"
-                    ) from error
+                rows_digest, num_rows, names = copy_rows(local, where, writer, per_class)
+                same_rows = (rows_digest, num_rows) == (file["rows_sha256"], file["num_rows"])
+                if not same_rows or names not in (None, manifest.class_names):
+                    others.append(where)
     finally:
         local.unlink(missing_ok=True)
+    num_rows = int(per_class.sum())
     if num_rows != manifest.num_rows(split):
-        raise UserError(f"{uri}: {num_rows} {split} rows were found, the manifest says {manifest.num_rows(split)}")
+        raise UserError(
+            f"{uri}: {num_rows} {split} rows were found, the manifest says {manifest.num_rows(split)}; prepare the data "
+            "set again"
+        )
+    if others or per_class.tolist() != manifest.splits[split]["num_rows_per_class"]:
+        where = others[0] if others else f"the {split} split of {uri}"
+        raise UserError(f"{where} has other rows or class names than the manifest says; prepare the data set again")
+
+
+def written(
+    batches: Iterable[pa.RecordBatch], writer: pa.RecordBatchFileWriter, per_class: np.ndarray, where: str
+) -> Iterator[pa.RecordBatch]:
+    """The batches as they are written; counts their labels into `per_class` (int [num_classes])."""
+    for batch in batches:
+        labels = batch["label"].to_numpy()
+        if labels.min() < 0 or labels.max() >= len(per_class):
+            raise UserError(f"{where} has labels outside 0 to {len(per_class) - 1}; prepare it again")
+        writer.write_batch(batch)
+        per_class += np.bincount(labels, minlength=len(per_class))
+        yield batch
+
+
+def copy_rows(
+    local: Path, where: str, writer: pa.RecordBatchFileWriter, per_class: np.ndarray
+) -> tuple[str, int, list[str] | None]:
+    """Copies a Parquet file's rows; returns their SHA-256, their number and the class names in the file's Hugging Face
+    metadata, None if it has none. Raises UserError for another kind of file."""
+    before = int(per_class.sum())
+    try:
+        file = pq.ParquetFile(local)
+        digest = rows_sha256(written(staged_batches(file.iter_batches(ROWS_PER_GROUP)), writer, per_class, where))
+        metadata = (file.schema_arrow.metadata or {}).get(b"huggingface")
+        names = from_json(metadata)["info"]["features"]["label"]["names"] if metadata else None
+    except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of this node: Arrow's own, of a damaged file, have no number
+        raise UserError(f"{where} is no Parquet file of images and labels ({error}); prepare it again") from error
+    return digest, int(per_class.sum()) - before, names

@@ -1,13 +1,12 @@
 """The files that an evaluation writes, and whether what lies in their place is an evaluation's."""
 
 import io
-import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, join_uri
+from cifar_dist.storage import Folder, from_json, join_uri
 
 TITLE = "<title>cifar_dist report</title>"
 REPORT_KEYS = {"format_version", "data", "deck", "runs"}
@@ -38,7 +37,7 @@ def is_ours(name: str, content: bytes) -> bool:
         return TITLE.encode() in content
     try:
         if name.endswith(".json"):
-            return json.loads(content).keys() == REPORT_KEYS
+            return from_json(content).keys() == REPORT_KEYS
         return set(pq.read_schema(io.BytesIO(content)).names) >= PREDICTION_COLUMNS
     except (ValueError, AttributeError, pa.ArrowException):
         return False

@@ -48,7 +48,7 @@ def check_checkpoint(checkpoint: Checkpoint, manifest: Manifest, run_uri: str) -
         )
     try:
         Config.from_dict(checkpoint.meta["config"])
-    except (UserError, KeyError, AttributeError) as error:
+    except (UserError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"the checkpoint {checkpoint.name} of {run_uri} has settings of its own: {error}") from error
 
 

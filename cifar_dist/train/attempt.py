@@ -4,7 +4,6 @@ A claim is the file RUN/attempts/NNNNNN-DRIVER.json. No storage needs locks for 
 driver) is the owner, and a claimant looks again after it has written.
 """
 
-import json
 import os
 import random
 import re
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, join_uri, to_json
+from cifar_dist.storage import Folder, from_json, join_uri, to_json
 
 CLAIM = re.compile(r"(\d{6,})-([0-9a-f]{8,})\.json")
 
@@ -68,7 +67,7 @@ class Attempts:
                 "that it may write there; nothing more is stored. Run the same command to go on from what is left"
             )
         try:
-            card = json.loads(self.run.read(f"attempts/{number:06d}-{owner}.json"))
+            card = from_json(self.run.read(f"attempts/{number:06d}-{owner}.json"))
             who = f"by process {card['pid']} on {card['host']} at {card['time']}"
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             who = "by another job"

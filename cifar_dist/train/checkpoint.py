@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, file_sha256, here, is_sealed, join_uri, seal, sync, to_json
+from cifar_dist.storage import Folder, file_sha256, from_json, here, is_sealed, join_uri, seal, sync, to_json
 from cifar_dist.versions import MODEL_CHANGES, MODEL_VERSIONS, package_versions
 
 if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait for torch
@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait f
 
 FORMAT_VERSION = 4
 NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-attempt-(\d{4,}))?")  # format 2 had no attempt
-USED = ("model", "manifest_sha256", "world_size", "config", "global_step")  # of meta.json, wherever it is read
 NEEDED = {"model.safetensors", "optimizer.pt"}
+FILES = NEEDED | {"average.safetensors", "ranks.safetensors"}
 
 
 class Damaged(UserError):
@@ -94,6 +94,46 @@ def name_of(cursor: Cursor, attempt: int) -> str:
     return f"epoch-{cursor.epoch:04d}-step-{cursor.step:06d}-attempt-{attempt:04d}"
 
 
+def check_meta(meta: dict[str, Any]) -> None:
+    """Raises ValueError, TypeError or KeyError for a meta.json that no job wrote, whoever sealed it."""
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    def is_texts(value: Any) -> bool:
+        return type(value) is list and all(type(item) is str for item in value)
+
+    needed: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("epoch", "step", "attempt", "global_step"), lambda v: type(v) is int and v >= 0),
+        **dict.fromkeys(("model", "manifest_sha256"), lambda v: type(v) is str),
+        "world_size": lambda v: type(v) is int and v > 0,
+        "config": lambda v: type(v) is dict and all(type(section) is dict for section in v.values()),
+        "files": lambda v: NEEDED <= v.keys() <= FILES,
+        "log": lambda v: v is None or (v.keys() == {"num_bytes", "sha256"} and type(v["num_bytes"]) is int),
+        "metrics": lambda v: (
+            v is None
+            or all(v[name] is None or is_number(v[name]) for name in ("validation_accuracy", "validation_loss"))
+        ),
+    }
+    others: dict[str, Callable[[Any], bool]] = {
+        "weights": lambda v: v is None or {"uri", "sha256", "is_imagenet"} <= v.keys(),
+        "class_names": is_texts,
+        "totals": lambda v: len(v) == 3 and all(map(is_number, v)),
+        **dict.fromkeys(("num_averaged", "num_train", "num_threads_per_worker"), is_number),
+    }
+    for key, is_right in (needed | {key: others[key] for key in others.keys() & meta.keys()}).items():
+        if not is_right(meta[key]):
+            raise ValueError(f"{key} is no {key} of a checkpoint")
+
+
+def check_optimizer(state: Any) -> None:
+    """Raises an exception for what is no state of optimizers."""
+    if state.keys() != {"optimizers", "scaler"} or type(state["optimizers"]) is not list:
+        raise ValueError("optimizers")
+    if not all(type(one) is dict for one in (state["scaler"], *state["optimizers"])):
+        raise ValueError("scaler or optimizers")
+
+
 def best_first(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     return sorted(checkpoints, key=lambda c: (c.score, c.age), reverse=True)
 
@@ -114,18 +154,18 @@ class Checkpoints:
         for name in self._names():
             where = self.where(name)
             try:
-                meta = json.loads(self.folder.read(f"{name}/meta.json"))
+                meta = from_json(self.folder.read(f"{name}/meta.json"))
                 if meta["format_version"] != FORMAT_VERSION:
                     version = f"format version {meta['format_version']}, this program reads {FORMAT_VERSION}"
                     damaged[name] = Damaged(f"{where} has {version}; use another --name, or that program")
                     continue
                 checkpoint = Checkpoint(name, meta)
-                _ = checkpoint.score, [meta[key] for key in USED]  # a KeyError here, not later
+                check_meta(meta)  # an error here, not later
                 if not is_sealed(meta):
                     damaged[name] = Damaged(f"{where}/meta.json does not match its own checksum; remove that folder")
                     continue
-                if not meta["files"].keys() >= NEEDED or name != name_of(checkpoint.cursor, meta["attempt"]):
-                    raise KeyError("files, epoch, step or attempt")
+                if name != name_of(checkpoint.cursor, meta["attempt"]):
+                    raise KeyError("epoch, step or attempt")
                 found.append(checkpoint)
             except FileNotFoundError:
                 continue  # cut off while it was written
@@ -212,7 +252,8 @@ class Checkpoints:
         for name in self._names():
             match = NAME.fullmatch(name)
             if match and name not in names and int(match[2] or 0) <= attempt:
-                self.folder.delete(f"{name}/meta.json")
+                if not self.folder.is_link(name):  # what a link leads to is another run's
+                    self.folder.delete(f"{name}/meta.json")
                 self.folder.delete(name)
 
     def load_newest(
@@ -269,6 +310,8 @@ class Checkpoints:
                     )
                 try:
                     loaded[file.split(".")[0]] = read_state_file(path)
+                    if file == "optimizer.pt":
+                        check_optimizer(loaded["optimizer"])
                 except OSError:
                     raise
                 except Exception as error:  # a forged file makes the unpickler fail in any way

@@ -4,7 +4,6 @@ Nothing is written here. Torch takes seconds to import, so that only what needs 
 is said at once.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from cifar_dist.data import order
 from cifar_dist.data.store import Manifest, read_manifest, use_decoded
 from cifar_dist.deck import choices
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, absolute_uri, is_sealed, join_uri
+from cifar_dist.storage import Folder, absolute_uri, from_json, is_sealed, join_uri
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoints
 from cifar_dist.train.progress import StartUp
@@ -166,7 +165,7 @@ def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None
     """Holds the card against the one of the stored run of this name, if there is one."""
     try:
         try:
-            stored = json.loads(Folder(launch.run_uri).read("config.json"))
+            stored = from_json(Folder(launch.run_uri).read("config.json"))
             if not is_sealed(stored):
                 raise ValueError("it does not match its own checksum")
         except FileNotFoundError:
