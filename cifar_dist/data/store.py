@@ -556,8 +556,8 @@ def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
     num_rows = int(per_class.sum())
     if num_rows != manifest.num_rows(split):
         raise UserError(
-            f"{uri}: {num_rows} {split} rows were found, the manifest says {manifest.num_rows(split)}; prepare the data "
-            "set again"
+            f"{uri}: {num_rows} {split} rows were found, the manifest says {manifest.num_rows(split)}; prepare the "
+            "data set again"
         )
     if others or per_class.tolist() != manifest.splits[split]["num_rows_per_class"]:
         where = others[0] if others else f"the {split} split of {uri}"
