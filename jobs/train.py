@@ -67,8 +67,9 @@ def train(planned: plan.Plan, start_up: StartUp | None = None) -> str:
     start_up.end("cluster and imports")
     result = launch.train(planned, start_up)
     best, state = result.best, "is finished already" if result.was_finished else "finished"
-    accuracy = best.meta["metrics"]["validation_accuracy"]
-    print(f"run {planned.launch.name} {state}: best {best.name}, accuracy {accuracy:.2%} (validation)")
+    accuracy = (best.meta["metrics"] or {}).get("validation_accuracy")
+    found = "not known: no validation had a finite result" if accuracy is None else f"{accuracy:.2%} (validation)"
+    print(f"run {planned.launch.name} {state}: best {best.name}, accuracy {found}")
     print(f"run folder: {result.run_uri}")
     return result.run_uri
 

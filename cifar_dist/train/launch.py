@@ -14,7 +14,6 @@ import ray
 import ray.train
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -265,7 +264,8 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
             if config.loop.deterministic
             else None,
         ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=launch.collective_timeout_seconds),
+        backend="nccl" if use_gpu else "gloo",
+        limit_seconds=launch.collective_timeout_seconds,
     )
 
     def drain() -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ class RunLog:
         self.run = Folder(run_uri, retry_seconds)
         self.run.create("tensorboard")
         content, self.lost = self._restored(mark)
-        self._digest, self._num_bytes, self._lines = hashlib.sha256(content), len(content), b""
+        self._digest, self._num_bytes, self._lines = hashlib.sha256(content), len(content), bytearray()
         self.warnings = {json.loads(line)["warning"] for line in content.splitlines() if WARNING in line}
         parts = [name for name in self.run.names() if PART.fullmatch(name)]
         self._log = Appended(self.run, part_name, content)
@@ -143,8 +143,8 @@ class RunLog:
         """The lines and events since the last time: all that is taken must be stored, in that order."""
         self._writer.flush()
         self._taken_at = time.monotonic()
-        taken = Taken(self._lines, self._written.read(), Mark(self._num_bytes, self._digest.hexdigest()))
-        self._lines = b""
+        taken = Taken(bytes(self._lines), self._written.read(), Mark(self._num_bytes, self._digest.hexdigest()))
+        self._lines.clear()
         return taken
 
     def store(self, taken: Taken) -> None:

@@ -4,6 +4,7 @@ No helper processes of no use to a run: each wakes up over 100 times a second, a
 costs both the thread that it interrupts and those that wait for that one. No port that other machines reach.
 """
 
+import contextlib
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from ray._private.state import state
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.torch.config import _set_torch_distributed_env_vars, _shutdown_torch, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
@@ -25,6 +26,8 @@ from ray.train.v2._internal.execution.context import get_train_context as get_in
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from cifar_dist.train.cluster import session_folder
+
+LEAVE_SECONDS = 3.0  # for the ranks to leave the process group before they are ended
 
 
 def join_group(backend: str, path: str, rank: int, world: int, timeout_seconds: int) -> None:
@@ -35,7 +38,17 @@ def join_group(backend: str, path: str, rank: int, world: int, timeout_seconds: 
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-class LocalBackend(_TorchBackend):
+class Backend(_TorchBackend):
+    """Ray's own, which waits half a minute for a rank that hangs to leave the process group, before it is killed."""
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:  # noqa: ARG002
+        """Called in the controller before workers are stopped."""
+        tasks = worker_group.execute_async(_shutdown_torch, destroy_process_group=len(worker_group) > 1)
+        with contextlib.suppress(ray.exceptions.RayError):  # a rank that is dead or hangs: it is ended next
+            ray.get(tasks, timeout=LEAVE_SECONDS)
+
+
+class LocalBackend(Backend):
     """For workers on one machine. Ray's own has them meet at a port of rank 0 that every network reaches and that asks
     for no password; here it is a file that only this user reads, new for each start of the workers."""
 
@@ -58,6 +71,15 @@ class LocalBackend(_TorchBackend):
         super().on_shutdown(worker_group, backend_config)
         if self.folder:
             self.folder.cleanup()
+
+
+@dataclass
+class GroupConfig(TorchConfig):
+    """TorchConfig for workers on any machines."""
+
+    @property
+    def backend_cls(self) -> type:
+        return Backend
 
 
 @dataclass
@@ -120,14 +142,13 @@ class Trainer(TorchTrainer):
 
     `owns_cluster`: the cluster was started here and ends with this process. Then nothing has to look after the workers'
     placement group when the controller dies (which also asks the dashboard every second, so there must be one), and
-    a fixed number of workers is asked of no autoscaler; and all workers are on this machine.
+    a fixed number of workers is asked of no autoscaler; and all workers are on this machine. `backend` of the process
+    group: nccl or gloo; `limit_seconds`: of its collectives.
     """
 
-    def __init__(self, *args: Any, owns_cluster: bool, **settings: Any) -> None:
-        if owns_cluster:
-            asked = settings["torch_config"]
-            settings["torch_config"] = LocalTorchConfig(backend=asked.backend, timeout_s=asked.timeout_s)
-        super().__init__(*args, **settings)
+    def __init__(self, *args: Any, owns_cluster: bool, backend: str, limit_seconds: int, **settings: Any) -> None:
+        config = LocalTorchConfig if owns_cluster else GroupConfig
+        super().__init__(*args, torch_config=config(backend=backend, timeout_s=limit_seconds), **settings)
         self._owns_cluster = owns_cluster
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:

@@ -205,7 +205,11 @@ def wait_for_phrase(nodes: Nodes, job: Job, phrase: str, num_said: int) -> None:
 
 # Where a rank is stopped: after so many seconds from the moment its process is there, or from what the job says.
 MOMENTS = [
-    *(("epoch 1/", 0.0), ("continuing from", 0.0), ("continuing from", 2.0)),  # after validation, features, a step
+    *(
+        ("epoch 1/4 done", 0.0),
+        ("continuing from", 0.0),
+        ("continuing from", 2.0),
+    ),  # after validation, features, a step
     *(("", 0.0), ("", 3.0)),  # the process group, imports, staging, reading a checkpoint
 ]
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import ray
 import torch.distributed as dist
-from ray.train.torch import TorchConfig
 
 from cifar_dist import config
 from cifar_dist import environment as environ
@@ -476,12 +475,12 @@ def test_a_group_by_a_file_opens_no_port_and_keeps_its_time_limit(tmp_path: Path
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("owns", "expected"), [(True, trainer.LocalTorchConfig), (False, TorchConfig)])
+@pytest.mark.parametrize(("owns", "expected"), [(True, trainer.LocalTorchConfig), (False, trainer.GroupConfig)])
 def test_only_a_cluster_of_ones_own_has_its_workers_meet_in_a_file(
     owns: bool, expected: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict = {}
     monkeypatch.setattr(trainer.TorchTrainer, "__init__", lambda _, **settings: given.update(settings))
-    trainer.Trainer(owns_cluster=owns, torch_config=TorchConfig(backend="gloo", timeout_s=7))
+    trainer.Trainer(owns_cluster=owns, backend="gloo", limit_seconds=7)
     assert type(given["torch_config"]) is expected
     assert (given["torch_config"].backend, given["torch_config"].timeout_s) == ("gloo", 7)
