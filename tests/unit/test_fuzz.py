@@ -24,6 +24,7 @@ from mutations import deep, sha256, torch_file
 from cifar_dist.config import Config
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
+from cifar_dist.evaluate.report import lines_of
 from cifar_dist.storage import Folder, from_json, seal, to_json
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoints
@@ -369,4 +370,4 @@ def test_a_line_of_the_log_that_no_job_wrote_is_refused(line: dict[str, Any], tm
     (tmp_path / LOG).write_text(json.dumps(good) + "\n")
     assert read_lines(Folder(str(tmp_path))) == [good]
     (tmp_path / LOG).write_text(f"{json.dumps(good)}\n{json.dumps(line)}\n")
-    assert f"{LOG} is damaged" in sentence_of(lambda: read_lines(Folder(str(tmp_path))))
+    assert f"{LOG} is damaged" in sentence_of(lambda: lines_of(str(tmp_path)))
