@@ -95,14 +95,12 @@ def half_means(encoded: np.ndarray) -> np.ndarray:
 
 
 # What is read of a line of metrics.jsonl, by its kind; losses and accuracies are null where they were not finite.
-RATES = dict.fromkeys(("seconds", "images_per_second", "data_wait_share"), (int, float))
-TRAINED = dict.fromkeys(("train_loss", "train_accuracy"), (int, float, type(None)))
-VALIDATED = dict.fromkeys(("validation_loss", "validation_accuracy"), (int, float, type(None)))
-READ: dict[str, dict[str, tuple[type, ...]]] = {
-    "step": TRAINED,
-    "epoch": {**TRAINED, **VALIDATED, **RATES},
-    "warning": {"message": (str,)},
-}
+NUMBER: tuple[type, ...] = (int, float)
+RATES = dict.fromkeys(("seconds", "images_per_second", "data_wait_share"), NUMBER)
+TRAINED = dict.fromkeys(("train_loss", "train_accuracy"), (*NUMBER, type(None)))
+VALIDATED = dict.fromkeys(("validation_loss", "validation_accuracy"), (*NUMBER, type(None)))
+TEXT: tuple[type, ...] = (str,)
+READ = {"step": TRAINED, "epoch": {**TRAINED, **VALIDATED, **RATES}, "warning": {"message": TEXT}}
 
 
 def lines_of(run_uri: str) -> list[dict[str, Any]]:
