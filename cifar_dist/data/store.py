@@ -76,7 +76,8 @@ def read_manifest(uri: str) -> Manifest:
         if version == FORMAT_VERSION:
             manifest = Manifest(**values)
             damaged = not is_sealed(values)
-            check_words(manifest)
+            if not damaged:
+                check_words(manifest)
     except FileNotFoundError:
         if has_old_manifest(Folder(uri)):
             raise UserError(
@@ -128,8 +129,8 @@ def check_words(manifest: Manifest) -> None:
                 raise ValueError(f"file {i} of {name} has the name {file['name']!r}")
             if not all(is_count(file[key]) and file[key] for key in ("num_rows", "num_bytes")):
                 raise ValueError(f"num_rows or num_bytes of {file['name']}")
-        if not is_count(split["num_rows"]) or split["num_rows"] != sum(file["num_rows"] for file in split["files"]):
-            raise ValueError(f"num_rows of {name} is not the sum of its files'")
+        if not is_count(split["num_rows"]):
+            raise ValueError(f"num_rows of {name}")
 
 
 def is_count(value: object) -> bool:

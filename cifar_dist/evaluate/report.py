@@ -14,11 +14,12 @@ from cifar_dist.config import Config
 from cifar_dist.data.sources import encode_png
 from cifar_dist.data.store import Manifest, StagedSplit, read_manifest, stage
 from cifar_dist.deck import DECK, choices, differences
+from cifar_dist.errors import UserError
 from cifar_dist.evaluate import plots
 from cifar_dist.evaluate.driver import Evaluation
 from cifar_dist.evaluate.scores import scores
 from cifar_dist.storage import Folder, absolute_uri, join_uri, to_json
-from cifar_dist.train.log import read_lines
+from cifar_dist.train.log import LOG, read_lines
 from cifar_dist.train.setup import weights_notice
 
 CIFAR10_COUNTS, CIFAR10_SIDE = {"train": 5000, "test": 1000}, 32  # images per class, pixels a side
@@ -93,9 +94,31 @@ def half_means(encoded: np.ndarray) -> np.ndarray:
     return np.concatenate([part.mean((0, 1)) for part in (pixels[:middle], pixels[middle:])])
 
 
+# What is read of a line of metrics.jsonl, by its kind; losses and accuracies are null where they were not finite.
+NUMBER: tuple[type, ...] = (int, float)
+RATES = dict.fromkeys(("seconds", "images_per_second", "data_wait_share"), NUMBER)
+TRAINED = dict.fromkeys(("train_loss", "train_accuracy"), (*NUMBER, type(None)))
+VALIDATED = dict.fromkeys(("validation_loss", "validation_accuracy"), (*NUMBER, type(None)))
+TEXT: tuple[type, ...] = (str,)
+READ = {"step": TRAINED, "epoch": {**TRAINED, **VALIDATED, **RATES}, "warning": {"message": TEXT}}
+
+
+def lines_of(run_uri: str) -> list[dict[str, Any]]:
+    """The run's lines. Raises UserError for one that lacks what is read of its kind."""
+    lines = read_lines(Folder(run_uri))
+    for line in lines:
+        for name, types in READ.get(line["kind"], {}).items():
+            if name not in line or type(line[name]) not in types:
+                raise UserError(
+                    f"{join_uri(run_uri, LOG)} is damaged (a line of the kind {line['kind']} has no {name}); mend or "
+                    "remove it"
+                )
+    return lines
+
+
 def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]:
     """One run's part of report.json: scores and raw counts per split, epochs, throughput, warnings, run card."""
-    lines, meta = read_lines(Folder(evaluation.run_uri)), evaluation.checkpoint.meta
+    lines, meta = lines_of(evaluation.run_uri), evaluation.checkpoint.meta
     epochs = [line for line in lines if line["kind"] == "epoch"]
     config = Config.from_dict(meta["config"])
     notice = weights_notice(config, meta["weights"])
@@ -135,7 +158,7 @@ def run_figures(evaluation: Evaluation, test: StagedSplit) -> dict[str, Any]:
     counts, names = evaluation.counts[split], evaluation.checkpoint.meta["class_names"]
     return {
         "split": split,
-        "curves": plots.curves(read_lines(Folder(evaluation.run_uri))),
+        "curves": plots.curves(lines_of(evaluation.run_uri)),
         "confusion": plots.confusion(counts.confusion, names),
         "calibration": plots.calibration(counts.bins),
         "mistakes": worst_mistakes(evaluation, test, names) if split == "test" else [],

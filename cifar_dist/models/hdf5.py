@@ -1,6 +1,9 @@
 """What an HDF5 file of weights may hold: numbers of its own. HDF5 also follows links to other files, loads plugins."""
 
+import io
 import math
+import mmap
+import struct
 from pathlib import Path
 
 import h5py
@@ -11,6 +14,43 @@ from cifar_dist.errors import UserError
 FILTERS = {1: "deflate", 2: "shuffle", 3: "Fletcher32", 4: "szip", 5: "n-bit", 6: "scale-offset", 32000: "LZF"}
 MAX_DEPTH = 64  # of groups; Keras's nest a few deep
 MAX_CHUNK_BYTES = 64 << 20  # HDF5 takes memory for a whole chunk, however few values are asked for
+
+
+HEAP = b"GCOL\x01\0\0\0"  # begins a heap of texts, to which attributes refer
+
+
+def check_heaps(source: str | Path | io.BytesIO, path: str | Path) -> None:
+    """Refuses a file whose heaps are damaged: HDF5 would look in them for ever. Raises UserError.
+
+    `source` is the file at `path`, or its content. Chance may put HEAP between the values, once in 2^64 places.
+    """
+    if isinstance(source, io.BytesIO):
+        check_heaps_in(source.getvalue(), path)
+        return
+    with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        check_heaps_in(content, path)
+
+
+def check_heaps_in(content: bytes | mmap.mmap, path: str | Path) -> None:
+    at = content.find(HEAP)
+    while at >= 0:
+        if not is_heap(content, at):
+            refuse(path, f"byte {at}", "begins a damaged heap of texts")
+        at = content.find(HEAP, at + 1)
+
+
+def is_heap(content: bytes | mmap.mmap, at: int) -> bool:
+    """Whether the objects of the heap at a place fill it: each has its number, from 1, and its size; number 0 is the
+    rest."""
+    place, end = at + 16, at + int.from_bytes(content[at + 8 : at + 16], "little")
+    if end > len(content):
+        return False
+    while end - place >= 16:
+        number, size = struct.unpack_from("<H6xQ", content, place)
+        if number == 0:
+            return size == end - place
+        place += 16 + -(-size // 8) * 8
+    return place <= end
 
 
 def check_file(file: h5py.File, path: str | Path) -> None:

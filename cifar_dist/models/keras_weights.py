@@ -18,7 +18,7 @@ from torch import nn
 
 from cifar_dist.errors import UserError
 from cifar_dist.models.batchnorm import KerasBatchNorm
-from cifar_dist.models.hdf5 import check_file
+from cifar_dist.models.hdf5 import check_file, check_heaps
 from cifar_dist.models.resnet50v2 import STACKS, ResNet50V2, ResNet50V2Base
 
 # ResNet50V2's ImageNet weights without the top; address and checksum as in keras.applications (Keras 3.15).
@@ -222,6 +222,7 @@ def read_file(
                 if "config.json" in archive.namelist():
                     config = unpacked(archive, "config.json", MAX_CONFIG_BYTES)
         file = files.enter_context(h5py.File(source, "r"))
+        check_heaps(source, path)
         check_file(file, path)
         layers = list(layers_of(file.get("model_weights", file)))
         config = json.loads(file.attrs.get("model_config", config))

@@ -30,7 +30,7 @@ from cifar_dist.config import Config
 from cifar_dist.data import sources, store
 from cifar_dist.evaluate import plots
 from cifar_dist.evaluate.driver import Evaluation, choose
-from cifar_dist.evaluate.report import run_report
+from cifar_dist.evaluate.report import lines_of, run_report
 from cifar_dist.evaluate.scores import Counts
 from cifar_dist.recipes import recipe_config
 from cifar_dist.storage import Folder, to_json
@@ -328,7 +328,7 @@ class Runs(Group):
                 made = run_report(Evaluation(name, uri, best, {}, {"test": counts}), [str(i) for i in range(10)])
                 to_json(made)
                 if random.random() < 0.2:
-                    require(re.match("<svg", plots.curves(read_lines(Folder(uri)))) is not None, "no picture")
+                    require(re.match("<svg", plots.curves(lines_of(uri))) is not None, "no picture")
 
         outcome(read)
 

@@ -104,7 +104,7 @@ class Sources(Group):
                     rows[split].append(
                         (image.get("path") or f"row-{i}", row["label"], upright(image["bytes"]).tobytes())
                     )
-        return {split: found for split, found in rows.items() if found}
+        return {split: found for split, found in rows.items() if list(folder.glob(f"{split}-*.parquet"))}
 
     def pictures(self, random: Random, copy: Path) -> None:
         folder = copy / "pictures"

@@ -92,7 +92,8 @@ class Weights(Group):
             # Where HDF5 keeps its tables: their signatures, and the object headers before which there is none.
             marks = [b"TREE", b"HEAP", b"SNOD", b"\x89HDF", b"GCOL"]
             starts = [i for i in range(0, len(content), 8) if content[i : i + 4] in marks]
-            at, size = random.choice(starts) + 4 * random.randrange(1, 24), random.choice([1, 2, 4, 8])
+            at = random.choice(starts) + 4 * random.randrange(1, random.choice([24, 120]))
+            size = random.choice([1, 2, 4, 8])
             value = random.choice([*BOUNDS, len(content), random.choice(starts), at]) % (1 << 8 * size)
             content[at : at + size] = value.to_bytes(size, "little")
             path.write_bytes(content)

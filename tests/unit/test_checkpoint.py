@@ -261,7 +261,8 @@ def test_write_that_finds_no_room_says_so_and_frees_what_it_took(run, large):
     """A limit on the size of files, which fails as a full disk does, in the midst of each kind of file."""
     written = write(run, 1)
     before = tree(Path(run.folder.path))
-    whole = replace(state(2), **{large: {"large": torch.zeros(100_000)}})
+    tensors = {"large": torch.zeros(100_000)}
+    whole = replace(state(2), **{large: {"optimizers": [tensors], "scaler": {}} if large == "optimizer" else tensors})
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, old[1]))

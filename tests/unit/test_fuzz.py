@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,8 @@ from mutations import deep, sha256, torch_file
 from cifar_dist.config import Config
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
+from cifar_dist.evaluate.report import lines_of
+from cifar_dist.models.keras_weights import load_keras_weights
 from cifar_dist.storage import Folder, from_json, seal, to_json
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoints
@@ -281,6 +284,25 @@ def test_class_names_of_a_source_that_are_no_names_are_refused(names: Any, tmp_p
     assert "no list of names" in sentence_of(lambda: sources.parquet(str(tmp_path)))
 
 
+def test_weights_with_a_damaged_heap_are_refused(tmp_path: Path):
+    """HDF5 never comes to the end of a heap in which an object has a wrong size."""
+    path = tmp_path / "w.h5"
+    with h5py.File(path, "w") as file:
+        file["dense/kernel:0"], file.attrs["layer_names"] = np.zeros((2, 3), np.float32), ["dense"]
+        file.attrs["model_config"] = "{}"
+    content = path.read_bytes()
+    heap = content.index(b"GCOL")
+    second = heap + 16 + 16 + 8  # behind "dense": its number, uses and size
+    assert content[second : second + 2] == b"\x02\0"
+    network = torch.nn.Sequential(torch.nn.Linear(2, 3, bias=False))
+    for size in (0, 1, 8, 64, 2136, 4000, 2**32, 2**64 - 1):
+        path.write_bytes(content[: second + 8] + size.to_bytes(8, "little") + content[second + 16 :])
+        if size not in (1, 8):  # 2 bytes take 8
+            assert f"byte {heap} begins a damaged heap" in sentence_of(lambda: load_keras_weights(network, path))
+    path.write_bytes(content)
+    assert load_keras_weights(network, path) == 1
+
+
 # Checkpoints.
 
 
@@ -369,4 +391,4 @@ def test_a_line_of_the_log_that_no_job_wrote_is_refused(line: dict[str, Any], tm
     (tmp_path / LOG).write_text(json.dumps(good) + "\n")
     assert read_lines(Folder(str(tmp_path))) == [good]
     (tmp_path / LOG).write_text(f"{json.dumps(good)}\n{json.dumps(line)}\n")
-    assert f"{LOG} is damaged" in sentence_of(lambda: read_lines(Folder(str(tmp_path))))
+    assert f"{LOG} is damaged" in sentence_of(lambda: lines_of(str(tmp_path)))

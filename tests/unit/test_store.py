@@ -452,7 +452,12 @@ def test_a_manifest_that_counts_wrongly_is_noticed(data: str, staging_folder: Pa
 
 
 def test_labels_beyond_the_classes_are_noticed(data: str, staging_folder: Path):
-    change_manifest(data, lambda values: values["class_names"].pop(), sealed=True)
+    def change(values: dict) -> None:
+        values["class_names"].pop()
+        for split in values["splits"].values():
+            split["num_rows_per_class"].pop()
+
+    change_manifest(data, change, sealed=True)
     with pytest.raises(UserError, match="labels outside 0 to 8"):
         store.stage(data, "train", staging_folder)
 
