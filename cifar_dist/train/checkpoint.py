@@ -123,7 +123,7 @@ def check_meta(meta: dict[str, Any]) -> None:
     }
     for key, is_right in (needed | {key: others[key] for key in others.keys() & meta.keys()}).items():
         if not is_right(meta[key]):
-            raise ValueError(f"{key} is no {key} of a checkpoint")
+            raise ValueError(f"{key} is not as this program writes it")
 
 
 def check_optimizer(state: Any) -> None:

@@ -191,8 +191,11 @@ def resealed_train(change: Callable[[pa.Table], pa.Table] | bytes) -> Damage:
             path.write_bytes(change)
         else:
             pq.write_table(change(pq.read_table(path)), path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        resealed(lambda values: values["splits"]["train"]["files"][0].update(sha256=sha256))(stored)
+        content = path.read_bytes()
+        words = {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
+        with contextlib.suppress(pa.ArrowException, KeyError, ValueError, AttributeError):  # not of images and labels
+            words["rows_sha256"] = store.rows_sha256(store.staged_batches(pq.read_table(path).to_batches()))
+        resealed(lambda values: values["splits"]["train"]["files"][0].update(words))(stored)
 
     return act
 
@@ -487,6 +490,7 @@ AT_META = ("{s}/runs/first/checkpoints/epoch-", META, "damaged", "remove that fo
 AT_ONE = ("{s}/runs/first/checkpoints/epoch-", "damaged", "remove that folder")
 AT_ALL = ("no checkpoint", "{s}/runs/first/checkpoints/epoch-", "remove that folder", "another --name")
 NOT_OURS = (*AT_ALL, "not written by this program")
+NO_FILES = (*AT_META, "files is not as this program writes it")
 CHECKPOINTS = [
     resume("every meta.json cut off", "", *AT_META, damage=every(file_of(META, cut))),
     resume("every meta.json empty", "", *AT_META, damage=every(file_of(META, lambda name: put(name, "")))),
@@ -525,8 +529,8 @@ CHECKPOINTS = [
     resume("a malicious archive with its checksum", "", *NOT_OURS, OPTIMIZER,
            damage=every(forged(OPTIMIZER, ARCHIVE))),
     resume("a malicious pickle for weights", "", *NOT_OURS, MODEL, damage=every(forged(MODEL, PICKLE))),
-    resume("a malicious archive for the average", "", *NOT_OURS, damage=every(forged("average.pt", ARCHIVE))),
-    resume("a malicious archive of another name", "", *NOT_OURS, damage=every(forged("extra.pkl", ARCHIVE))),
+    resume("a malicious archive for the average", "", *NO_FILES, damage=every(forged("average.pt", ARCHIVE))),
+    resume("a malicious archive of another name", "", *NO_FILES, damage=every(forged("extra.pkl", ARCHIVE))),
     finished("a finished run that cannot be read", "", *AT_ALL, MODEL, damage=every(file_of(MODEL, cut))),
     finished("a finished run of another model", "", "model 'resnet50v2'", "'fan'", "use another --name",
              damage=every_meta(model="resnet50v2")),

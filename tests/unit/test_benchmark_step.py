@@ -33,7 +33,7 @@ def test_every_way_of_the_base_and_of_dropout_is_measured(tmp_path: Path):
 
 def test_memory_is_given_back_in_one_way_only():
     """The C library reads its settings when a process starts: what a process of each way is started with."""
-    code = "import os, sys; sys.path.insert(0, 'benchmarks'); import step; from cifar_dist.config import "
+    code = "import os, sys; sys.path.insert(0, 'benchmarks'); import step; from cifar_dist.environment import "
     code += (
         "prepare_environment; prepare_environment(); step.bare_rate = lambda *_: sum('MALLOC' in n for n in os.environ)"
     )

@@ -110,7 +110,8 @@ def test_what_listens_there_is_not_ray(answer: bytes | None, reason: str, asked:
     assert not asked
 
 
-def test_a_cluster_that_is_joined_is_left_as_it_is(asked: list[dict]) -> None:
+def test_a_cluster_that_is_joined_is_left_as_it_is(asked: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)  # type: ignore[attr-defined]
     before = dict(os.environ)
     with server(SETTINGS_FRAME) as port:
         cluster.join(f"127.0.0.1:{port}")

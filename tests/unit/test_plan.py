@@ -404,7 +404,7 @@ def stored(planned, run) -> Callable:
             **expected_of(plan.config, plan.manifest),
             **{"metrics": metrics, "global_step": 3 * epoch + step, "world_size": 2, "config": plan.config.to_dict()},
         }
-        state = State(tensors, None, {}, {"optimizers": []})
+        state = State(tensors, None, {}, {"optimizers": [], "scaler": {}})
         return Checkpoints(str(run)).write(Cursor(epoch, step), attempt, state, meta)
 
     return act

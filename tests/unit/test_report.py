@@ -29,6 +29,7 @@ from cifar_dist.recipes import recipe_config
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, Mark, State
 from cifar_dist.train.log import RunLog
 
+NO_OPTIMIZER = {"optimizers": [], "scaler": {}}
 NUM_TRAIN, NUM_TEST, SIZE = 60, 250, 96  # three batches of test images, so that three shards have one each
 REAL = Path(__file__).parents[3] / "shared/data/cifar10-jpeg.tar.gz"
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -125,7 +126,7 @@ def run(tmp_path_factory) -> Run:
         "num_threads_per_worker": 1,
         "git_commit": "unknown",
     }
-    state = State(weights, average, {}, {}, taken.mark)
+    state = State(weights, average, {}, NO_OPTIMIZER, taken.mark)
     checkpoint = Checkpoints(run_uri).write(Cursor(2, 0), 1, state, meta)
     return Run(data_uri, run_uri, staging, checkpoint)
 
@@ -256,7 +257,7 @@ def test_checkpoint_of_another_data_set_is_refused(run):
 
 
 def test_a_run_s_best_checkpoint_is_evaluated_not_its_latest(run, tmp_path):
-    uri, state = str(tmp_path / "runs" / "again"), State({"a": torch.ones(1)}, None, {}, {})
+    uri, state = str(tmp_path / "runs" / "again"), State({"a": torch.ones(1)}, None, {}, NO_OPTIMIZER)
     for epoch, accuracy in enumerate((0.3, 0.9, 0.2), 1):
         scores = {"validation_accuracy": accuracy, "validation_loss": 1.0}
         meta = {key: run.checkpoint.meta[key] for key in ("model", "global_step", "world_size", "config")}
