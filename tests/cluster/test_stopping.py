@@ -56,6 +56,7 @@ def test_sigterm_and_ctrl_c_store_a_checkpoint_and_leave_nothing(tiny_uri: str, 
     code, output = ended(job)
     assert code == 130
     assert output.splitlines()[-1] == f"interrupted; {GO_ON}"
+    assert "RANDOM weights" not in output  # it goes on from a checkpoint
     latest = Checkpoints(str(tmp_path / "run")).latest()
     assert latest is not None
     assert latest.meta["global_step"] > stored.meta["global_step"]

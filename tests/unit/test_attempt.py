@@ -265,3 +265,13 @@ def test_of_processes_that_claim_at_the_same_time_one_is_the_owner(tmp_path):
     assert [process.exitcode for process in processes] == [0, 0]
     for number, numbers in found.items():
         assert_one_owner(Folder(str(tmp_path / f"run-{number}")), numbers)
+
+
+def test_attempts_that_were_removed_are_not_taken_for_another_driver(run):
+    attempts = Attempts(run, A)
+    number = attempts.claim(takeover=True)
+    run.delete("attempts")
+    with pytest.raises(UserError, match="attempts was removed while the run went on") as error:
+        attempts.check(number)
+    assert "taken over" not in str(error.value)
+    attempts.check_driver()  # nobody else owns it

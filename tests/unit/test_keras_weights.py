@@ -562,3 +562,12 @@ def test_a_local_file_instead(published: Path, tmp_path: Path):
         weights_job.weights("", str(published), weights_job.PUBLISHED_MD5, str(tmp_path))
     with pytest.raises(UserError, match="is not a file"):
         weights_job.weights("", str(tmp_path / "none"), md5, str(tmp_path))
+
+
+def test_another_file_of_that_name_is_left_alone(published: Path, tmp_path: Path):
+    md5 = hashlib.md5(published.read_bytes()).hexdigest()
+    target = tmp_path / weights_job.PUBLISHED_NAME
+    target.write_bytes(b"somebody's own")
+    with pytest.raises(UserError, match="is there already and is another file; remove it, or use another --out"):
+        weights_job.weights("", str(published), md5, str(tmp_path))
+    assert [path.read_bytes() for path in tmp_path.iterdir() if path != published] == [b"somebody's own"]

@@ -20,7 +20,7 @@ from cifar_dist.models.keras_weights import base_layers, tensors_of
 from cifar_dist.storage import Folder, seal, to_json
 from cifar_dist.train.attempt import Attempts
 from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
-from cifar_dist.train.plan import Launch, explain_resume, make_plan
+from cifar_dist.train.plan import Launch, check_stored, explain_resume, make_plan
 from cifar_dist.train.setup import expected_of
 
 EPOCHS = 3
@@ -552,3 +552,23 @@ def test_finished_run_whose_last_checkpoint_is_damaged_is_not_finished(stored, e
     ]
     damage(run, older)
     refusal(planned, "no checkpoint of the run can be read")
+
+
+# A folder that is no run.
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "ray", "src/main.py"])
+def test_a_folder_with_other_files_is_no_run(name, tmp_path):
+    file = tmp_path / "runs" / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"somebody's own")
+    with pytest.raises(UserError, match=r"is no run: it has no config\.json and no checkpoint") as error:
+        check_stored({}, launch(storage_uri=str(tmp_path / "runs"), name="run"), "")
+    assert name.split("/")[0] in str(error.value)
+    assert file.read_bytes() == b"somebody's own"
+
+
+@pytest.mark.parametrize("name", ["attempts", "preflight", "checkpoints"])
+def test_a_run_that_ended_before_its_card_was_stored_goes_on(name, tmp_path):
+    (tmp_path / "runs" / "run" / name).mkdir(parents=True)
+    check_stored({}, launch(storage_uri=str(tmp_path / "runs"), name="run"), "")

@@ -248,3 +248,69 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path):
     assert files_of(out) == {}
     with pytest.raises(UserError, match="is no data set"):
         store.read_manifest(str(out))
+
+
+# What is not read
+
+
+@pytest.mark.parametrize(
+    "name", ["val/cat/1.png", "valid/cat/1.png", "train/cat/site_a/1.png", "train/1.png", "train.zip", "labels.csv"]
+)
+@pytest.mark.parametrize("more", [[], ["--skip-bad"]], ids=["", "skip-bad"])
+def test_what_would_not_be_read_of_a_folder_stops_the_job(tmp_path: Path, pictures: Path, name: str, more: list):
+    file = pictures / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(png(1))
+    out = tmp_path / "out"
+    message = one_sentence(prepare("--source", "folder", "--path", pictures, "--out", out, *more))
+    assert "would not be read" in message
+    assert any(str(part) in message for part in (file, file.parent, file.parent.parent))
+    assert not (out / "_manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["validation-00000.parquet", "valid.parquet", "val/1.png", "more.csv"])
+def test_what_would_not_be_read_of_a_table_stops_the_job(tmp_path: Path, name: str):
+    assert prepare(*SHAPES, "--out", tmp_path / "table").returncode == 0
+    file = tmp_path / "table" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"")
+    message = one_sentence(prepare("--source", "parquet", "--path", tmp_path / "table", "--out", tmp_path / "out"))
+    assert "would not be read" in message
+    assert name.split("/", maxsplit=1)[0] in message
+
+
+def test_remarks_beside_the_data_are_no_data(tmp_path: Path, pictures: Path):
+    (pictures / "README.txt").write_bytes(b"")
+    (pictures / ".cache").mkdir()
+    assert prepare("--source", "folder", "--path", pictures, "--out", tmp_path / "out").returncode == 0
+
+
+GO_ON = """
+import sys
+sys.path.insert(0, "jobs")
+import prepare
+prepare.prepare(prepare.parser().parse_args(sys.argv[1:]), sys.argv[-1], go_on=True)
+"""
+
+
+def test_a_whole_data_set_is_enough_for_the_pipeline_where_its_source_is_gone(tmp_path: Path, pictures: Path):
+    out = tmp_path / "out"
+
+    def go_on() -> subprocess.CompletedProcess:
+        args = ["--source", "folder", "--path", str(pictures), "--out", str(out)]
+        return subprocess.run(
+            [sys.executable, "-c", GO_ON, *args], cwd=ROOT, check=False, capture_output=True, text=True
+        )
+
+    assert go_on().returncode == 0
+    before = files_of(out)
+    pictures.rename(tmp_path / "elsewhere")
+    done = go_on()
+    assert done.returncode == 0, done.stderr
+    assert "Going on with the whole data set that is in" in done.stderr
+    assert files_of(out) == before
+    file = out / "train-00000.parquet"
+    file.write_bytes(file.read_bytes()[:-1])
+    done = go_on()
+    assert done.returncode != 0
+    assert "holds no folder named train" in done.stderr

@@ -23,7 +23,17 @@ from moto.server import ThreadedMotoServer
 
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, absolute_uri, file_sha256, join_uri, may_pass, open_uri, to_json
+from cifar_dist.storage import (
+    Folder,
+    absolute_uri,
+    file_sha256,
+    join_uri,
+    lies_in,
+    may_pass,
+    open_uri,
+    output_uri,
+    to_json,
+)
 from cifar_dist.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -546,3 +556,37 @@ def test_a_full_temporary_folder_is_not_blamed_on_the_object_store(
         run.write(checkpoint.Cursor(0, 1), 1, checkpoint.State({}, None, {}, {}), {"model": "fan"})
     assert "s3://" not in str(error.value)
     assert run.folder.names() == []
+
+
+@pytest.mark.parametrize("name", ["demo", "deep/demo", "."])
+def test_what_is_written_does_not_go_where_ray_unpacks_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    upload = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    upload.mkdir(parents=True)
+    monkeypatch.chdir(upload)
+    with pytest.raises(UserError, match=rf"--out {name} lies in the folder that Ray unpacks a submitted job into"):
+        output_uri(name, "--out")
+    (tmp_path / "link").symlink_to(upload)
+    with pytest.raises(UserError, match="--storage"):
+        output_uri(f"{tmp_path}/link/{name}", "--storage")
+    assert output_uri(f"{tmp_path}/{name}", "--out") == str((tmp_path / name).absolute())
+    assert output_uri("s3://bucket/demo", "--out") == "s3://bucket/demo"
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "lies"),
+    [
+        *(("a", "a", True), ("a/b", "a", True), ("a", "a/b", False), ("ab", "a", False), ("a/../c", "a", False)),
+        *(("link", "a", True), ("link/b", "a", True), ("a/b", "link", True), ("link", "c", False)),
+    ],
+)
+def test_a_folder_lies_in_another_by_way_of_links_too(tmp_path: Path, inner: str, outer: str, lies: bool) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert lies_in(f"{tmp_path}/{inner}", f"{tmp_path}/{outer}") is lies
+
+
+def test_folders_of_different_storage_do_not_lie_in_each_other(s3_uri: str, tmp_path: Path) -> None:
+    assert not lies_in(s3_uri, str(tmp_path))
+    assert lies_in(join_uri(s3_uri, "inner"), s3_uri)
