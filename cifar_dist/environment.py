@@ -75,7 +75,7 @@ def prepare_environment() -> str | None:
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use the driver's interpreter as it is
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() and failures wait for this poll; Ray's 2 s is slow
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end and failures wait for this poll; Ray's 2 s is slow
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
