@@ -53,7 +53,7 @@ class Progress:
 
     def __init__(self, run: str, model: str) -> None:
         self.events: list[dict[str, Any]] = []
-        self.num_starts = 0
+        self.num_starts = self.num_updates = 0
         self.is_training = self.is_stopping = False
         self.telemetry = Telemetry(run, model)
 
@@ -62,6 +62,7 @@ class Progress:
         self.telemetry.set(values)
 
     def update(self, values: dict[str, Any]) -> None:
+        self.num_updates += 1
         self.telemetry.set(values)
         self.events.append(values)
 
@@ -72,6 +73,10 @@ class Progress:
         """How often workers were started under this driver, this time included."""
         self.num_starts += 1
         return self.num_starts
+
+    def updates(self) -> int:
+        """How many steps and epochs were logged."""
+        return self.num_updates
 
     def trains(self) -> None:
         """Rank 0 says that there is something to store."""
@@ -102,22 +107,31 @@ def train_function(settings: dict[str, Any]) -> None:
 
 
 class StopOnUserError(UserCallback):
-    """Runs in Ray Train's controller when workers have failed."""
+    """Runs in Ray Train's controller when workers have failed. `progress` is the job's actor."""
 
-    num_quick = 0  # failures in a row, each soon after the one before
-    failed_at = -math.inf
+    def __init__(self, progress: Any) -> None:
+        self.progress = progress
+        self.num_quick = 0  # failures in a row, each soon after the one before, with nothing logged in between
+        self.num_updates, self.failed_at = 0, -math.inf
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Ends the run at an error that would come again; waits before a retry where failures follow each other."""
         for error in worker_exceptions.values():
             if isinstance(error, UserError):
                 raise error
-        now = time.monotonic()
-        self.num_quick = self.num_quick + 1 if now - self.failed_at < QUICK_SECONDS else 0
+        is_soon = time.monotonic() - self.failed_at < QUICK_SECONDS
+        self.num_quick = self.num_quick + 1 if is_soon and not self.has_moved() else 0
         if self.num_quick:  # what the machine lacks, memory say, others may give back
             time.sleep(min(RETRY_SECONDS * 2 ** (self.num_quick - 1), MOST_RETRY_SECONDS))
         self.failed_at = time.monotonic()
         look_for_nodes()
+
+    def has_moved(self) -> bool:
+        """Whether a step or an epoch was logged since the last failure."""
+        before = self.num_updates
+        with contextlib.suppress(ray.exceptions.RayError):
+            self.num_updates = ray.get(self.progress.updates.remote(), timeout=5)
+        return self.num_updates > before
 
 
 def look_for_nodes() -> None:
@@ -259,7 +273,7 @@ def train(plan: Plan, start_up: StartUp | None = None) -> RunResult:
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=launch.max_failures),
-            callbacks=[StopOnUserError(), StartLimit(START_SECONDS + launch.collective_timeout_seconds)],  # type: ignore[list-item]
+            callbacks=[StopOnUserError(progress), StartLimit(START_SECONDS + launch.collective_timeout_seconds)],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}}
             if config.loop.deterministic
             else None,

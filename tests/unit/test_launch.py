@@ -72,11 +72,26 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
+class Policy(launch.StopOnUserError):
+    """In a run that logs a step after each start, or none."""
+
+    def __init__(self, moves: bool = False) -> None:
+        super().__init__(None)
+        self.moves = moves
+
+    def has_moved(self) -> bool:
+        return self.moves
+
+
 @pytest.mark.parametrize(
-    ("seconds", "slept"), [(launch.QUICK_SECONDS / 2, [5.0, 10.0, 20.0, 30.0]), (launch.QUICK_SECONDS, [])]
+    ("seconds", "moves", "slept"),
+    [
+        (launch.QUICK_SECONDS / 2, False, [5.0, 10.0, 20.0, 30.0]),
+        *((launch.QUICK_SECONDS, False, []), (launch.QUICK_SECONDS / 2, True, [])),
+    ],
 )
-def test_failures_that_follow_each_other_wait_longer_each_time(clock, seconds, slept):
-    policy = launch.StopOnUserError()
+def test_failures_that_follow_each_other_wait_longer_each_time(clock, seconds, moves, slept):
+    policy = Policy(moves)
     for _ in range(5):
         policy.after_exception(None, {0: RuntimeError("killed")})
         clock.now += seconds
@@ -85,7 +100,7 @@ def test_failures_that_follow_each_other_wait_longer_each_time(clock, seconds, s
 
 def test_an_error_that_would_come_again_ends_the_run(clock):
     with pytest.raises(UserError, match="a fault"):
-        launch.StopOnUserError().after_exception(None, {1: UserError("a fault")})
+        Policy().after_exception(None, {1: UserError("a fault")})
     assert clock.slept == []
 
 
