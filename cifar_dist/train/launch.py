@@ -119,8 +119,8 @@ class StopOnUserError(UserCallback):
         for error in worker_exceptions.values():
             if isinstance(error, UserError):
                 raise error
-        is_soon = time.monotonic() - self.failed_at < QUICK_SECONDS
-        self.num_quick = self.num_quick + 1 if is_soon and not self.has_moved() else 0
+        has_moved, is_soon = self.has_moved(), time.monotonic() - self.failed_at < QUICK_SECONDS
+        self.num_quick = self.num_quick + 1 if is_soon and not has_moved else 0
         if self.num_quick:  # what the machine lacks, memory say, others may give back
             time.sleep(min(RETRY_SECONDS * 2 ** (self.num_quick - 1), MOST_RETRY_SECONDS))
         self.failed_at = time.monotonic()
