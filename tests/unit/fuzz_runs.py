@@ -172,7 +172,7 @@ class Runs(Group):
                 meta, said = change_values(random, meta)
             if file == "" and random.random() < 0.2:
                 other = random.choice(["../x", "outside.txt", "../../../../outside/outside.txt", "extra.safetensors"])
-                meta["files"] = {**(meta.get("files") or {}), other: sha256(b"somebody's own")}
+                meta["files"] = {**self.metas[name]["files"], other: sha256(b"somebody's own")}
                 said += f", names {other}"
             (folder / "meta.json").write_bytes(sealed(meta))
             self.said += f"{name}: {file} {said}; "
