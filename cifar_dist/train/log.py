@@ -94,13 +94,13 @@ class RunLog:
         self._log = Appended(self.run, part_name, content)
         for name in parts:  # all that is kept of them is in the first file now
             self.run.delete(name)
-        self._temporary = tempfile.TemporaryDirectory(prefix="cifar_dist-events-")
-        # Not SummaryWriter: it writes from a thread, and its flush does not wait for that.
-        self._writer = EventsWriter(f"{self._temporary.name}/events", f".{global_step}")
-        self._writer.write_event(Event(step=global_step + 1, session_log=SessionLog(status=SessionLog.START)))
-        self._writer.flush()
-        (path,) = Path(self._temporary.name).iterdir()
-        self._written = path.open("rb")
+        with tempfile.TemporaryDirectory(prefix="cifar_dist-events-") as folder:
+            # Not SummaryWriter: it writes from a thread, and its flush does not wait for that.
+            self._writer = EventsWriter(f"{folder}/events", f".{global_step}")
+            self._writer.write_event(Event(step=global_step + 1, session_log=SessionLog(status=SessionLog.START)))
+            self._writer.flush()
+            (path,) = Path(folder).iterdir()
+            self._written = path.open("rb")  # without a name from here on, so that a killed process leaves nothing
         name = f"tensorboard/{path.name}.{uuid.uuid4().hex[:8]}"
         self._events = Appended(self.run, lambda offset: f"{name}.{offset:015d}" if offset else name)
         self._taken_at = time.monotonic()
@@ -153,10 +153,9 @@ class RunLog:
         self._events.append(taken.events)
 
     def close(self) -> None:
-        """Closes the files and removes the local copy of the events."""
+        """Closes the files, and with them the local copy of the events."""
         self._writer.close()
         self._written.close()
-        self._temporary.cleanup()
         self._log.close()
         self._events.close()
 

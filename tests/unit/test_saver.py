@@ -177,12 +177,12 @@ def test_checkpoints_do_not_grow_with_the_log(uri):
     assert abs(sizes[1] - sizes[0]) < 100
 
 
-def test_closed_it_has_stored_all_and_leaves_no_file_of_its_own(uri, tmp_path, monkeypatch):
+def test_it_has_no_file_of_its_own_that_a_kill_would_leave_and_closed_it_has_stored_all(uri, tmp_path, monkeypatch):
     local = tmp_path / "local"
     local.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(local))
     saver = saver_of(uri)
-    assert list(local.iterdir())
+    assert not list(local.iterdir())
     saver.log.add("step", 0, 2, train_loss=1.0)
     save(saver, 1)
     saver.close()
