@@ -182,11 +182,11 @@ def test_it_has_no_file_of_its_own_that_a_kill_would_leave_and_closed_it_has_sto
     local.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(local))
     saver = saver_of(uri)
-    assert not list(local.iterdir())
+    assert not list(local.glob("cifar_dist*"))
     saver.log.add("step", 0, 2, train_loss=1.0)
     save(saver, 1)
     saver.close()
-    assert not list(local.iterdir())
+    assert not list(local.glob("cifar_dist*"))
     assert steps(uri) == [2]
     assert Checkpoints(uri).latest()
     assert Folder(uri).names("tensorboard")
