@@ -2,17 +2,20 @@
 
 import os
 import signal
+import sys
 import threading
-from types import FrameType
+from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 received = 0  # the signal that asked this process to end, 0 before
 
 
 def listen() -> None:
-    """Has both signals raise KeyboardInterrupt in the main thread. To be called again after ray.init(), which puts
-    handlers of its own in their place; another thread has none to put."""
+    """Has both signals raise KeyboardInterrupt in the main thread, and one that nobody catches end the process with the
+    sentence. To be called again after ray.init(), which puts handlers of its own in their place; another thread has
+    none to put."""
     if threading.current_thread() is threading.main_thread():
+        sys.excepthook = _end
         for number in SIGNALS:
             signal.signal(number, _handle)
 
@@ -23,6 +26,15 @@ def _handle(number: int, _frame: FrameType | None) -> None:
         os._exit(128 + number)  # what is left of a local cluster is ended by its guardian (train/cluster.py)
     received = number
     raise KeyboardInterrupt
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As sys.excepthook."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(sentence(), file=sys.stderr, flush=True)
+    os._exit(exit_code())
 
 
 def exit_code() -> int:

@@ -1,7 +1,14 @@
 """Evaluates runs: every image of each split exactly once through each run's best checkpoint, then the report."""
 
+from cifar_dist.stopping import listen
+
+if __name__ == "__main__":
+    listen()  # before the imports below, which take seconds
+
+
 import argparse
 import sys
+import uuid
 
 from train import add_cluster_options  # first: it sets the environment that Ray reads when it is imported
 
@@ -43,20 +50,26 @@ def check_shards(args: argparse.Namespace) -> None:
         raise UserError(f"--shards must be 1 or more, not {args.shards}")
 
 
+def refuse_foreign(args: argparse.Namespace, out: str, runs: list[str], splits: list[str]) -> None:
+    """Raises UserError, without --overwrite, if a file that no evaluation wrote would be replaced."""
+    if not args.overwrite:
+        scored = driver.with_flipped(tuple(splits), args.flip_tta)
+        outputs.refuse_foreign(out, [outputs.predictions_name(run, split) for run in runs for split in scored])
+
+
 def evaluate(args: argparse.Namespace, runs: list[str], data: str, out: str, splits: list[str]) -> str:
     check_shards(args)
     out = output_uri(out, "--out")
     chosen = driver.choose(runs, data)  # before a cluster is started
-    if not args.overwrite:
-        scored = driver.with_flipped(tuple(splits), args.flip_tta)
-        outputs.refuse_foreign(out, [outputs.predictions_name(name, split) for name in chosen for split in scored])
+    refuse_foreign(args, out, list(chosen), splits)
     cluster.connect(args.address, 1)
     gpu = cluster.uses_gpu(args.device)
     num_shards = args.shards or cluster.count_resource("GPU" if gpu else "CPU")
     if not cluster.count_resource("CPU"):
         raise UserError("the cluster has no CPUs to evaluate on; wait for its workers, or check --address")
-    evaluations = driver.evaluate(chosen, data, out, num_shards, tuple(splits), gpu, args.staging_folder, args.flip_tta)
-    page = report.write_report(evaluations, data, out, args.staging_folder)
+    where, job = args.staging_folder, uuid.uuid4().hex
+    evaluations = driver.evaluate(chosen, data, out, num_shards, tuple(splits), gpu, where, args.flip_tta, job)
+    page = report.write_report(evaluations, data, out, where, job)
     for evaluation in evaluations:
         for split, counts in evaluation.counts.items():
             correct, n = int(counts.confusion.trace()), counts.num_images

@@ -1,9 +1,15 @@
 """The main job: prepare a data set, train both models, evaluate, report. Run again, it goes on where it stopped."""
 
+from cifar_dist.stopping import listen
+
+if __name__ == "__main__":
+    listen()  # before the imports below, which take seconds
+
+
 import argparse
 import sys
 
-from evaluate import add_tta_option, check_shards, evaluate
+from evaluate import add_tta_option, check_shards, evaluate, refuse_foreign
 from prepare import add_source_options, prepare
 from train import add_launch_options, settings, train
 
@@ -47,10 +53,12 @@ def pipeline(args: argparse.Namespace) -> None:
     planned = [settings(args, recipe, data, storage, name=recipe) for recipe in args.recipes]
     # One file of weights cannot fit both networks.
     planned = [(c.replace(weights=c.model.weights if c.model.model == "resnet50v2" else ""), w) for c, w in planned]
+    splits = ["train", "validation", "test"]
+    refuse_foreign(args, report, args.recipes, splits)
     prepare(args, data, go_on=True)
     plans = [make_plan(*run) for run in planned]  # all are checked before the first one trains
     runs = [train(plan) for plan in plans]
-    evaluate(args, runs, data, report, ["train", "validation", "test"])
+    evaluate(args, runs, data, report, splits)
 
 
 if __name__ == "__main__":

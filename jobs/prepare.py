@@ -1,5 +1,11 @@
 """Prepares a data set: a source -> Parquet and a manifest, checked image by image."""
 
+from cifar_dist.stopping import listen
+
+if __name__ == "__main__":
+    listen()  # before the imports below, which take seconds
+
+
 import argparse
 import sys
 from collections.abc import Iterable
@@ -9,7 +15,7 @@ from tqdm import tqdm
 from cifar_dist.config import Parser
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError, exit_code_of
-from cifar_dist.storage import absolute_uri, join_uri, lies_in, output_uri
+from cifar_dist.storage import Folder, absolute_uri, join_uri, lies_in, output_uri
 
 EXAMPLES = """examples:
   python jobs/prepare.py --source shapes --out /tmp/shapes
@@ -56,6 +62,11 @@ def open_source(args: argparse.Namespace) -> sources.Source:
     return reader(args.path, args.test_fraction, args.data_seed)
 
 
+def has_no_network(error: UserError) -> bool:
+    """Whether CIFAR-10 could not be had for that."""
+    return isinstance(error.__cause__, OSError | RuntimeError)  # URLError is an OSError
+
+
 def prepare(args: argparse.Namespace, out: str, go_on: bool = False) -> store.Manifest:
     """Prepares the data set; with `go_on` a whole one that is there is enough where its source is gone."""
     check_options(args)
@@ -67,7 +78,8 @@ def prepare(args: argparse.Namespace, out: str, go_on: bool = False) -> store.Ma
     try:
         source = open_source(args)
     except UserError as error:
-        if not go_on or (whole := store.whole(out, args.source)) is None:
+        is_gone = has_no_network(error) if args.source == "cifar10" else args.path and not Folder(args.path).names()
+        if not go_on or args.overwrite or not is_gone or (whole := store.whole(out, args.source)) is None:
             raise
         print(f"WARNING: {error}. Going on with the whole data set that is in {out}", file=sys.stderr)
         return whole

@@ -1,5 +1,11 @@
 """Trains one model: a data set and a recipe -> a run with checkpoints. The same --name again continues the run."""
 
+from cifar_dist.stopping import listen
+
+if __name__ == "__main__":
+    listen()  # before the imports below, which take seconds
+
+
 import argparse
 import sys
 
@@ -13,7 +19,7 @@ from cifar_dist.train.progress import StartUp
 START_UP = StartUp()
 prepare_environment()
 
-from cifar_dist.train import cluster, plan, preflight  # noqa: E402 - Ray reads the environment when it is imported
+from cifar_dist.train import cluster, plan, preflight
 
 EPILOG = f"""recipes:
 {describe_recipes()}

@@ -1,5 +1,11 @@
 """Fetches the published ImageNet weights of ResNet50V2 (94.7 MB, Keras's own file), or takes a file that is there."""
 
+from cifar_dist.stopping import listen
+
+if __name__ == "__main__":
+    listen()  # before the imports below, which take seconds
+
+
 import os
 import re
 import sys

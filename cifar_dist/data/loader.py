@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,10 @@ class Loader:
         if path.stat().st_size != math.prod(shape) + 32:
             return False
         pixels = np.memmap(path, np.uint8, "r", shape=shape)
-        if hashlib.sha256(pixels.data).digest() != path.read_bytes()[-32:]:
-            return False
+        with open(path, "rb") as file:
+            file.seek(-32, os.SEEK_END)
+            if hashlib.sha256(pixels.data).digest() != file.read():
+                return False
         rows = np.unique(np.linspace(0, len(self.staged) - 1, DECODED_AGAIN).astype(int))
         return all(np.array_equal(part, pixels[rows]) for part in self._decode(rows, num_threads))
 

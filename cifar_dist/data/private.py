@@ -77,20 +77,20 @@ def one_at_a_time(
 ) -> Iterator[None]:
     """Holds the lock PATH.lock, beside which PATH.holder names the process.
 
-    A wait is said. Where `progress()` stays the same for `limit_seconds` the holder is stopped or hangs, and the caller
-    goes on without the lock: it must write under names of its own.
+    A wait is said. Where `progress()` stays the same for `limit_seconds`, and the holder computes nothing, it is
+    stopped or hangs, and the caller goes on without the lock: it must write under names of its own.
     """
     lock_file, holder_file = path.with_name(path.name + ".lock"), path.with_name(path.name + ".holder")
     keep_own(lock_file, holder_file)
     lock = FileLock(lock_file, mode=0o600)
     start = since = time.monotonic()
-    said, last = False, progress()
+    said, last = False, (progress(), cpu_ticks(holder_file))
     while True:
         try:
             lock.acquire(timeout=0.5)
             break
         except Timeout:
-            now, at = progress(), time.monotonic()
+            now, at = (progress(), cpu_ticks(holder_file)), time.monotonic()
             if now != last:
                 last, since = now, at
             holder = name_holder(holder_file)
@@ -110,11 +110,25 @@ def one_at_a_time(
         lock.release()
 
 
+def holder_stat(holder_file: Path) -> tuple[int, list[str]]:
+    """(pid, the words of /proc/PID/stat behind the name) of the holder. Raises OSError or ValueError."""
+    pid = int(holder_file.read_text())
+    return pid, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def cpu_ticks(holder_file: Path) -> int:
+    """CPU time that the holder has used, in clock ticks; 0 where that cannot be told."""
+    try:
+        _, words = holder_stat(holder_file)
+        return int(words[11]) + int(words[12])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def name_holder(holder_file: Path) -> str:
     """'process 123 (stopped)', as far as it can be told."""
     try:
-        pid = int(holder_file.read_text())
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        pid, words = holder_stat(holder_file)
     except (OSError, ValueError):
         return "another process"
-    return f"process {pid}" + (" (stopped)" if state in "Tt" else "")
+    return f"process {pid}" + (" (stopped)" if words[0] in "Tt" else "")

@@ -261,7 +261,8 @@ def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) ->
             if entry.name not in read and (entry.suffix.lower() in DATA_SUFFIXES or (read and entry.is_dir())):
                 raise UserError(
                     f"{entry} would not be read: --source folder reads PATH/train/CLASS/IMAGE and "
-                    "PATH/test/CLASS/IMAGE; rename it to test, or move it away"
+                    "PATH/test/CLASS/IMAGE; move it away, or name a folder of links to "
+                    "train and to what is the test split"
                 )
     class_names = [p.name for p in visible(root / "train") if p.is_dir()]
     need_two_classes(str(root / "train"), class_names)

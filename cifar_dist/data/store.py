@@ -31,7 +31,7 @@ PREPARING = ".cifar_dist-preparing"
 REPLACED = "_manifest.json.replaced"  # in PREPARING, the manifest of the data set that is being replaced
 DATA_FILE = re.compile(r"(train|validation|test)-\d{5}\.parquet")
 UNFINISHED = re.compile(
-    DATA_FILE.pattern.join(("(", r"|_manifest\.json(\.replaced)?)(\.[0-9a-f]{8}\.tmp)?"))
+    DATA_FILE.pattern.join(("(", r"|_manifest\.json(\.replaced)?|start-[0-9a-f]{8})(\.[0-9a-f]{8}\.tmp)?"))
 )  # in PREPARING
 MANIFEST = "_manifest.json"  # Arrow and Spark, reading a whole folder, skip names that begin with _
 OLD_MANIFEST = "manifest.json"
@@ -178,6 +178,9 @@ def prepare(
             "use another --out, or --overwrite to replace such files"
         )
     folder.create(PREPARING)
+    mine = f"{PREPARING}/start-{uuid.uuid4().hex[:8]}"
+    folder.write(mine, b"")
+    seen = folder.exists(MANIFEST), data_files(folder)
     source.forget()
     moving = False
     try:
@@ -193,6 +196,8 @@ def prepare(
         if old is not None and not same:
             raise UserError(f"{uri} already holds another data set ({old.source}); use --overwrite or another --out")
         replaced = data_files(folder)
+        if not folder.exists(mine) or seen != (folder.exists(MANIFEST), replaced):
+            raise UserError(f"another job has written to {uri} meanwhile; run the same command again")
         folder.write(f"{PREPARING}/{MANIFEST}", to_json(asdict(manifest)))  # clear_unfinished goes by it
         moving = True
         for name in [MANIFEST, *[OLD_MANIFEST] * old_name]:
@@ -209,7 +214,7 @@ def prepare(
         raise UserError(f"{error} while {uri} was written; is another job preparing the same folder?") from error
     finally:
         source.checker.stop()
-        if not moving:
+        if not moving and folder.exists(mine):  # else it is another job's by now
             folder.delete(PREPARING)
 
 

@@ -13,7 +13,7 @@ import ray
 from tqdm import tqdm
 
 from cifar_dist.config import Config
-from cifar_dist.data.store import Manifest, read_manifest, stage
+from cifar_dist.data.store import Manifest, Staging, read_manifest, stage
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.outputs import predictions_name
 from cifar_dist.evaluate.scores import Counts
@@ -68,10 +68,12 @@ def evaluate(
     gpu: bool = False,
     staging_folder: str | None = None,
     flip_tta: bool = False,
+    job: str = "",
 ) -> list[Evaluation]:
     """Evaluates each chosen run on the connected cluster and writes OUT/predictions/RUN-SPLIT.parquet.
 
-    With `flip_tta` each split comes a second time, as SPLIT+flip, with flip test-time augmentation.
+    Processes with the same `job` check a staged file once. With `flip_tta` each split comes a second time, as
+    SPLIT+flip, with flip test-time augmentation.
 
     Raises UserError for predictions that are not exactly one per image.
     """
@@ -80,13 +82,13 @@ def evaluate(
     data_uri = absolute_uri(data_uri)
     manifest = read_manifest(data_uri)
     task = ray.remote(evaluate_shard).options(num_cpus=1, num_gpus=int(gpu), max_retries=3)
-    options: dict[str, Any] = {"gpu": gpu, "staging_folder": staging_folder, "flip_tta": flip_tta}
+    options: dict[str, Any] = {"gpu": gpu, "staging_folder": staging_folder, "flip_tta": flip_tta, "job": job}
     shards = {
         name: [task.remote(Shard(uri, best, data_uri, splits, i, num_shards, **options)) for i in range(num_shards)]
         for name, (uri, best) in chosen.items()
     }
     labels = {
-        stored: stage(data_uri, stored, staging_folder, manifest).labels
+        stored: stage(data_uri, stored, staging_folder, manifest, Staging(job)).labels
         for stored in {stored_split(split) for split in splits}
     }
     splits = with_flipped(splits, flip_tta)

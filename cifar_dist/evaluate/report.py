@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from cifar_dist.config import Config
 from cifar_dist.data.sources import encode_png
-from cifar_dist.data.store import Manifest, StagedSplit, read_manifest, stage
+from cifar_dist.data.store import Manifest, StagedSplit, Staging, read_manifest, stage
 from cifar_dist.deck import DECK, choices, differences
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import plots
@@ -42,11 +42,13 @@ NUM_MISTAKES = 24
 THUMBNAIL_SIDE = 192
 
 
-def write_report(evaluations: list[Evaluation], data_uri: str, out_uri: str, staging_folder: str | None = None) -> str:
+def write_report(
+    evaluations: list[Evaluation], data_uri: str, out_uri: str, staging_folder: str | None = None, job: str = ""
+) -> str:
     """Writes OUT/report.json and OUT/report.html; returns the page's URI."""
     data_uri = absolute_uri(data_uri)
     manifest = read_manifest(data_uri)
-    test = stage(data_uri, "test", staging_folder, manifest)
+    test = stage(data_uri, "test", staging_folder, manifest, Staging(job))
     runs = [run_report(e, manifest.class_names) for e in evaluations]
     compared = is_cifar10(manifest, test)
     data = {

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from cifar_dist.config import Config
 from cifar_dist.data.loader import Loader, eval_plans
-from cifar_dist.data.store import Manifest, read_manifest
+from cifar_dist.data.store import Manifest, Staging, read_manifest
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.scores import Counts, count
 from cifar_dist.models.frozen import inference_copy
@@ -36,6 +36,7 @@ class Shard:
     num_threads: int = 1
     staging_folder: str | None = None
     flip_tta: bool = False
+    job: str = ""  # names the evaluation, whose processes check a staged file once
 
 
 def check_checkpoint(checkpoint: Checkpoint, manifest: Manifest, run_uri: str) -> None:
@@ -90,7 +91,9 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     network = inference_copy(model)
     cache = config.data.cache, config.data.cache_budget_mib, shard.staging_folder
     loaders = {
-        stored: Loader(shard.data_uri, manifest, stored, spec, device, shard.num_threads, BATCH, *cache)
+        stored: Loader(
+            shard.data_uri, manifest, stored, spec, device, shard.num_threads, BATCH, *cache, staging=Staging(shard.job)
+        )
         for stored in {stored_split(split) for split in shard.splits}
     }
     results: dict[str, tuple[pa.Table, Counts]] = {}

@@ -87,7 +87,7 @@ def start(num_workers: int) -> None:
     torch_import = threading.Thread(target=importlib.import_module, args=("torch",))
     torch_import.start()
     try:
-        with no_sigterm():
+        with no_sigterm(), own_handlers():
             ray.init(
                 address="local",
                 num_cpus=max(num_cpus(), num_workers),  # more workers than cores is slow but sound: a rehearsal
@@ -126,6 +126,17 @@ def no_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def own_handlers() -> Iterator[None]:
+    """In here ray.init() leaves this process's handler of SIGTERM alone: its own would exit with 15, without a word."""
+    theirs = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = theirs
 
 
 def start_guardian(mark: str) -> None:
@@ -183,7 +194,8 @@ def join(address: str) -> None:
             f"no Ray cluster answers at {address}: {first_line(error)}; check --address, or unset RAY_ADDRESS"
         ) from error
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with own_handlers():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(refusal(address, first_line(error))) from error
     finally:

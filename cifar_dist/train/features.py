@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch, Loader, Plan
 from cifar_dist.data.order import Augment
-from cifar_dist.data.private import keep_own
+from cifar_dist.data.private import keep_own, one_at_a_time
 from cifar_dist.data.store import Manifest, staging_area
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import FrozenBase
+
+LOCK_SECONDS = 120.0  # for another process to make the files
 
 
 class FeatureCache:
@@ -38,9 +39,8 @@ class FeatureCache:
         self.row_bytes = side * side * base.num_features * base.dtype.itemsize
         num_rows = num_images * num_variants
         try:
-            lock = path.with_suffix(".lock")
-            keep_own(path, path.with_suffix(".crc32"), lock)
-            with FileLock(lock, mode=0o600):
+            keep_own(path, path.with_suffix(".crc32"))
+            with one_at_a_time(path, LOCK_SECONDS, print, lambda: 0):
                 for file, size in ((path, num_rows * self.row_bytes), (path.with_suffix(".crc32"), num_rows * 4)):
                     with open(file, "ab"):
                         os.truncate(file, size)

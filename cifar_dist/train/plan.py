@@ -181,8 +181,8 @@ def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None
         old_values = default | {n: value for section in stored["config"].values() for n, value in section.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{launch.run_uri}/config.json is damaged ({error}); use another --name, or remove that file: "
-            "the run's checkpoints say the same"
+            f"{launch.run_uri}/config.json is damaged ({error}); use another --name, or, if the run "
+            "has a checkpoint, remove that file: checkpoints say the same"
         ) from error
     if old_data != card["manifest_sha256"]:
         raise UserError(f"the run {launch.name} was started on another data set; use another --name")
