@@ -10,11 +10,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 received = 0  # the signal that asked this process to end, 0 before
 
 
-def listen() -> None:
+def listen(is_job: bool = True) -> None:
     """Has both signals raise KeyboardInterrupt in the main thread, and one that nobody catches end the process with the
     sentence. To be called again after ray.init(), which puts handlers of its own in their place; another thread has
     none to put."""
-    if threading.current_thread() is threading.main_thread():
+    if is_job and threading.current_thread() is threading.main_thread():
         sys.excepthook = _end
         for number in SIGNALS:
             signal.signal(number, _handle)

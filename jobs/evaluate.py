@@ -2,9 +2,7 @@
 
 from cifar_dist.stopping import listen
 
-if __name__ == "__main__":
-    listen()  # before the imports below, which take seconds
-
+listen(__name__ == "__main__")  # before the imports below, which take seconds
 
 import argparse
 import sys

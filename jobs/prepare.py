@@ -2,9 +2,7 @@
 
 from cifar_dist.stopping import listen
 
-if __name__ == "__main__":
-    listen()  # before the imports below, which take seconds
-
+listen(__name__ == "__main__")  # before the imports below, which take seconds
 
 import argparse
 import sys
@@ -62,11 +60,6 @@ def open_source(args: argparse.Namespace) -> sources.Source:
     return reader(args.path, args.test_fraction, args.data_seed)
 
 
-def has_no_network(error: UserError) -> bool:
-    """Whether CIFAR-10 could not be had for that."""
-    return isinstance(error.__cause__, OSError | RuntimeError)  # URLError is an OSError
-
-
 def prepare(args: argparse.Namespace, out: str, go_on: bool = False) -> store.Manifest:
     """Prepares the data set; with `go_on` a whole one that is there is enough where its source is gone."""
     check_options(args)
@@ -78,7 +71,8 @@ def prepare(args: argparse.Namespace, out: str, go_on: bool = False) -> store.Ma
     try:
         source = open_source(args)
     except UserError as error:
-        is_gone = has_no_network(error) if args.source == "cifar10" else args.path and not Folder(args.path).names()
+        no_network = args.source == "cifar10" and isinstance(error.__cause__, OSError | RuntimeError)
+        is_gone = no_network or (args.source in ("folder", "parquet") and args.path and not Folder(args.path).names())
         if not go_on or args.overwrite or not is_gone or (whole := store.whole(out, args.source)) is None:
             raise
         print(f"WARNING: {error}. Going on with the whole data set that is in {out}", file=sys.stderr)

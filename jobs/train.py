@@ -2,9 +2,7 @@
 
 from cifar_dist.stopping import listen
 
-if __name__ == "__main__":
-    listen()  # before the imports below, which take seconds
-
+listen(__name__ == "__main__")  # before the imports below, which take seconds
 
 import argparse
 import sys
@@ -33,12 +31,10 @@ def add_launch_options(p: Parser) -> None:
     elastic = "data-parallel workers (default 1); MIN:MAX goes on with what the cluster has and grows again"
     p.add_argument("--workers", type=worker_range, default=(1, None), metavar="N|MIN:MAX", help=elastic)
     p.add_argument("--max-failures", type=int, default=3, help="worker failures survived before giving up (default 3)")
-    hang = "a worker that hangs longer than this has failed (default 120)"
-    p.add_argument("--collective-timeout-seconds", type=int, default=120, help=hang)
+    p.add_argument("--collective-timeout-seconds", type=int, default=120, help="until a hung worker has failed (120)")
     look = "MIN:MAX: how often more workers are looked for (default 60)"
     p.add_argument("--resize-seconds", type=float, default=60.0, help=look)
-    trace = "store a trace of five steps, made by torch.profiler, in the run's folder"
-    p.add_argument("--profile", action="store_true", help=trace)
+    p.add_argument("--profile", action="store_true", help="torch.profiler's trace of five steps, into the run's folder")
     add_cluster_options(p)
 
 

@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "evaluate": BASE | {"deck", "data", "train.checkpoint", "train.log", "train.setup", "models.frozen"},
 }
 JOBS_MAY_IMPORT = {
+    "stopping",
     "config",
     "environment",
     "errors",
