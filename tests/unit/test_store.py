@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -699,3 +699,35 @@ def test_what_was_not_moved_by_a_killed_prepare_stays(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train-00000\.parquet is in the way"):
         store.prepare(small_shapes(), str(tmp_path))
     assert files_of(tmp_path) == {"train-00000.parquet": b"somebody's own"}
+
+
+# Two at once
+
+
+def test_a_prepare_that_another_one_has_overtaken_changes_nothing(tmp_path: Path) -> None:
+    """The second one takes what the first one has begun for what a killed one has left."""
+    out, source = tmp_path / "out", small_shapes(seed=1)
+
+    def overtaken(rows: Iterable[sources.Row], *_: object) -> Iterator[sources.Row]:
+        yield from rows
+        if not (out / "_manifest.json").exists():
+            store.prepare(small_shapes(), str(out))
+
+    with pytest.raises(UserError, match="meanwhile|another job"):
+        store.prepare(source, str(out), progress=overtaken)
+    store.prepare(small_shapes(), str(tmp_path / "fresh"))
+    assert files_of(out) == files_of(tmp_path / "fresh")
+
+
+def test_a_prepare_does_not_remove_what_another_one_has_begun(tmp_path: Path) -> None:
+    out, source = tmp_path / "out", small_shapes(seed=1)
+
+    def replaced(rows: Iterable[sources.Row], *_: object) -> Iterator[sources.Row]:
+        yield from rows
+        shutil.rmtree(out / store.PREPARING)
+        (out / store.PREPARING).mkdir()
+        (out / store.PREPARING / "start-01234567").write_bytes(b"")
+
+    with pytest.raises(UserError, match="meanwhile|another job"):
+        store.prepare(source, str(out), progress=replaced)
+    assert files_of(out) == {f"{store.PREPARING}/start-01234567": b""}
