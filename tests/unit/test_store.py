@@ -713,7 +713,7 @@ def test_a_prepare_that_another_one_has_overtaken_changes_nothing(tmp_path: Path
         if not (out / "_manifest.json").exists():
             store.prepare(small_shapes(), str(out))
 
-    with pytest.raises(UserError, match="meanwhile|another job"):
+    with pytest.raises(UserError, match=r"meanwhile|another job"):
         store.prepare(source, str(out), progress=overtaken)
     store.prepare(small_shapes(), str(tmp_path / "fresh"))
     assert files_of(out) == files_of(tmp_path / "fresh")
@@ -728,6 +728,6 @@ def test_a_prepare_does_not_remove_what_another_one_has_begun(tmp_path: Path) ->
         (out / store.PREPARING).mkdir()
         (out / store.PREPARING / "start-01234567").write_bytes(b"")
 
-    with pytest.raises(UserError, match="meanwhile|another job"):
+    with pytest.raises(UserError, match=r"meanwhile|another job"):
         store.prepare(source, str(out), progress=replaced)
     assert files_of(out) == {f"{store.PREPARING}/start-01234567": b""}
