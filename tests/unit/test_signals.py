@@ -21,7 +21,7 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "pipeline", "weights"])
+@pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "pipeline"])
 @pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGTERM, 143, " by SIGTERM"), (signal.SIGINT, 130, "")])
 def test_a_signal_during_the_imports_is_one_sentence(job: str, number: int, code: int, name: str) -> None:
     command = [sys.executable, ROOT / "jobs" / f"{job}.py", "--help"]
