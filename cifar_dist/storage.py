@@ -260,6 +260,11 @@ class Folder:
         self.tried("write", name, act)
 
 
+def is_empty(uri: str) -> bool:
+    """Whether a folder holds nothing, as where it is gone or not mounted."""
+    return not os.path.isfile(uri) and not Folder(uri).names()
+
+
 @contextlib.contextmanager
 def here(path: Path) -> Iterator[None]:
     """Faults of a local file, which are not the storage's."""

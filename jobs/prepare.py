@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cifar_dist.config import Parser
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError, exit_code_of
-from cifar_dist.storage import Folder, absolute_uri, join_uri, lies_in, output_uri
+from cifar_dist.storage import absolute_uri, is_empty, join_uri, lies_in, output_uri
 
 EXAMPLES = """examples:
   python jobs/prepare.py --source shapes --out /tmp/shapes
@@ -72,7 +72,7 @@ def prepare(args: argparse.Namespace, out: str, go_on: bool = False) -> store.Ma
         source = open_source(args)
     except UserError as error:
         no_network = args.source == "cifar10" and isinstance(error.__cause__, OSError | RuntimeError)
-        is_gone = no_network or (args.source in ("folder", "parquet") and args.path and not Folder(args.path).names())
+        is_gone = no_network or (args.source in ("folder", "parquet") and args.path and is_empty(args.path))
         if not go_on or args.overwrite or not is_gone or (whole := store.whole(out, args.source)) is None:
             raise
         print(f"WARNING: {error}. Going on with the whole data set that is in {out}", file=sys.stderr)
