@@ -348,6 +348,11 @@ def from_json(content: bytes | str) -> dict[str, Any]:
     raise ValueError("it is nested too deep")
 
 
+def is_texts(value: object) -> bool:
+    """Whether a value that was read back is a list of texts."""
+    return type(value) is list and all(type(item) is str for item in value)
+
+
 def seal(values: dict[str, Any]) -> dict[str, Any]:
     """The values with `sha256`, that of all the others: what is read back can be told from what was changed."""
     return {**values, "sha256": hashlib.sha256(to_json({**values, "sha256": ""})).hexdigest()}

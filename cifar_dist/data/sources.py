@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 from cifar_dist.data.check import Checker, Picture
 from cifar_dist.data.order import TEST, stratified_split
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, from_json, join_uri
+from cifar_dist.storage import Folder, from_json, is_texts, join_uri
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_SIDE = 1_000_000  # pixels: more than libpng decodes
@@ -382,7 +382,7 @@ def parquet_classes(path: str, tables: list[pa.Table]) -> list[str]:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} has Hugging Face metadata that cannot be read ({error}); write it again") from error
     if names:
-        if type(names) is not list or not all(type(name) is str for name in names):
+        if not is_texts(names):
             raise UserError(f"{path} has Hugging Face metadata whose class names are no list of names; write it again")
         return names
     labels = [value for table in tables for value in table["label"].to_pylist() if value is not None]

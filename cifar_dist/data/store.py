@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from cifar_dist.data.private import default_folder, keep_own, one_at_a_time, private_folder, user_folder
 from cifar_dist.data.sources import Row, Source
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, file_sha256, from_json, is_sealed, join_uri, seal, to_json
+from cifar_dist.storage import Folder, file_sha256, from_json, is_sealed, is_texts, join_uri, seal, to_json
 
 FORMAT_VERSION = 2
 ROWS_PER_FILE = 10_000
@@ -135,10 +135,6 @@ def check_words(manifest: Manifest) -> None:
 
 def is_count(value: object) -> bool:
     return type(value) is int and value >= 0
-
-
-def is_texts(value: object) -> bool:
-    return type(value) is list and all(type(item) is str for item in value)
 
 
 def has_old_manifest(folder: Folder) -> bool:

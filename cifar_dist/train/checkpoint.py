@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, file_sha256, from_json, here, is_sealed, join_uri, seal, sync, to_json
+from cifar_dist.storage import Folder, file_sha256, from_json, here, is_sealed, is_texts, join_uri, seal, sync, to_json
 from cifar_dist.versions import MODEL_CHANGES, MODEL_VERSIONS, package_versions
 
 if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait for torch
@@ -99,9 +99,6 @@ def check_meta(meta: dict[str, Any]) -> None:
 
     def is_number(value: Any) -> bool:
         return type(value) in (int, float)
-
-    def is_texts(value: Any) -> bool:
-        return type(value) is list and all(type(item) is str for item in value)
 
     needed: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys(("epoch", "step", "attempt", "global_step"), lambda v: type(v) is int and v >= 0),
