@@ -30,9 +30,9 @@ ROWS_PER_GROUP = 1_000  # also the rows of one Arrow batch: staging holds one in
 PREPARING = ".cifar_dist-preparing"
 REPLACED = "_manifest.json.replaced"  # in PREPARING, the manifest of the data set that is being replaced
 DATA_FILE = re.compile(r"(train|validation|test)-\d{5}\.parquet")
-UNFINISHED = re.compile(
-    DATA_FILE.pattern.join(("(", r"|_manifest\.json(\.replaced)?|start-[0-9a-f]{8})(\.[0-9a-f]{8}\.tmp)?"))
-)  # in PREPARING
+UNFINISHED = re.compile(  # in PREPARING
+    rf"({DATA_FILE.pattern}|_manifest\.json(\.replaced)?|start-[0-9a-f]{{8}})(\.[0-9a-f]{{8}}\.tmp)?"
+)
 MANIFEST = "_manifest.json"  # Arrow and Spark, reading a whole folder, skip names that begin with _
 OLD_MANIFEST = "manifest.json"
 STAGED = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])

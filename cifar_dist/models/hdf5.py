@@ -14,8 +14,6 @@ from cifar_dist.errors import UserError
 FILTERS = {1: "deflate", 2: "shuffle", 3: "Fletcher32", 4: "szip", 5: "n-bit", 6: "scale-offset", 32000: "LZF"}
 MAX_DEPTH = 64  # of groups; Keras's nest a few deep
 MAX_CHUNK_BYTES = 64 << 20  # HDF5 takes memory for a whole chunk, however few values are asked for
-
-
 HEAP = b"GCOL\x01\0\0\0"  # begins a heap of texts, to which attributes refer
 
 
