@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from fuzzing import Group, Refused, outcome, require, tree
-from mutations import change_bytes, change_file, change_json, change_table, change_values, put_json, sha256
+from mutations import change_bytes, change_file, change_json, change_parquet, change_values, put_json, sha256
 
 from cifar_dist.data import sources, store
 from cifar_dist.data.loader import Loader, eval_plans
@@ -127,15 +127,11 @@ class Data(Group):
         data = copy / "data"
         names = store.file_names(self.prepared)
         path = data / random.choice(names)
-        match random.choice(["file", "bytes", "table", "table", "swap"]):
+        match kind := random.choice(["file", "bytes", "table", "table", "swap"]):
             case "file":
                 self.said = change_file(random, path, random.choice([data / names[0], data / names[-1]]))
-            case "bytes":
-                changed, self.said = change_bytes(random, path.read_bytes())
-                path.write_bytes(changed)
-            case "table":
-                changed, self.said = change_table(random, path.read_bytes())
-                path.write_bytes(changed)
+            case "bytes" | "table":
+                self.said = change_parquet(random, path, kind)
             case "swap":
                 other = data / random.choice(names)
                 one, two = path.read_bytes(), other.read_bytes()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 from fuzzing import Group, Refused, outcome, require, tree
-from mutations import NAMES, change_bytes, change_file, change_table
+from mutations import NAMES, change_bytes, change_file, change_parquet
 from PIL import Image, ImageOps
 
 from cifar_dist.data import sources
@@ -67,13 +67,9 @@ class Sources(Group):
     def parquet(self, random: Random, copy: Path) -> None:
         folder = copy / "parquet"
         path = folder / random.choice(["train-00000.parquet", "train-00000.parquet", "test-00000.parquet"])
-        match random.choice(["bytes", "bytes", "table", "table", "file", "encrypted", "more"]):
-            case "bytes":
-                changed, self.said = change_bytes(random, path.read_bytes())
-                path.write_bytes(changed)
-            case "table":
-                changed, self.said = change_table(random, path.read_bytes())
-                path.write_bytes(changed)
+        match kind := random.choice(["bytes", "bytes", "table", "table", "file", "encrypted", "more"]):
+            case "bytes" | "table":
+                self.said = change_parquet(random, path, kind)
             case "file":
                 self.said = change_file(random, path, folder / "test-00000.parquet")
             case "encrypted":

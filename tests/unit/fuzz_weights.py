@@ -10,13 +10,12 @@ import h5py
 import numpy as np
 import torch
 from fuzzing import Group, Refused, outcome, require
+from keras_files import NUMBERED, keras_layout, small
 from mutations import BOUNDS, change_bytes, change_file, change_values, change_zip
 from torch import nn
 
-from cifar_dist import models
 from cifar_dist.models.keras_weights import load_keras_weights, tensors_of
 
-NAMES = ("conv2d", "batch_normalization", "conv2d_1", "batch_normalization_1", "dense", "dense_1")
 CONFIG: dict[str, Any] = {
     "class_name": "Functional",
     "config": {
@@ -28,28 +27,17 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def network(seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 4, 3), models.KerasBatchNorm(4), nn.Conv2d(4, 5, 3, bias=False), models.KerasBatchNorm(5)]
-    made = nn.Sequential(*layers, nn.Linear(5, 6), nn.Linear(6, 6))
-    for tensor in made.state_dict().values():
-        tensor.uniform_(0.1, 1)
-    return made
-
-
 def write(path: Path, made: nn.Sequential, packed: bool, numbered: bool) -> None:
     """An HDF5 file of Keras's: of whole models with names, or of Keras 3 with numbers; its values in chunks or not."""
     options = {"chunks": True, "compression": "gzip", "shuffle": True} if packed else {}
     with h5py.File(path, "w") as file:
         if not numbered:
-            file.attrs["layer_names"] = list(NAMES)
+            file.attrs["layer_names"] = list(NUMBERED)
             file.attrs["model_config"] = json.dumps(CONFIG)
-        for name, module in zip(NAMES, made, strict=True):
+        for name, module in zip(NUMBERED, made, strict=True):
             for i, (variable, tensor) in enumerate(tensors_of(module).items()):
-                value = tensor.detach().numpy()
-                value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
                 place = f"layers/{name}/vars/{i}" if numbered else f"{name}/{name}/{variable}:0"
-                file.create_dataset(place, data=value, **options)
+                file.create_dataset(place, data=keras_layout(tensor), **options)
 
 
 class Weights(Group):
@@ -57,7 +45,7 @@ class Weights(Group):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.first, self.second = network(1), network(2)
+        self.first, self.second = small(1), small(2)
         for packed in (False, True):
             for numbered in (False, True):
                 write(self.original / f"{packed:d}{numbered:d}.h5", self.first, packed, numbered)
@@ -65,7 +53,7 @@ class Weights(Group):
             archive.write(self.original / "01.h5", "model.weights.h5")
             archive.writestr("config.json", json.dumps(CONFIG))
         self.before = {k: v.clone() for k, v in self.second.state_dict().items()}
-        require(load_keras_weights(network(3), self.original / "w.keras") == len(self.before), "not filled")
+        require(load_keras_weights(small(3), self.original / "w.keras") == len(self.before), "not filled")
 
     def judge(self, path: Path, same: bool) -> None:
         """A file that is filled from holds what was written, if `same`: its format has checksums."""

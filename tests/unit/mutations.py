@@ -279,6 +279,13 @@ def change_table(random: Random, content: bytes) -> tuple[bytes, str]:
     return buffer.getvalue(), f"table: {kind} at row {row}"
 
 
+def change_parquet(random: Random, path: Path, kind: str) -> str:
+    """Damages a Parquet file by `kind`: its bytes, or the table in it. Says how."""
+    changed, said = {"bytes": change_bytes, "table": change_table}[kind](random, path.read_bytes())
+    path.write_bytes(changed)
+    return said
+
+
 def change_zip(random: Random, content: bytes) -> tuple[bytes, str]:
     """Fields of a zip archive's headers, or any bytes."""
     marks = [b"PK\1\2", b"PK\3\4", b"PK\5\6"]

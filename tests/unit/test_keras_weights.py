@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from keras_files import NUMBERED, keras_layout, small
 from torch import nn
 
 from cifar_dist import models
@@ -31,11 +32,6 @@ from cifar_dist.models.keras_weights import (
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 import weights as weights_job
-
-
-def keras_layout(tensor: torch.Tensor) -> np.ndarray:
-    value = tensor.detach().numpy()
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
 
 
 def write_published(path: Path, layers: dict[str, nn.Module]) -> None:
@@ -56,18 +52,6 @@ def write_numbered(path: Path, layers: list[tuple[str, nn.Module]]) -> None:
         for name, module in layers:
             for i, tensor in enumerate(tensors_of(module).values()):
                 file[f"layers/{name}/vars/{i}"] = keras_layout(tensor)
-
-
-def small(seed: int) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 4, 3), models.KerasBatchNorm(4), nn.Conv2d(4, 5, 3, bias=False), models.KerasBatchNorm(5)]
-    network = nn.Sequential(*layers, nn.Linear(5, 6), nn.Linear(6, 6))
-    for tensor in network.state_dict().values():
-        tensor.uniform_(0.1, 1)
-    return network
-
-
-NUMBERED = ("conv2d", "batch_normalization", "conv2d_1", "batch_normalization_1", "dense", "dense_1")
 
 
 @pytest.fixture
