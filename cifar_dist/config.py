@@ -96,7 +96,7 @@ class OptimConfig(Section):
     weight_decay: float = option(
         0.0, "weight decay (decoupled in adamw and muon), of biases and BatchNorm's scales too", minimum=0
     )
-    decay_bias_and_norm: bool = option(True, "false: no weight decay of biases and of BatchNorm's scales and shifts")
+    decay_bias_and_norm: bool = option(True, "also decay biases and BatchNorm's scales and shifts")
     momentum: float = option(0.9, "momentum of sgd and muon (Nesterov)", minimum=0, maximum=0.9999)
     muon_learning_rate: float = option(
         0.02, "muon: peak learning rate of the convolutions; the rest takes adamw's", minimum=0

@@ -99,6 +99,6 @@ def ray_address() -> str | None:
 
 
 def limit_waits(seconds: int) -> None:
-    """Of Ray Train's ranks for each other, and of its controller for an answer of a rank."""
+    """Limits the waits of Ray Train's ranks for each other, and the waits of its controller for a rank's answer."""
     limit = str(seconds)
     os.environ |= {"RAY_TRAIN_COLLECTIVE_TIMEOUT_S": limit, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": limit}

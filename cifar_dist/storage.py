@@ -214,8 +214,8 @@ class Folder:
         self.tried("write", new_name, lambda: self.fs.move(self.at(name), self.at(new_name)))
 
     def delete(self, name: str) -> None:
-        """Deletes a file or a folder with all that is in it; what is not there is fine. Of a link, what it leads to
-        stays."""
+        """Deletes a file, or a folder with all that is in it; a name that is not there is fine. A link is deleted,
+        its target stays."""
         if self.is_link(name):
             return self.tried("delete", name, lambda: Path(self.at(name)).unlink(missing_ok=True))
         kind = self.tried("look at", name, lambda: self.fs.get_file_info(self.at(name))).type
@@ -226,7 +226,7 @@ class Folder:
                 self.tried("delete", name, lambda: self.fs.delete_file(self.at(name)))
 
     def delete_empty(self, name: str) -> None:
-        """Deletes a folder if nothing is in it, also not by now."""
+        """Deletes a folder if it is empty at that moment: another process may have put a file into it."""
         if self.is_local:
             with contextlib.suppress(OSError):
                 Path(self.at(name)).rmdir()
@@ -267,7 +267,7 @@ def is_empty(uri: str) -> bool:
 
 @contextlib.contextmanager
 def here(path: Path) -> Iterator[None]:
-    """Faults of a local file, which are not the storage's."""
+    """Says of an OSError that it came from a local file, and not from the storage. Raises UserError."""
     try:
         yield
     except OSError as error:

@@ -31,10 +31,10 @@ def add_launch_options(p: Parser) -> None:
     elastic = "data-parallel workers (default 1); MIN:MAX goes on with what the cluster has and grows again"
     p.add_argument("--workers", type=worker_range, default=(1, None), metavar="N|MIN:MAX", help=elastic)
     p.add_argument("--max-failures", type=int, default=3, help="worker failures survived before giving up (default 3)")
-    p.add_argument("--collective-timeout-seconds", type=int, default=120, help="until a hung worker has failed (120)")
+    p.add_argument("--collective-timeout-seconds", type=int, default=120, help="limit of a hung worker (default 120)")
     look = "MIN:MAX: how often more workers are looked for (default 60)"
     p.add_argument("--resize-seconds", type=float, default=60.0, help=look)
-    p.add_argument("--profile", action="store_true", help="torch.profiler's trace of five steps, into the run's folder")
+    p.add_argument("--profile", action="store_true", help="store torch.profiler's trace of five steps in the run")
     add_cluster_options(p)
 
 

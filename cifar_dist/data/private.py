@@ -65,7 +65,7 @@ def is_own_file(path: Path) -> bool:
 
 
 def keep_own(*paths: Path) -> None:
-    """Removes those that are not plain files of this user; what a link leads to is left alone."""
+    """Removes the paths that are not plain files of this user. A link is removed, its target is left alone."""
     for path in paths:
         if not is_own_file(path):
             path.unlink(missing_ok=True)

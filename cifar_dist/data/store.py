@@ -243,7 +243,7 @@ def clear_unfinished(folder: Folder) -> None:
 
 
 def checksums(folder: Folder, name: str) -> set[str]:
-    """Those of the files that a manifest in PREPARING names, none if it is damaged."""
+    """The SHA-256 of each file that a manifest in PREPARING names; empty if the manifest is damaged."""
     try:
         splits = from_json(folder.read(f"{PREPARING}/{name}"))["splits"]
         return {file["sha256"] for split in splits.values() for file in split["files"]}

@@ -77,7 +77,7 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> int:
 
 
 def most_bytes(model: nn.Module) -> int:
-    """Of the HDF5 file that an archive of this model's may hold."""
+    """The most bytes that the HDF5 file in a .keras archive of this model's weights may have."""
     return sum(tensor.numel() for tensor in model.state_dict().values()) * MAX_BYTES_PER_WEIGHT + (16 << 20)
 
 

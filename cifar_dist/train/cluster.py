@@ -113,7 +113,7 @@ def start(num_workers: int) -> None:
 
 
 def session_folder() -> str:
-    """Where the processes of a cluster that was started here keep what ends with it; asked in any of them."""
+    """The folder of Ray's session, which ends with the cluster. Any process of the cluster may ask for it."""
     return ray._private.worker._global_node.get_session_dir_path()  # type: ignore[attr-defined]
 
 

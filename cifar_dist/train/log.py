@@ -39,7 +39,7 @@ class Taken(NamedTuple):
 
 
 class Appended:
-    """A file of a run that grows. `name_of` gives its name, on object stores that of the part behind so many bytes."""
+    """A file of a run that grows. `name_of(offset)` names the part from this byte on; a local file has one part."""
 
     def __init__(self, run: Folder, name_of: Callable[[int], str], content: bytes = b"") -> None:
         """Begins with `content` in a new file: a process that still has an older one open cannot write into it."""

@@ -307,7 +307,7 @@ class Worker:
         self._close()
 
     def _close(self) -> None:
-        """Has all stored. Raises UserError, which ends the run, where it was asked to stop."""
+        """Waits until all is stored. Raises UserError, which ends the run, where the run was asked to stop."""
         if self.saver:
             stall, seconds = self.saver.stall_seconds, time.monotonic() - self.started_at
             self.saver.close()
