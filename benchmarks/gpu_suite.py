@@ -54,6 +54,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from cifar_dist import models  # noqa: E402
 from cifar_dist.config import Parser  # noqa: E402
+from cifar_dist.data import sources  # noqa: E402
+from cifar_dist.data import store as data_store  # noqa: E402
+from cifar_dist.data.manifest import read_manifest  # noqa: E402
 from cifar_dist.errors import UserError, exit_code_of  # noqa: E402
 from cifar_dist.models.frozen import FrozenBase, split_frozen  # noqa: E402
 
@@ -408,8 +411,7 @@ def decode(suite: Suite) -> dict[str, Any]:
     """images/s of each way to a batch on the device."""
     need("nvidia.dali")
     from cifar_dist.data import pipeline  # noqa: PLC0415
-    from cifar_dist.data.order import Augmentation  # noqa: PLC0415
-    from cifar_dist.data.spec import ImageSpec  # noqa: PLC0415
+    from cifar_dist.data.order import Augmentation, ImageSpec  # noqa: PLC0415
 
     device, batch_size = suite.device, suite.args.decode_batch
     encoded = jpegs(batch_size)
@@ -510,15 +512,12 @@ def feed(suite: Suite) -> dict[str, Any]:
 
 def loader_call(suite: Suite, static: FedStep, folder: str, cache: str) -> Callable[[], object]:
     """A step fed by this project's loader, on drawn shapes."""
-    from cifar_dist.data import sources  # noqa: PLC0415
-    from cifar_dist.data import store as data_store  # noqa: PLC0415
-    from cifar_dist.data.loader import Loader, train_plans  # noqa: PLC0415
-    from cifar_dist.data.order import Augmentation  # noqa: PLC0415
-    from cifar_dist.data.spec import ImageSpec  # noqa: PLC0415
+    from cifar_dist.data.loader import Loader  # noqa: PLC0415
+    from cifar_dist.data.order import Augmentation, ImageSpec, train_plans  # noqa: PLC0415
 
     data, batch_size = f"{folder}/data", len(static.labels)
     data_store.prepare(sources.shapes(4 * batch_size, 20), data)
-    manifest, spec = data_store.read_manifest(data), ImageSpec(32, "0..1", channels_last=suite.cuda)
+    manifest, spec = read_manifest(data), ImageSpec(32, "0..1", channels_last=suite.cuda)
     staging = f"{folder}/staged"
     loader = Loader(
         data, manifest, "train", spec, suite.device, suite.args.dali_threads, batch_size, cache, 4096, staging
@@ -580,7 +579,7 @@ def read_images(data: str) -> tuple[np.ndarray, ...]:
 
 def drawn_images(num_train: int, num_test: int) -> tuple[np.ndarray, ...]:
     need("pyarrow", "PIL")
-    from cifar_dist.data.sources import shapes  # noqa: PLC0415
+    from cifar_dist.data.sources.drawn_shapes import shapes  # noqa: PLC0415
 
     splits = shapes(num_train, num_test).splits
     return tuple(

@@ -28,9 +28,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cifar_dist.config import Parser
-from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError, exit_code_of
-from cifar_dist.storage import seal, to_json
+from cifar_dist.sealed_json import seal, to_json
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "cluster"), str(Path(__file__).parent)]
@@ -39,14 +38,17 @@ from job_process import Job  # noqa: E402 - a job that can be ended with all its
 from side_by_side import RESULTS, cell, summary, table  # noqa: E402
 from side_by_side import store as store_results  # noqa: E402
 
+from cifar_dist.data import sources, store  # noqa: E402
+from cifar_dist.data.manifest import MANIFEST, Manifest, read_manifest  # noqa: E402
+
 # The frozen network at its smallest image takes the least memory and time of its own.
 NETWORK = ("--recipe", "quickstart_resnet50v2", "--global-batch-size", "16", "--log-every-steps", "1")
 MIB = 1 << 20
 
 
-def repeat(data: str, times: int, target: Path) -> store.Manifest:
+def repeat(data: str, times: int, target: Path) -> Manifest:
     """A data set with every train row of the local one at `data` `times` times; files are hard links where they can."""
-    manifest = store.read_manifest(data)
+    manifest = read_manifest(data)
     split = manifest.splits["train"]
     target.mkdir(parents=True)
     files = []
@@ -59,8 +61,8 @@ def repeat(data: str, times: int, target: Path) -> store.Manifest:
     counts |= {"num_rows_per_class": [times * n for n in split["num_rows_per_class"]]}
     splits = {**manifest.splits, "train": {**split, **counts, "files": files}}
     values = {**asdict(manifest), "source": f"{manifest.source}, {times} times", "splits": splits}
-    repeated = store.Manifest(**seal(values))
-    (target / store.MANIFEST).write_bytes(to_json(asdict(repeated)))
+    repeated = Manifest(**seal(values))
+    (target / MANIFEST).write_bytes(to_json(asdict(repeated)))
     return repeated
 
 

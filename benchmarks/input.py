@@ -30,9 +30,10 @@ from torchvision.transforms import v2
 
 from cifar_dist.config import Parser
 from cifar_dist.data import sources, store
-from cifar_dist.data.loader import Loader, train_plans
-from cifar_dist.data.order import Augmentation
-from cifar_dist.data.spec import ImageSpec
+from cifar_dist.data.loader import Loader
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.data.order import Augmentation, ImageSpec, train_plans
+from cifar_dist.data.staged import StagedSplit, stage
 from cifar_dist.environment import prepare_environment
 
 BATCH = 64
@@ -50,7 +51,7 @@ def transform(image_size: int) -> v2.Compose:
 class Images(Dataset):
     """Torchvision decodes and transforms one image at a time."""
 
-    def __init__(self, staged: store.StagedSplit, image_size: int) -> None:
+    def __init__(self, staged: StagedSplit, image_size: int) -> None:
         self.staged, self.transform = staged, transform(image_size)
 
     def __len__(self) -> int:
@@ -115,8 +116,8 @@ def ways(
     uri: str, folder: Path, image_size: int, channels_last: bool, num_images: int, num_cpus: int
 ) -> dict[str, Callable[[], float]]:
     """Name -> a function that runs one epoch and returns images/s."""
-    manifest = store.read_manifest(uri)
-    staged = store.stage(uri, "train", folder / "staged", manifest)
+    manifest = read_manifest(uri)
+    staged = stage(uri, "train", folder / "staged", manifest)
     spec = ImageSpec(image_size, "0..1", channels_last)
     epochs: dict[str, Callable[[], Iterable[torch.Tensor]]] = {}
 
@@ -162,7 +163,7 @@ def main() -> None:
         if not uri:
             uri = f"{folder}/data"
             store.prepare(sources.shapes(args.num_images, 20), uri)
-        num_train = store.read_manifest(uri).num_rows("train")
+        num_train = read_manifest(uri).num_rows("train")
         start_ray(num_cpus)
         for image_size, channels_last in ((32, False), (32, True), (224, False), (224, True)):
             num_images = min(args.num_images, num_train) // (1 if image_size == 32 else 10)

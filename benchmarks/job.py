@@ -34,17 +34,17 @@ from PIL import Image
 from side_by_side import RESULTS, Rounds, cell, measure, ratio, store, summary, table
 
 from cifar_dist.config import Config, Parser, add_config_options, config_overrides
-from cifar_dist.data import sources
+from cifar_dist.data import manifest, sources
 from cifar_dist.data import store as datasets
+from cifar_dist.data.staged import stage
 from cifar_dist.environment import prepare_environment
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.models import MODELS
 from cifar_dist.models.frozen import split_frozen
 from cifar_dist.recipes import recipe_config
+from cifar_dist.run.network import Precision, build_model, image_spec
 from cifar_dist.train.communication import parallel
 from cifar_dist.train.optim import make_optimizers, set_step
-from cifar_dist.train.precision import Precision
-from cifar_dist.train.setup import build_model, image_spec
 
 TRAIN = Path(__file__).parents[1] / "jobs" / "train.py"
 NUM_IN_MEMORY = 8  # batches that the bare loop goes round
@@ -105,7 +105,7 @@ def job_rate(case: Case, num_workers: int, **more: Any) -> float:
 def decoded_images(uri: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 [n, h, w, 3], int64 [n]): the first images of the train split, again and again if there are too few."""
     with tempfile.TemporaryDirectory() as folder:
-        staged = datasets.stage(uri, "train", folder)
+        staged = stage(uri, "train", folder)
         rows = np.arange(num_images) % len(staged)
         pixels = [np.asarray(Image.open(io.BytesIO(staged.encoded(i).tobytes())).convert("RGB")) for i in rows]
     return np.stack(pixels), staged.labels[rows]
@@ -192,7 +192,7 @@ def case_of(args: Any, model: str, folder: str) -> Case:
     if args.data is None:  # images of 32 px, as CIFAR-10's; some are held out for validation
         case = replace(case, data=f"{folder}/{model}")
         datasets.prepare(sources.shapes(num_needed + 100, 20), case.data)
-    elif (num_rows := datasets.read_manifest(args.data).num_rows("train")) * 0.99 < num_needed:
+    elif (num_rows := manifest.read_manifest(args.data).num_rows("train")) * 0.99 < num_needed:
         raise UserError(f"so many steps need {num_needed} images, {args.data} has {num_rows}; lower --num-steps")
     return case
 

@@ -37,12 +37,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from cifar_dist.config import DataConfig, Parser
-from cifar_dist.data import store as datasets
 from cifar_dist.errors import UserError, exit_code_of
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
 
 from keras_run import outside, script_command
+
+from cifar_dist.data import manifest, staged
 
 KERAS = Path(__file__).with_name("keras_peer.py")
 JOB, JOB_FP32, EVAL_BASE = "job", "job, fp32", "PyTorch, base in eval mode"
@@ -54,7 +55,7 @@ class Images(Dataset):
 
     def __init__(self, uri: str, config: DataConfig) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            self.staged = datasets.stage(uri, "train", folder)
+            self.staged = staged.stage(uri, "train", folder)
         resize = [v2.Resize(config.image_size)] if config.image_size != 32 else []
         flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()] if config.flips == "both" else []
         to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
@@ -132,7 +133,7 @@ def plain_loop(_rank: int, _num_processes: int, case: Case, eval_base: bool) -> 
     loader = DataLoader(
         *(dataset, case.batch_size, True), num_workers=num_workers, drop_last=True, multiprocessing_context="fork"
     )
-    model = PLAIN[case.model](datasets.read_manifest(case.data).num_classes)
+    model = PLAIN[case.model](manifest.read_manifest(case.data).num_classes)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     criterion = nn.CrossEntropyLoss()
     model.train()

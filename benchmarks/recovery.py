@@ -24,7 +24,8 @@ from job_process import Job, train_args, wait_until  # noqa: E402
 from ray_cluster import Nodes  # noqa: E402
 
 from cifar_dist.data import sources, store  # noqa: E402
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints  # noqa: E402
+from cifar_dist.run.checkpoint import Checkpoint  # noqa: E402
+from cifar_dist.run.checkpoints import Checkpoints  # noqa: E402
 from cifar_dist.versions import git_commit, package_versions  # noqa: E402
 
 HANG_SECONDS = 10

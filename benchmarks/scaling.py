@@ -30,6 +30,7 @@ from cifar_dist.config import Parser, config_overrides
 from cifar_dist.data import sources
 from cifar_dist.data import store as datasets
 from cifar_dist.environment import prepare_environment
+from cifar_dist.launch import cluster
 
 RAY_ADDRESS = prepare_environment()
 
@@ -96,7 +97,6 @@ def start_up(model: str, data: str, storage: Path, num_rounds: int, overrides: d
 def evaluation(model: str, data: str, storage: Path, num_rounds: int, num_images: int) -> dict[str, Any]:
     """images/s by the number of shards, of the first run that start_up() has made."""
     from cifar_dist.evaluate import driver  # noqa: PLC0415 - imports Ray
-    from cifar_dist.train import cluster  # noqa: PLC0415
 
     cluster.connect(RAY_ADDRESS, 2)
     chosen = driver.choose([str(storage / f"{model}-1-0")], data)

@@ -33,7 +33,7 @@ from cifar_dist.data import store as datasets
 from cifar_dist.environment import prepare_environment
 from cifar_dist.errors import exit_code_of
 from cifar_dist.models import frozen
-from cifar_dist.models.dropout import Dropout
+from cifar_dist.models.layers import Dropout
 
 PRECISIONS, LAYOUTS = ("fp32", "bf16"), ("contiguous", "channels_last")
 BATCH_SIZE = 64

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from cifar_dist.environment import cluster_address, ray_address
 from cifar_dist.errors import UserError
+from cifar_dist.uris import absolute_uri, join_uri
 
 
 def option(
@@ -286,3 +287,43 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
 def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that the command line gave, by short name."""
     return {name: value for name in option_fields() if (value := getattr(args, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where and how a run is launched: workers, storage and limits. Nothing here changes what is learned."""
+
+    data_uri: str
+    storage_uri: str
+    name: str
+    num_workers: int = 1  # at most, where min_workers is given
+    min_workers: int | None = None  # None: exactly num_workers
+    recipe: str = ""
+    device: str = "auto"  # auto, cpu or gpu
+    max_failures: int = 3
+    collective_timeout_seconds: int = 120
+    resize_seconds: float = 60.0  # between looks at the cluster for more workers, where min_workers is given
+    staging_folder: str | None = None
+    address: str | None = None  # of a Ray cluster; None starts one on this machine
+    profile: bool = False  # rank 0 writes a trace of a few steps
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1 or (self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers):
+            given = self.num_workers if self.min_workers is None else f"{self.min_workers}:{self.num_workers}"
+            raise UserError(f"--workers must be 1 or more, or a range such as 1:4, not {given}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
+            raise UserError(
+                f"--name {self.name!r} is no run name: up to 100 letters, digits, dots, dashes and underscores, "
+                "beginning with a letter or digit; a folder goes into --storage"
+            )
+        limits = {
+            "collective-timeout-seconds": (self.collective_timeout_seconds, 1),
+            "resize-seconds": (self.resize_seconds, 1),
+        }
+        for name, (value, least) in {"max-failures": (self.max_failures, 0), **limits}.items():
+            if not least <= value < math.inf:
+                raise UserError(f"--{name} must be {least} or more, not {value}")
+
+    @property
+    def run_uri(self) -> str:
+        return join_uri(absolute_uri(self.storage_uri), self.name)

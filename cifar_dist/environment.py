@@ -53,6 +53,11 @@ def job_config_fault() -> str:
     return ""
 
 
+def uses_private_ray() -> bool:
+    """Whether private APIs of Ray may be used. CIFAR_DIST_PRIVATE_RAY=0 tells whether a fault is theirs."""
+    return os.environ.get("CIFAR_DIST_PRIVATE_RAY", "1") != "0"
+
+
 def uses_tls() -> bool:
     """Whether Ray's processes are told to speak TLS."""
     return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")

@@ -34,3 +34,9 @@ def exit_code_of(main: Callable[[], object], debug: bool) -> int:
         print(stopping.sentence(), file=sys.stderr)
         return stopping.exit_code()
     return 0
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text without the punctuation at its end, to be quoted in a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")

@@ -23,7 +23,7 @@ def listen(is_job: bool = True) -> None:
 def _handle(number: int, _frame: FrameType | None) -> None:
     global received  # noqa: PLW0603 - a signal is the process's own
     if received:
-        os._exit(128 + number)  # what is left of a local cluster is ended by its guardian (train/cluster.py)
+        os._exit(128 + number)  # what is left of a local cluster is ended by its guardian (launch/local_cluster.py)
     received = number
     raise KeyboardInterrupt
 

@@ -4,8 +4,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
-import math
 import os
 import re
 import sys
@@ -13,12 +11,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import pyarrow as pa
 from pyarrow import fs
 
 from cifar_dist.errors import UserError
+from cifar_dist.uris import absolute_uri, join_uri, open_uri
 
 Result = TypeVar("Result")
 
@@ -47,75 +45,9 @@ ADVICE = {
 }
 
 
-RAY_UPLOADS = "/runtime_resources/working_dir_files/"
-
-
 def may_pass(error: OSError) -> bool:
     """Whether the same call may succeed a little later; a full disk or a denied access does not pass by itself."""
     return error.errno in PASSING_ERRNOS or bool(PASSING.search(str(error)))
-
-
-def absolute_uri(uri: str) -> str:
-    """The URI as it is, or a local path made absolute (workers run in another directory)."""
-    if not uri:
-        raise UserError("an empty path or URI was given; name a folder, or a URI such as s3://bucket/folder")
-    if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", uri) or re.fullmatch(r"[a-z][a-z0-9+.-]*:/*", uri):
-        raise UserError(f"{uri} is no URI: write SCHEME://BUCKET/FOLDER, such as s3://bucket/folder")
-    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
-
-
-def output_uri(uri: str, option: str) -> str:
-    """absolute_uri, for what is written. Raises UserError for a path in the folder that Ray unpacks a submitted job
-    into: Ray deletes it, and makes another one for any change of the code."""
-    found = absolute_uri(uri)
-    if "://" not in found and RAY_UPLOADS in os.path.realpath(found):
-        raise UserError(
-            f"{option} {uri} lies in the folder that Ray unpacks a submitted job into and deletes again; give an "
-            f"absolute path or a URI, such as {option} /data/NAME or {option} s3://bucket/NAME"
-        )
-    return found
-
-
-def lies_in(uri: str, folder: str) -> bool:
-    """Whether a file or folder is another one or lies in it, links followed."""
-    (fs_inner, inner), (fs_outer, outer) = open_uri(uri), open_uri(folder)
-    if isinstance(fs_inner, fs.LocalFileSystem):
-        inner = os.path.realpath(inner)
-    if isinstance(fs_outer, fs.LocalFileSystem):
-        outer = os.path.realpath(outer)
-    same = type(fs_inner) is type(fs_outer)
-    return same and f"{inner.rstrip('/')}/".startswith(f"{outer.rstrip('/')}/")
-
-
-def join_uri(uri: str, *parts: str) -> str:
-    """Appends path parts, in front of a query such as ?region=..."""
-    base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
-    return "/".join([base.rstrip("/"), *filter(None, parts)]) + mark + query
-
-
-def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system and the path inside it. Raises UserError for a URI that cannot be opened."""
-    uri = absolute_uri(uri)
-    if "://" not in uri:
-        return fs.LocalFileSystem(), uri
-    if holds_credentials(uri):
-        raise UserError(
-            f"the URI {uri.split('://')[0]}://... holds credentials; leave them out and set them in the "
-            "environment (for S3: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-        )
-    try:
-        return fs.FileSystem.from_uri(uri)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"cannot open the URI {uri}: {str(error).splitlines()[0]}") from error
-
-
-def holds_credentials(uri: str) -> bool:
-    """Whether a user, a password or a key is in the URI; a secret key may have slashes in it."""
-    scheme, _, rest = uri.partition("://")
-    place, _, query = rest.partition("?")
-    host = place.split("/")[0]
-    in_place = "@" in place and (":" in host or ("@" in host and not scheme.startswith(("abfs", "wasb"))))
-    return in_place or re.search(r"(?i)(secret|password|token|access_key)[^=&]*=", query) is not None
 
 
 class Folder:
@@ -297,67 +229,3 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a local file (hex)."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def finite(value: Any) -> Any:
-    """The nested dicts and lists with None for numbers that are not finite, for which JSON has no name."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def to_json(value: Any) -> bytes:
-    """Readable JSON with a fixed layout, so that equal values give equal bytes."""
-    return (json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-MOST_LEVELS = 50  # of nested JSON; what the project writes has a handful
-
-
-def from_json(content: bytes | str) -> dict[str, Any]:
-    """The JSON object in a file that is read back.
-
-    Raises ValueError for what `to_json` does not write: another kind of value, NaN and the infinities, numbers of more
-    than 64 bits, text that is not Unicode, and nesting that would exhaust the stack.
-    """
-    try:
-        found = json.loads(content)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
-    level: list[Any] = [found]
-    for _ in range(MOST_LEVELS):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                inner += [*value, *value.values()]
-            elif isinstance(value, list):
-                inner += value
-            elif isinstance(value, str):
-                value.encode()
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"it has the number {value}")
-            elif isinstance(value, int) and not -(2**63) <= value < 2**64:
-                raise ValueError("it has a number of more than 64 bits")
-        level = inner
-        if not level:
-            return found
-    raise ValueError("it is nested too deep")
-
-
-def is_texts(value: object) -> bool:
-    """Whether a value that was read back is a list of texts."""
-    return type(value) is list and all(type(item) is str for item in value)
-
-
-def seal(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with `sha256`, that of all the others: what is read back can be told from what was changed."""
-    return {**values, "sha256": hashlib.sha256(to_json({**values, "sha256": ""})).hexdigest()}
-
-
-def is_sealed(values: dict[str, Any]) -> bool:
-    """Whether values that were read back are those that were sealed."""
-    return seal(values) == values

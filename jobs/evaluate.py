@@ -14,8 +14,8 @@ from cifar_dist.config import Parser
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.evaluate import driver, outputs, report
 from cifar_dist.evaluate.shard import SPLITS
-from cifar_dist.storage import output_uri
-from cifar_dist.train import cluster
+from cifar_dist.launch import cluster
+from cifar_dist.uris import output_uri
 
 EXAMPLE = """example:
   python jobs/evaluate.py --runs /tmp/runs/first --data /tmp/shapes --out /tmp/report --shards 2

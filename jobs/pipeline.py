@@ -13,9 +13,9 @@ from train import add_launch_options, settings, train
 
 from cifar_dist.config import Parser, add_config_options
 from cifar_dist.errors import UserError, exit_code_of
+from cifar_dist.launch.plan import make_plan
 from cifar_dist.recipes import describe_recipes
-from cifar_dist.storage import join_uri, output_uri
-from cifar_dist.train.plan import make_plan
+from cifar_dist.uris import join_uri, output_uri
 
 EPILOG = f"""recipes:
 {describe_recipes()}

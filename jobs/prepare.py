@@ -12,8 +12,10 @@ from tqdm import tqdm
 
 from cifar_dist.config import Parser
 from cifar_dist.data import sources, store
+from cifar_dist.data.manifest import Manifest
 from cifar_dist.errors import UserError, exit_code_of
-from cifar_dist.storage import absolute_uri, is_empty, join_uri, lies_in, output_uri
+from cifar_dist.storage import is_empty
+from cifar_dist.uris import absolute_uri, join_uri, lies_in, output_uri
 
 EXAMPLES = """examples:
   python jobs/prepare.py --source shapes --out /tmp/shapes
@@ -60,7 +62,7 @@ def open_source(args: argparse.Namespace) -> sources.Source:
     return reader(args.path, args.test_fraction, args.data_seed)
 
 
-def prepare(args: argparse.Namespace, out: str, go_on: bool = False) -> store.Manifest:
+def prepare(args: argparse.Namespace, out: str, go_on: bool = False) -> Manifest:
     """Prepares the data set; with `go_on` a whole one that is there is enough where its source is gone."""
     check_options(args)
     if args.path:

@@ -11,13 +11,15 @@ from cifar_dist.config import Config, Parser, add_cluster_options, add_config_op
 from cifar_dist.environment import prepare_environment
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.recipes import describe_recipes, recipe_config
-from cifar_dist.storage import output_uri
-from cifar_dist.train.progress import StartUp
+from cifar_dist.train.job import StartUp
+from cifar_dist.uris import output_uri
 
 START_UP = StartUp()
 prepare_environment()
 
-from cifar_dist.train import cluster, plan, preflight
+from cifar_dist.config import Launch
+from cifar_dist.launch import cluster, driver, plan, preflight
+from cifar_dist.train.job import Plan
 
 EPILOG = f"""recipes:
 {describe_recipes()}
@@ -51,23 +53,22 @@ def parser() -> Parser:
     return p
 
 
-def settings(args: argparse.Namespace, recipe: str, data: str, storage: str, name: str) -> tuple[Config, plan.Launch]:
+def settings(args: argparse.Namespace, recipe: str, data: str, storage: str, name: str) -> tuple[Config, Launch]:
     """The run's configuration and launch, checked."""
     (num_workers, min_workers), limits = args.workers, (args.max_failures, args.collective_timeout_seconds)
     where = args.device, *limits, args.resize_seconds, args.staging_folder, args.address, args.profile
-    launched = plan.Launch(data, storage, name, num_workers, min_workers, recipe, *where)
+    launched = Launch(data, storage, name, num_workers, min_workers, recipe, *where)
     return recipe_config(recipe, **config_overrides(args)), launched
 
 
-def train(planned: plan.Plan, start_up: StartUp | None = None) -> str:
+def train(planned: Plan, start_up: StartUp | None = None) -> str:
     """The URI of the trained run."""
     start_up = start_up or StartUp()
     if not planned.is_finished:
         cluster.connect(planned.launch.address, planned.launch.num_workers)
-    from cifar_dist.train import launch  # noqa: PLC0415 - takes seconds, of which errors above need not wait
 
     start_up.end("cluster and imports")
-    result = launch.train(planned, start_up)
+    result = driver.train(planned, start_up)
     best, state = result.best, "is finished already" if result.was_finished else "finished"
     accuracy = (best.meta["metrics"] or {}).get("validation_accuracy")
     found = "not known: no validation had a finite result" if accuracy is None else f"{accuracy:.2%} (validation)"
@@ -83,9 +84,7 @@ def main(args: argparse.Namespace) -> None:
     if args.explain_resume:
         print(plan.explain_resume(planned))
     elif args.preflight_only:
-        from cifar_dist.train import launch  # noqa: PLC0415 - as above
-
-        _, findings = launch.check_cluster(planned)
+        _, findings = cluster.check_cluster(planned)
         print(preflight.table(findings))
         if any(finding.status == "failed" for finding in findings):
             raise UserError("preflight failed, see the table")

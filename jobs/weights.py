@@ -18,7 +18,8 @@ from cifar_dist import models
 from cifar_dist.config import Parser
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.models.keras_weights import PUBLISHED_MD5, PUBLISHED_NAME, PUBLISHED_URL, load_keras_weights
-from cifar_dist.storage import Folder, file_sha256, join_uri, output_uri
+from cifar_dist.storage import Folder, file_sha256
+from cifar_dist.uris import join_uri, output_uri
 
 EXAMPLES = f"""examples:
   python jobs/weights.py --out /data/weights

@@ -6,30 +6,19 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cifar_dist.data import order
+from cifar_dist.data.manifest import Manifest
+from cifar_dist.data.order import ImageSpec, Plan
 from cifar_dist.data.pipeline import NORMALIZATION, ImagePipeline, decode
-from cifar_dist.data.spec import ImageSpec
-from cifar_dist.data.store import Manifest, StagedSplit, Staging, once_per_node, stage, staging_area, use_decoded
+from cifar_dist.data.staged import StagedSplit, Staging, once_per_node, stage, staging_area, use_decoded
 from cifar_dist.errors import UserError
 
 DECODE_BATCH = 500
 DECODED_AGAIN = 64  # images by which decoded pixels that are there already are held against the split
-STEPS_PER_DRAW = 32  # of augmentation: to draw for one step costs hardly less
-
-
-class Plan(NamedTuple):
-    """One batch before it is read: row ids, what happens to each image, how many of the ids count, and the global
-    batch's size."""
-
-    ids: np.ndarray
-    augment: order.Augment | None
-    num_counted: int
-    global_size: int
 
 
 @dataclass(frozen=True)
@@ -211,38 +200,3 @@ def synthetic_batch(
     memory_format = torch.channels_last if spec.channels_last else torch.contiguous_format
     labels = torch.randint(num_classes, (batch_size,), generator=random)
     return images.to(device, memory_format=memory_format), labels.to(device)
-
-
-def train_plans(
-    ids: np.ndarray,
-    augmentation: order.Augmentation,
-    seed: int,
-    epoch: int,
-    first_step: int,
-    global_batch_size: int,
-    rank: int,
-    world: int,
-) -> Iterator[Plan]:
-    """This rank's part of every step of an epoch from `first_step` on."""
-    shuffled = ids[order.epoch_order(seed, epoch, len(ids))]
-    num_steps = order.num_steps(len(ids), global_batch_size)
-    for first in range(first_step, num_steps, STEPS_PER_DRAW):
-        steps = range(first, min(first + STEPS_PER_DRAW, num_steps))
-        places = [order.rank_part(step, len(ids), global_batch_size, rank, world) for step in steps]
-        parts = [shuffled[place.start : place.stop] for place in places]
-        drawn = augmentation.draw(seed, epoch, np.concatenate(parts))
-        ends = np.cumsum([len(part) for part in parts])[:-1]
-        augments = map(order.Augment, *(np.split(values, ends) for values in drawn))
-        for place, part, augment in zip(places, parts, augments, strict=True):
-            yield Plan(part, augment, len(part) if place.counts else 0, place.size)
-
-
-def eval_plans(ids: np.ndarray, batch_size: int, rank: int, world: int) -> Iterator[Plan]:
-    """Every id exactly once over all ranks: a fixed grid of batches, of which a rank takes a contiguous run.
-
-    The grid does not depend on the world size, so neither does any floating-point result.
-    """
-    num_batches = order.num_steps(len(ids), batch_size)
-    for b in range(rank * num_batches // world, (rank + 1) * num_batches // world):
-        part = ids[b * batch_size : (b + 1) * batch_size]
-        yield Plan(part, None, len(part), len(part))

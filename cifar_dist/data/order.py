@@ -4,6 +4,7 @@ All draws come from one counter-based generator, the SplitMix64 finalizer (Steel
 pseudorandom number generators", 2014) over the key, so they depend on no state, no thread and no NumPy version.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP, CROP, CUTOUT = range(8)  # what a draw is for: one stream each
 LEAST_PER_RANK = 2  # images of a step: BatchNorm over a single one has no variance
+STEPS_PER_DRAW = 32  # of augmentation: to draw for one step costs hardly less
 CHUNK = 1 << 16  # keys drawn at a time, which take a handful of temporary arrays
 
 
@@ -155,3 +157,62 @@ def train_validation_ids(
         chosen = np.lexsort((keys[by_class], rank_in_class))[:train_images]
         train = np.sort(train[by_class][chosen])
     return train, validation
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What the model wants: float32 [n, 3, image_size, image_size], in `input_range`, NHWC in memory or not.
+
+    With `crop` images are shifted by the crop's corner; a `cutout_size` above 0 cuts a square of so many pixels out.
+    """
+
+    image_size: int
+    input_range: str
+    channels_last: bool
+    crop: bool = False
+    cutout_size: int = 0
+
+
+class Plan(NamedTuple):
+    """One batch before it is read: row ids, what happens to each image, how many of the ids count, and the global
+    batch's size."""
+
+    ids: np.ndarray
+    augment: Augment | None
+    num_counted: int
+    global_size: int
+
+
+def train_plans(
+    ids: np.ndarray,
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    first_step: int,
+    global_batch_size: int,
+    rank: int,
+    world: int,
+) -> Iterator[Plan]:
+    """This rank's part of every step of an epoch from `first_step` on."""
+    shuffled = ids[epoch_order(seed, epoch, len(ids))]
+    last = num_steps(len(ids), global_batch_size)
+    for first in range(first_step, last, STEPS_PER_DRAW):
+        steps = range(first, min(first + STEPS_PER_DRAW, last))
+        places = [rank_part(step, len(ids), global_batch_size, rank, world) for step in steps]
+        parts = [shuffled[place.start : place.stop] for place in places]
+        drawn = augmentation.draw(seed, epoch, np.concatenate(parts))
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        augments = map(Augment, *(np.split(values, ends) for values in drawn))
+        for place, part, augment in zip(places, parts, augments, strict=True):
+            yield Plan(part, augment, len(part) if place.counts else 0, place.size)
+
+
+def eval_plans(ids: np.ndarray, batch_size: int, rank: int, world: int) -> Iterator[Plan]:
+    """Every id exactly once over all ranks: a fixed grid of batches, of which a rank takes a contiguous run.
+
+    The grid does not depend on the world size, so neither does any floating-point result.
+    """
+    num_batches = num_steps(len(ids), batch_size)
+    for b in range(rank * num_batches // world, (rank + 1) * num_batches // world):
+        part = ids[b * batch_size : (b + 1) * batch_size]
+        yield Plan(part, None, len(part), len(part))

@@ -9,8 +9,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from cifar_dist.data.check import decode_pipeline, decoder
-from cifar_dist.data.order import Augment, no_augment
-from cifar_dist.data.spec import ImageSpec
+from cifar_dist.data.order import Augment, ImageSpec, no_augment
 
 # Input range -> (mean, standard deviation) on the 0 to 255 scale of decoded pixels.
 NORMALIZATION = {"0..1": (0.0, 255.0), "-1..1": (127.5, 127.5), "0..255": (0.0, 1.0)}

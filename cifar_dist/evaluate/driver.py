@@ -13,13 +13,16 @@ import ray
 from tqdm import tqdm
 
 from cifar_dist.config import Config
-from cifar_dist.data.store import Manifest, Staging, read_manifest, stage
+from cifar_dist.data.manifest import Manifest, read_manifest
+from cifar_dist.data.staged import Staging, stage
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.outputs import predictions_name
 from cifar_dist.evaluate.scores import Counts
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, check_checkpoint, evaluate_shard, ids_of, stored_split
-from cifar_dist.storage import Folder, absolute_uri
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
+from cifar_dist.run.checkpoint import Checkpoint
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.storage import Folder
+from cifar_dist.uris import absolute_uri
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, from_json, join_uri
+from cifar_dist.sealed_json import from_json
+from cifar_dist.storage import Folder
+from cifar_dist.uris import join_uri
 
 TITLE = "<title>cifar_dist report</title>"
 REPORT_KEYS = {"format_version", "data", "deck", "runs"}

@@ -11,16 +11,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cifar_dist.config import Config
-from cifar_dist.data.sources import encode_png
-from cifar_dist.data.store import Manifest, StagedSplit, Staging, read_manifest, stage
+from cifar_dist.data.manifest import Manifest, read_manifest
+from cifar_dist.data.sources.picture import encode_png
+from cifar_dist.data.staged import StagedSplit, Staging, stage
 from cifar_dist.deck import DECK, choices, differences
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import plots
 from cifar_dist.evaluate.driver import Evaluation
 from cifar_dist.evaluate.scores import scores
-from cifar_dist.storage import Folder, absolute_uri, join_uri, to_json
-from cifar_dist.train.log import LOG, read_lines
-from cifar_dist.train.setup import weights_notice
+from cifar_dist.run.log import LOG, read_lines
+from cifar_dist.run.network import weights_notice
+from cifar_dist.sealed_json import to_json
+from cifar_dist.storage import Folder
+from cifar_dist.uris import absolute_uri, join_uri
 
 CIFAR10_COUNTS, CIFAR10_SIDE = {"train": 5000, "test": 1000}, 32  # images per class, pixels a side
 # The mean pixel of each class of CIFAR-10's test split, 0 to 255: red, green, blue of the upper, then the lower half.

@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Loader, eval_plans
-from cifar_dist.data.store import Manifest, Staging, read_manifest
+from cifar_dist.data.loader import Loader
+from cifar_dist.data.manifest import Manifest, read_manifest
+from cifar_dist.data.order import eval_plans
+from cifar_dist.data.staged import Staging
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.scores import Counts, count
 from cifar_dist.models.frozen import inference_copy
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
-from cifar_dist.train.setup import build_model, image_spec, split_ids
+from cifar_dist.run.checkpoint import Checkpoint
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.network import build_model, image_spec, split_ids
 
 BATCH = 100
 TOP_K = 5

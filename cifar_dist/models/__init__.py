@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from cifar_dist.models.batchnorm import KerasBatchNorm
 from cifar_dist.models.fan import Fan
+from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.models.resnet50v2 import ResNet50V2
 from cifar_dist.versions import MODEL_VERSIONS
 

@@ -3,9 +3,7 @@
 import torch
 from torch import nn
 
-from cifar_dist.models.batchnorm import KerasBatchNorm
-from cifar_dist.models.dropout import Dropout
-from cifar_dist.models.layers import Flatten
+from cifar_dist.models.layers import Dropout, Flatten, KerasBatchNorm
 
 CONV_CHANNELS = (32, 64, 128, 128, 256, 256, 512)
 DENSE_UNITS = (512, 128)

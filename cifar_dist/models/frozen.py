@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar_dist.models.batchnorm import KerasBatchNorm
+from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.models.resnet50v2 import Block, ResNet50V2, ResNet50V2Base
 
 # Images that go through the base together on a CPU: their activations stay in its caches, and in memory that the C

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from cifar_dist.errors import UserError
-from cifar_dist.models.batchnorm import KerasBatchNorm
 from cifar_dist.models.hdf5 import check_file, check_heaps
+from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.models.resnet50v2 import STACKS, ResNet50V2, ResNet50V2Base
 
 # ResNet50V2's ImageNet weights without the top; address and checksum as in keras.applications (Keras 3.15).

@@ -4,9 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cifar_dist.models.batchnorm import KerasBatchNorm
-from cifar_dist.models.dropout import Dropout
-from cifar_dist.models.layers import GlobalAveragePooling
+from cifar_dist.models.layers import Dropout, GlobalAveragePooling, KerasBatchNorm
 
 STACKS = ((64, 3, 2), (128, 4, 2), (256, 6, 2), (512, 3, 1))  # width, blocks, stride of the last block
 BASE_EPSILON = 1.001e-5  # keras.applications' own

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Batch, Loader, Plan
-from cifar_dist.data.order import Augment
+from cifar_dist.data.loader import Batch, Loader
+from cifar_dist.data.manifest import Manifest
+from cifar_dist.data.order import Augment, Plan
 from cifar_dist.data.private import keep_own, one_at_a_time
-from cifar_dist.data.store import Manifest, staging_area
+from cifar_dist.data.staged import staging_area
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import FrozenBase
 

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -16,11 +15,10 @@ from torch.optim.swa_utils import AveragedModel
 from cifar_dist.config import Config
 from cifar_dist.data import order
 from cifar_dist.data.loader import Batch
-from cifar_dist.models import KerasBatchNorm
-from cifar_dist.train.checkpoint import Cursor
+from cifar_dist.run.checkpoint import Cursor
+from cifar_dist.run.network import Precision
 from cifar_dist.train.communication import Communication
 from cifar_dist.train.optim import Muon, set_step
-from cifar_dist.train.precision import Precision
 
 
 class Clock:
@@ -184,72 +182,3 @@ def sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(summed)
     return summed
-
-
-def trained_batchnorms(model: nn.Module) -> list[KerasBatchNorm]:
-    return [m for m in model.modules() if isinstance(m, KerasBatchNorm) and m.weight.requires_grad]
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    num_batches: int,
-    precision: Precision,
-    features: Callable[[Batch], torch.Tensor] = images_of,
-) -> None:
-    """The moving statistics of trained BatchNorms become the mean over batches, the rest being in inference mode.
-
-    At Keras's momentum of 0.99 they lag hundreds of steps behind the weights. Every rank sees its own part.
-    """
-    layers, was_training = trained_batchnorms(model), model.training
-    momenta = [layer.momentum for layer in layers]
-    model.eval()
-    for i, batch in enumerate(islice(batches, num_batches)):
-        for layer in layers:
-            layer.train()
-            layer.momentum = i / (i + 1)
-        with precision.autocast():
-            model(features(batch))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    model.train(was_training)
-    average_batchnorm_over_ranks(model)
-
-
-def statistics_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The moving statistics of trained BatchNorms, by their names in the state dict: what each rank has of its own."""
-    trained = set(trained_batchnorms(model))
-    places = [(name, module) for name, module in model.named_modules() if module in trained]
-    return {f"{name}.{key}": buffer for name, module in places for key, buffer in module.named_buffers()}
-
-
-def gather_statistics(model: nn.Module) -> torch.Tensor:
-    """Float32 [world, n]: every rank's moving statistics, each flattened to a row."""
-    buffers = [buffer.flatten() for buffer in statistics_of(model).values()]
-    row = torch.cat(buffers) if buffers else torch.zeros(0)
-    if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
-        return row[None]
-    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, row)
-    return torch.stack(rows)
-
-
-def split_statistics(model: nn.Module, row: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The row [n] by name, in the buffers' shapes."""
-    buffers = statistics_of(model)
-    parts = row.split([buffer.numel() for buffer in buffers.values()])
-    return {name: part.view_as(buffers[name]).clone() for name, part in zip(buffers, parts, strict=True)}
-
-
-@torch.no_grad()
-def set_statistics(model: nn.Module, row: torch.Tensor) -> None:
-    """Makes the row [n] this rank's moving statistics."""
-    values = split_statistics(model, row)
-    for name, buffer in statistics_of(model).items():
-        buffer.copy_(values[name])
-
-
-def average_batchnorm_over_ranks(model: nn.Module) -> None:
-    """Each rank saw its own part of every batch: the moving statistics of trained BatchNorms become the ranks' mean."""
-    set_statistics(model, gather_statistics(model).mean(0))

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from cifar_dist.run.checkpoint import Cursor, Mark, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.log import RunLog, Taken
+from cifar_dist.run.ownership import Attempts
 from cifar_dist.storage import Folder
-from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoints, Cursor, Mark, State
-from cifar_dist.train.log import RunLog, Taken
 
 
 def copied(tree: Any, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:

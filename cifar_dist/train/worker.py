@@ -5,7 +5,7 @@ import gzip
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +18,16 @@ from torch.nn.utils import get_total_norm
 
 from cifar_dist.cpus import num_cpus
 from cifar_dist.data import order
-from cifar_dist.data.loader import Batch, Loader, eval_plans, train_plans
-from cifar_dist.data.store import Staging, read_manifest
+from cifar_dist.data.loader import Batch, Loader
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.data.order import eval_plans, train_plans
+from cifar_dist.data.staged import Staging
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import Head, split_frozen
-from cifar_dist.storage import Folder
-from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, Mark, State
-from cifar_dist.train.communication import parallel
-from cifar_dist.train.features import Features, open_cache
-from cifar_dist.train.loop import (
-    Clock,
-    TrainState,
-    average_batchnorm_over_ranks,
-    gather_statistics,
-    recalibrate_batchnorm,
-    set_statistics,
-    split_statistics,
-    sum_over_ranks,
-    train_epoch,
-    validate,
-)
-from cifar_dist.train.metrics import (
-    average_warning,
-    batch_warning,
-    bottleneck_verdict,
-    chance_warning,
-    length_warning,
-    validation_lags,
-    validation_warning,
-)
-from cifar_dist.train.optim import average_of, make_optimizers, schedule_factor
-from cifar_dist.train.plan import Job
-from cifar_dist.train.precision import Precision
-from cifar_dist.train.progress import StartUp
-from cifar_dist.train.readiness import Readiness
-from cifar_dist.train.saver import Saver
-from cifar_dist.train.setup import (
+from cifar_dist.run.checkpoint import Checkpoint, Cursor, Mark, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.network import (
+    Precision,
     augmentation,
     build_model,
     expected_of,
@@ -63,7 +36,31 @@ from cifar_dist.train.setup import (
     split_ids,
     weights_notice,
 )
-from cifar_dist.train.trainer import a_node_is_leaving
+from cifar_dist.run.ownership import Attempts
+from cifar_dist.storage import Folder
+from cifar_dist.train.communication import parallel
+from cifar_dist.train.diagnosis import (
+    average_warning,
+    batch_warning,
+    bottleneck_verdict,
+    chance_warning,
+    length_warning,
+    validation_lags,
+    validation_warning,
+)
+from cifar_dist.train.features import Features, open_cache
+from cifar_dist.train.job import Job, StartUp
+from cifar_dist.train.loop import Clock, TrainState, sum_over_ranks, train_epoch, validate
+from cifar_dist.train.moving_statistics import (
+    average_batchnorm_over_ranks,
+    gather_statistics,
+    recalibrate_batchnorm,
+    set_statistics,
+    split_statistics,
+)
+from cifar_dist.train.optim import average_of, make_optimizers, schedule_factor
+from cifar_dist.train.readiness import Readiness
+from cifar_dist.train.saver import Saver
 
 EVAL_BATCH = 100
 DIAGNOSIS_BATCHES = 20  # of training images, when validation lags behind training
@@ -76,10 +73,10 @@ class Stop(Exception):
     """Training ends here, because the job was asked to."""
 
 
-def train_worker(job: Job) -> None:
+def train_worker(job: Job, a_node_is_leaving: Callable[[], bool] = lambda: False) -> None:
     """Trains as one rank of a run.
 
-    A UserError on any rank ends the run: the controller stops all ranks (launch.StopOnUserError). Any other error, or
+    A UserError on any rank ends the run: the controller stops all ranks (launch/failures.py). Any other error, or
     the death of a worker, makes Ray Train start the group again, which resumes from the newest checkpoint.
     """
     device = ray.train.torch.get_device()
@@ -87,7 +84,7 @@ def train_worker(job: Job) -> None:
         torch.cuda.set_device(device)  # NCCL's object collectives use the current device
     readiness = Readiness(job.limit_seconds)
     with readiness.together():  # staging may take some ranks minutes
-        worker = Worker(job, device)
+        worker = Worker(job, device, a_node_is_leaving)
         found = worker.newest()
     worker.resume(found)
     with readiness.together():
@@ -101,7 +98,8 @@ class Worker:
     profiler: torch.profiler.profile | None = None  # on rank 0
     start_up: StartUp | None = None  # on rank 0, in the first attempt
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: Job, device: torch.device, a_node_is_leaving: Callable[[], bool]) -> None:
+        self.a_node_is_leaving = a_node_is_leaving
         self.job, self.attempt, config = job, job.attempt, job.config
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
@@ -467,7 +465,7 @@ class Worker:
         seconds_per_step = max((now - self.agreed_at) / self.agreed_steps, 1e-6)
         agreed = torch.zeros(3, dtype=torch.int64, device=self.state.device)
         if self.saver:
-            waited, is_leaving = now - self.saver.saved_at, a_node_is_leaving()
+            waited, is_leaving = now - self.saver.saved_at, self.a_node_is_leaving()
             first, self.noticed = is_leaving and not self.noticed, is_leaving
             due = waited >= config.checkpoint_every_seconds > 0 or (self.noticed and waited >= NOTICE_SECONDS)
             if first:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cifar_dist.train.checkpoint import Checkpoints
+from cifar_dist.run.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 # resnet50v2 with a frozen base is the lighter of the two networks to train and to store.

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from job_process import assert_same_run, run_job, train_args
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Loader, eval_plans
-from cifar_dist.data.store import read_manifest
+from cifar_dist.data.loader import Loader
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.data.order import eval_plans
 from cifar_dist.evaluate.shard import Shard, evaluate_shard, ids_of, stored_split
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, State
-from cifar_dist.train.setup import build_model, image_spec
+from cifar_dist.run.checkpoint import Checkpoint, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.network import build_model, image_spec
 
 DECAY, NUM_STEPS = 0.9, 4  # two epochs of two steps
 

@@ -20,7 +20,7 @@ def test_it_reads_the_phases_that_the_job_prints(monkeypatch: pytest.MonkeyPatch
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from scaling import phases_in
 
-    from cifar_dist.train.progress import StartUp
+    from cifar_dist.train.job import StartUp
 
     start_up = StartUp()
     start_up.end("worker imports")

@@ -17,9 +17,9 @@ from ray_cluster import Nodes
 
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import driver, shard
+from cifar_dist.launch.cluster import connect
+from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.storage import Folder
-from cifar_dist.train.checkpoint import Checkpoints
-from cifar_dist.train.cluster import connect
 
 
 def integers(report: Path) -> dict:

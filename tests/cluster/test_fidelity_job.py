@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cifar_dist import models
 from cifar_dist.data import sources, store
 from cifar_dist.models.keras_weights import base_layers, tensors_of
-from cifar_dist.train.checkpoint import Checkpoints
+from cifar_dist.run.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hosts import Hosts
 from job_process import SMALL, read_metrics, wait_until
 from test_recovery import assert_every_sample_once
 
-from cifar_dist.train.checkpoint import Checkpoints
+from cifar_dist.run.checkpoints import Checkpoints
 
 WORKERS = ("w1", "w2")
 

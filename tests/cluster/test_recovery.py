@@ -20,9 +20,10 @@ from ray_cluster import Nodes, raylet_pid
 
 from cifar_dist.config import Config
 from cifar_dist.data import order
-from cifar_dist.data.store import stage
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints
-from cifar_dist.train.setup import augmentation, split_ids
+from cifar_dist.data.staged import stage
+from cifar_dist.run.checkpoint import Checkpoint
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.network import augmentation, split_ids
 
 NUM_NODES = 3  # of the shared cluster
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from job_process import Job, train_args, wait_until
 
-from cifar_dist.train.checkpoint import Checkpoints
+from cifar_dist.run.checkpoints import Checkpoints
 
 LONG = ("--epochs", "1000", "--checkpoint-every-steps", "0", "--checkpoint-every-seconds", "0")
 GO_ON = "run the same command to go on from what is stored"

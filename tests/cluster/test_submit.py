@@ -11,7 +11,7 @@ import pytest
 from head_node import HeadNode
 from job_process import ROOT, SMALL, read_metrics, wait_until
 
-from cifar_dist.train.checkpoint import Checkpoints
+from cifar_dist.run.checkpoints import Checkpoints
 
 TRAIN = ("python", "jobs/train.py", *SMALL, "--checkpoint-every-steps", "1")
 

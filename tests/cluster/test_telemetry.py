@@ -10,7 +10,7 @@ from pathlib import Path
 from job_process import Job, read_metrics, train_args, wait_until
 from ray_cluster import Nodes
 
-from cifar_dist.train.telemetry import GAUGES
+from cifar_dist.launch.progress import GAUGES
 
 
 def scrape(nodes: Nodes) -> dict[str, float]:

@@ -10,11 +10,13 @@ import ray
 from job_process import Job, read_metrics, run_job, train_args, wait_until
 from safetensors.torch import load_file
 
+from cifar_dist.config import Launch
 from cifar_dist.data import sources, store
 from cifar_dist.errors import UserError
+from cifar_dist.launch import plan
 from cifar_dist.recipes import recipe_config
-from cifar_dist.train import plan
-from cifar_dist.train.checkpoint import Checkpoints, Cursor
+from cifar_dist.run.checkpoint import Cursor
+from cifar_dist.run.checkpoints import Checkpoints
 
 # 40 images in batches of 10, four epochs; 18 of the 60 images validate.
 NUM_STEPS = 16
@@ -115,7 +117,7 @@ def test_what_cannot_work_is_said_before_a_cluster_is_started(
 ) -> None:
     given = {"data_uri": tiny_uri, "storage_uri": str(tmp_path), "name": "run", "num_workers": 2, **where}
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        plan.make_plan(recipe_config("quickstart_fan", **settings), plan.Launch(**given))
+        plan.make_plan(recipe_config("quickstart_fan", **settings), Launch(**given))
     assert "secret" not in str(error.value)
     assert not ray.is_initialized()
     assert not list(tmp_path.iterdir())
@@ -126,6 +128,6 @@ def test_a_data_set_that_cannot_be_split_is_named(tmp_path: Path) -> None:
     images = [sources.Item(f"{i}.png", i, partial(sources.draw_shape, i, (i,))) for i in range(3)]
     source = sources.Source("folder", ["a", "b", "c"], {"train": images, "test": images})
     store.prepare(source, str(tmp_path / "data"))
-    where = plan.Launch(str(tmp_path / "data"), str(tmp_path), "run", 1)
+    where = Launch(str(tmp_path / "data"), str(tmp_path), "run", 1)
     with pytest.raises(UserError, match="2 train images that a validation split needs"):
         plan.make_plan(recipe_config("quickstart_fan"), where)

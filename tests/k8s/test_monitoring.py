@@ -13,7 +13,7 @@ import pytest
 from manifests import ROOT, Documents, Rendered, faults, render, schema_faults
 from test_manifests import examples, needs_crds, with_component
 
-from cifar_dist.train.telemetry import GAUGES
+from cifar_dist.launch.progress import GAUGES
 
 OURS = {f"ray_cifar_dist_{name}" for name in GAUGES}
 OF_RAY = {"ray_node_cpu_utilization", "ray_node_mem_used", "ray_node_gpus_utilization"}

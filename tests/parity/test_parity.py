@@ -19,9 +19,8 @@ from keras_run import ROOT, run_keras_or_skip
 from structure import keras_lines, our_lines
 
 from cifar_dist import models
-from cifar_dist.data.order import Augment, flips, no_augment
+from cifar_dist.data.order import Augment, ImageSpec, flips, no_augment
 from cifar_dist.data.pipeline import ImagePipeline
-from cifar_dist.data.spec import ImageSpec
 from cifar_dist.deck import DECK
 from cifar_dist.errors import UserError
 from cifar_dist.models.keras_weights import load_keras_weights

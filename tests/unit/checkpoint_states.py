@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from cifar_dist.storage import seal
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, Mark, State
+from cifar_dist.run.checkpoint import Checkpoint, Cursor, Mark, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.sealed_json import seal
 
 EXPECT = {"model": "fan", "num_classes": 10, "manifest_sha256": "abc"}
 

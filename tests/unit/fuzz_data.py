@@ -14,9 +14,11 @@ from fuzzing import Group, Refused, outcome, require, tree
 from mutations import change_bytes, change_file, change_json, change_parquet, change_values, put_json, sha256
 
 from cifar_dist.data import sources, store
-from cifar_dist.data.loader import Loader, eval_plans
-from cifar_dist.data.spec import ImageSpec
-from cifar_dist.storage import to_json
+from cifar_dist.data.loader import Loader
+from cifar_dist.data.manifest import MANIFEST, read_manifest
+from cifar_dist.data.order import ImageSpec, eval_plans
+from cifar_dist.data.staged import STAGED, Staging, stage
+from cifar_dist.sealed_json import to_json
 from cifar_dist.train.features import FeatureCache
 
 SPLITS = ("train", "test")
@@ -39,15 +41,15 @@ class Data(Group):
         self.source = sources.shapes(20, 20)
         store.prepare(self.source, str(self.original / "data"))
         (self.original / "data" / "notes.txt").write_text("mine")
-        self.prepared = store.read_manifest(str(self.original / "data"))
+        self.prepared = read_manifest(str(self.original / "data"))
         self.wanted = self.read(self.original / "data", self.original / "staged", "first")
         self.images = self.load(self.original / "data", self.original / "staged", "first", "decoded")
 
     def read(self, data: Path, staging_folder: Path, job: str) -> dict[str, Any]:
         """All that is told of a data set: the manifest's words, and each split's rows."""
-        manifest = store.read_manifest(str(data))
-        staging = store.Staging(job, limit_seconds=1.0)
-        staged = {s: store.stage(str(data), s, staging_folder, manifest, staging) for s in SPLITS}
+        manifest = read_manifest(str(data))
+        staging = Staging(job, limit_seconds=1.0)
+        staged = {s: stage(str(data), s, staging_folder, manifest, staging) for s in SPLITS}
         rows = {
             s: [(bytes(split.encoded(i)), split.path(i), int(split.labels[i])) for i in range(len(split))]
             for s, split in staged.items()
@@ -63,8 +65,8 @@ class Data(Group):
 
     def load(self, data: Path, staging_folder: Path, job: str, cache: str) -> np.ndarray:
         """The test split as it is trained on."""
-        manifest = store.read_manifest(str(data))
-        spec, staging = ImageSpec(32, "0..1", False, False, 0), store.Staging(job, limit_seconds=1.0)
+        manifest = read_manifest(str(data))
+        spec, staging = ImageSpec(32, "0..1", False, False, 0), Staging(job, limit_seconds=1.0)
         where = (
             str(data),
             manifest,
@@ -95,7 +97,7 @@ class Data(Group):
 
     def manifest_of(self, random: Random, copy: Path) -> None:
         """Damages the manifest of the copy."""
-        path = copy / "data" / store.MANIFEST
+        path = copy / "data" / MANIFEST
         kind = random.choice(["json"] * 6 + ["resealed"] * 6 + ["swap", "file"])
         if kind == "file":
             self.said = change_file(random, path, self.outside / "outside.txt")
@@ -145,7 +147,7 @@ class Data(Group):
                     if (data / file["name"]).is_file():
                         content = (data / file["name"]).read_bytes()
                         file |= {"sha256": sha256(content), "num_bytes": len(content)}
-            put_json(data / store.MANIFEST, values)
+            put_json(data / MANIFEST, values)
             self.said += ", sealed again"
 
     def files(self, random: Random, copy: Path) -> None:
@@ -175,7 +177,7 @@ class Data(Group):
     def loader(self, random: Random, copy: Path) -> None:
         """The pixels that a network is given."""
         if random.random() < 0.5:
-            path = copy / "data" / store.MANIFEST
+            path = copy / "data" / MANIFEST
             values = json.loads(path.read_bytes())
             if random.random() < 0.3:
                 values["splits"]["test"], self.said = change_values(random, values["splits"]["test"])
@@ -201,10 +203,10 @@ class Data(Group):
         if isinstance(found, Refused):
             require(after == before, "refused and changed")
         else:
-            wanted, manifest = tree(self.original / "data"), store.MANIFEST
+            wanted, manifest = tree(self.original / "data"), MANIFEST
             require(found[0] == self.prepared, "prepared to something else")
             require({**after, manifest: 0} == {**wanted, manifest: 0}, "other files than it says")
-            require(store.read_manifest(str(copy / "data")) == self.prepared, "another manifest than it says")
+            require(read_manifest(str(copy / "data")) == self.prepared, "another manifest than it says")
 
     def features(self, random: Random, copy: Path) -> None:
         folder = copy / "staged"
@@ -238,7 +240,7 @@ def forged_arrow(random: Random, content: bytes) -> tuple[bytes, str]:
     batch = batches[at]
     columns = {name: batch[name] for name in batch.schema.names}
     n = len(batch)
-    if batch.schema != store.STAGED or random.random() < 0.2:  # forged before
+    if batch.schema != STAGED or random.random() < 0.2:  # forged before
         return change_bytes(random, content)
     name, width = random.choice([("bytes", np.int64), ("path", np.int32)])
     _, offsets, data = columns[name].buffers()
@@ -265,7 +267,7 @@ def forged_arrow(random: Random, content: bytes) -> tuple[bytes, str]:
     if kind not in ("order", "rows"):
         batches[at] = pa.record_batch(columns)
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, batches[0].schema if batches else store.STAGED) as writer:
+    with pa.ipc.new_file(sink, batches[0].schema if batches else STAGED) as writer:
         for batch in batches:
             writer.write_batch(batch)
     return sink.getvalue().to_pybytes(), f"forged {kind} in batch {at}"

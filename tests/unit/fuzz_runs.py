@@ -26,19 +26,21 @@ from mutations import (
     sha256,
 )
 
-from cifar_dist.config import Config
+from cifar_dist.config import Config, Launch
 from cifar_dist.data import sources, store
 from cifar_dist.evaluate import plots
 from cifar_dist.evaluate.driver import Evaluation, choose
 from cifar_dist.evaluate.report import lines_of, run_report
 from cifar_dist.evaluate.scores import Counts
+from cifar_dist.launch.plan import explain_resume, make_plan
 from cifar_dist.recipes import recipe_config
-from cifar_dist.storage import Folder, to_json
-from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
-from cifar_dist.train.log import LOG, RunLog, read_lines
-from cifar_dist.train.plan import Launch, explain_resume, make_plan
-from cifar_dist.train.setup import expected_of
+from cifar_dist.run.checkpoint import Checkpoint, Cursor, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.log import LOG, RunLog, read_lines
+from cifar_dist.run.network import expected_of
+from cifar_dist.run.ownership import Attempts
+from cifar_dist.sealed_json import to_json
+from cifar_dist.storage import Folder
 
 FILES = ("meta.json", "model.safetensors", "average.safetensors", "ranks.safetensors", "optimizer.pt")
 RATES = {"seconds": 2.0, "images_per_second": 10.0, "data_wait_share": 0.1, "learning_rate": 1e-3}

@@ -21,10 +21,11 @@ import torch
 from checkpoint_states import EXPECT, meta_of, optimizer_state, same, state, without_log
 
 import cifar_dist
+from cifar_dist.run.checkpoint import Cursor, Mark
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.log import LOG, read_lines
+from cifar_dist.run.ownership import Attempts
 from cifar_dist.storage import Folder
-from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoints, Cursor, Mark
-from cifar_dist.train.log import LOG, read_lines
 from cifar_dist.train.saver import Saver
 from cifar_dist.versions import package_versions
 

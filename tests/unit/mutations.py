@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cifar_dist.storage import seal
+from cifar_dist.sealed_json import seal
 
 BOUNDS = [0, 1, -1, 2, 127, 255, 256, 65535, 2**31 - 1, -(2**31), 2**32 - 1, 2**62, 2**63 - 1, -(2**63)]
 NAMES = ["", ".", "..", "../outside.txt", "/etc/passwd", "a/../outside.txt", "a\0b", "a\nb", "\ud800", "n" * 300]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from cifar_dist.errors import UserError
+from cifar_dist.run.ownership import Attempts
 from cifar_dist.storage import Folder
-from cifar_dist.train.attempt import Attempts
 
 A, B, C = "aaaaaaaa", "bbbbbbbb", "cccccccc"
 
@@ -83,7 +83,7 @@ def test_the_refusal_names_the_process_that_took_over(tmp_path):
     old = Attempts(run, B)
     number = old.claim(takeover=True)
     script = (
-        "import os, sys; from cifar_dist.storage import Folder; from cifar_dist.train.attempt import Attempts; "
+        "import os, sys; from cifar_dist.storage import Folder; from cifar_dist.run.ownership import Attempts; "
         "print(os.getpid(), Attempts(Folder(sys.argv[1]), sys.argv[2]).claim(takeover=True))"
     )
     done = subprocess.run([sys.executable, "-c", script, run.uri, A], capture_output=True, text=True, check=True)

@@ -32,11 +32,14 @@ import torch
 from PIL import Image
 
 from cifar_dist import models
-from cifar_dist.data import sources, store
+from cifar_dist.config import Launch
+from cifar_dist.data import sources, staged, store
 from cifar_dist.environment import prepare_environment
+from cifar_dist.launch import plan
 from cifar_dist.recipes import recipe_config
-from cifar_dist.storage import seal, to_json
-from cifar_dist.train.checkpoint import Checkpoints, Cursor, State
+from cifar_dist.run.checkpoint import Cursor, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.sealed_json import seal, to_json
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SECRET = "hunter2secret"  # in an argument: it must not be printed
@@ -62,10 +65,10 @@ def encoded(color: int, encoding: str = "PNG") -> bytes:
 
 def write_runs(folder: Path) -> None:
     """runs/first as a job leaves it in its second epoch, runs/empty as one does before its first checkpoint."""
-    from cifar_dist.train import plan, setup
+    from cifar_dist.run import network
 
     config, data = recipe_config("quickstart_fan"), str(folder / "data")
-    planned = plan.make_plan(config, plan.Launch(data, str(folder / "runs"), "first", recipe="quickstart_fan"))
+    planned = plan.make_plan(config, Launch(data, str(folder / "runs"), "first", recipe="quickstart_fan"))
     for name in ("first", "empty"):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "config.json").write_bytes(to_json(seal(planned.card)))
@@ -74,7 +77,7 @@ def write_runs(folder: Path) -> None:
         # The driver looks at no weights but for their checksums: a small tensor keeps the copies small.
         state = State({"weight": torch.full((4, 3), float(global_step))}, None, {}, optimizer)
         meta = {
-            **setup.expected_of(config, planned.manifest),
+            **network.expected_of(config, planned.manifest),
             "global_step": global_step,
             "metrics": None if cursor.step else {"validation_accuracy": 0.5, "validation_loss": 1.0},
             "totals": [0.0, 0.0, 0.0],
@@ -194,7 +197,7 @@ def resealed_train(change: Callable[[pa.Table], pa.Table] | bytes) -> Damage:
         content = path.read_bytes()
         words = {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
         with contextlib.suppress(pa.ArrowException, KeyError, ValueError, AttributeError):  # not of images and labels
-            words["rows_sha256"] = store.rows_sha256(store.staged_batches(pq.read_table(path).to_batches()))
+            words["rows_sha256"] = staged.rows_sha256(staged.staged_batches(pq.read_table(path).to_batches()))
         resealed(lambda values: values["splits"]["train"]["files"][0].update(words))(stored)
 
     return act
@@ -749,11 +752,11 @@ def cluster() -> Iterator[None]:
     """Ray with 2 CPUs; a job finds this process connected to it."""
     import ray
 
-    from cifar_dist.train import launch
+    from cifar_dist.launch.cluster import connect
 
     assert not ray.is_initialized()
     with contextlib.chdir(os.sep):  # Ray's workers start where Ray was started: that folder must stay
-        launch.connect(None, 2)
+        connect(None, 2)
     yield
     ray.shutdown()
 

@@ -19,8 +19,9 @@ import torch
 from checkpoint_states import EXPECT, meta_of, put_meta, same, state, tree, weights, write
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import seal
-from cifar_dist.train.checkpoint import FORMAT_VERSION, Checkpoint, Checkpoints, Cursor, Damaged
+from cifar_dist.run.checkpoint import FORMAT_VERSION, Checkpoint, Cursor, Damaged
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.sealed_json import seal
 from cifar_dist.versions import MODEL_VERSIONS
 
 FILES = ["model.safetensors", "average.safetensors", "ranks.safetensors", "optimizer.pt"]

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from cifar_dist import config
 from cifar_dist import environment as environ
 from cifar_dist.errors import UserError
-from cifar_dist.train import cluster, trainer
+from cifar_dist.launch import cluster, local_cluster, ray_private, trainer
+from cifar_dist.launch.local_cluster import GUARDIAN, LONGEST_SOCKET, SOCKET
 
 SETTINGS_FRAME = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
@@ -123,7 +124,9 @@ def test_a_cluster_that_is_joined_is_left_as_it_is(asked: list[dict], monkeypatc
 def test_auto_is_an_address_of_ray_that_is_tried_first(asked: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray has it from a file, which a cluster that has ended may have left."""
     found = "127.0.0.1:1"
-    monkeypatch.setattr(cluster.services, "canonicalize_bootstrap_address", lambda address: found * (address == "auto"))
+    monkeypatch.setattr(
+        ray._private.services, "canonicalize_bootstrap_address", lambda address: found * (address == "auto")
+    )
     with pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:1: .* refused"):
         cluster.join("auto")
     with server(SETTINGS_FRAME) as port:
@@ -152,7 +155,7 @@ def test_a_cluster_that_refuses_is_one_sentence(
 def test_a_cluster_that_hangs_is_given_up() -> None:
     """ray.init() cannot be interrupted: the process ends."""
     code = (
-        "import time, ray; from cifar_dist.train import cluster; cluster.JOIN_SECONDS = 0.5;"
+        "import time, ray; from cifar_dist.launch import cluster; cluster.JOIN_SECONDS = 0.5;"
         "cluster.uses_tls = lambda: True;"
         "ray.init = lambda **_: time.sleep(60); cluster.join('127.0.0.1:1')"
     )
@@ -245,11 +248,11 @@ def test_ray_is_told_to_stay_on_loopback_and_what_keeps_it_from_starting_is_one_
 
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)  # type: ignore[attr-defined]
-    monkeypatch.setattr(cluster, "start_guardian", lambda _: None)
-    monkeypatch.setattr(cluster, "num_cpus", lambda: 3)
-    monkeypatch.setattr(cluster, "temporary_folder", lambda: "/t")
+    monkeypatch.setattr(local_cluster, "start_guardian", lambda _: None)
+    monkeypatch.setattr(local_cluster, "num_cpus", lambda: 3)
+    monkeypatch.setattr(local_cluster, "temporary_folder", lambda: "/t")
     with pytest.raises(UserError, match=r"Ray did not start on this machine: no room; .* /t/session_latest/logs$"):
-        cluster.start(2)
+        local_cluster.start(2)
     assert (given["address"], given["_node_ip_address"], given["clusters"]) == ("local", "127.0.0.1", False)
     assert (given["_temp_dir"], given["num_cpus"]) == ("/t", 3)
     assert signal.SIGTERM in given["blocked"]
@@ -268,13 +271,13 @@ def place(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Itera
 
     def choose(folder: str) -> Path:
         monkeypatch.setattr(tempfile, "gettempdir", lambda: folder)
-        made.append(Path(cluster.temporary_folder()))
+        made.append(Path(local_cluster.temporary_folder()))
         assert stat.S_IMODE(made[-1].parent.stat().st_mode) == 0o700  # Ray opens its own to all
         return made[-1].parent.parent
 
     yield choose
     for path in made:
-        assert len(f"{path}{cluster.SOCKET}") <= cluster.LONGEST_SOCKET
+        assert len(f"{path}{SOCKET}") <= LONGEST_SOCKET
         with contextlib.suppress(OSError):
             path.parent.rmdir()
 
@@ -313,14 +316,14 @@ def test_without_any_folder_it_is_said(environment: dict[str, str], monkeypatch:
     environment["RAY_TMPDIR"] = "/" + "long" * 20
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"path of at most \d\d plain characters, and /long.* and /dev/shm") as error:
-        cluster.temporary_folder()
+        local_cluster.temporary_folder()
     longest = "/" + "x" * (int(str(error.value).split("at most ")[1].split()[0]) - 1)
     monkeypatch.setattr(os, "access", lambda *_: True)
-    monkeypatch.setattr(cluster, "private_folder", lambda _: None)
+    monkeypatch.setattr(local_cluster, "private_folder", lambda _: None)
     environment["RAY_TMPDIR"] = longest
-    assert cluster.temporary_folder().startswith(longest)
+    assert local_cluster.temporary_folder().startswith(longest)
     environment["RAY_TMPDIR"] = longest + "x"
-    assert cluster.temporary_folder().startswith("/tmp")
+    assert local_cluster.temporary_folder().startswith("/tmp")
 
 
 def test_without_a_temporary_folder_it_is_said(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +333,7 @@ def test_without_a_temporary_folder_it_is_said(environment: dict[str, str], monk
     environment.pop("RAY_TMPDIR", None)
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with pytest.raises(UserError, match="set TMPDIR to one"):
-        cluster.temporary_folder()
+        local_cluster.temporary_folder()
 
 
 # The process that ends a cluster.
@@ -341,7 +344,7 @@ def sleeper(mark: str) -> subprocess.Popen:
 
 
 def start(mark: str, seconds: float = 20, before: str = "") -> subprocess.Popen:
-    command = [sys.executable, "-S", "-E", "-c", before + cluster.GUARDIAN, f"{environ.MARK}={mark}", str(seconds)]
+    command = [sys.executable, "-S", "-E", "-c", before + GUARDIAN, f"{environ.MARK}={mark}", str(seconds)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -390,8 +393,8 @@ def test_the_guardian_gives_up_on_what_it_may_not_end_and_does_not_keep_a_core_b
 
 def test_the_guardian_waits_for_the_end_of_the_process_that_started_it(mark: str) -> None:
     code = (
-        "import os, sys; from cifar_dist.train import cluster; cluster.start_guardian(sys.argv[1]);"
-        "print(cluster.guardians[0].pid, flush=True); sys.stdin.read()"
+        "import os, sys; from cifar_dist.launch import local_cluster; local_cluster.start_guardian(sys.argv[1]);"
+        "print(local_cluster.guardians[0].pid, flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = sleeper(mark)
@@ -441,7 +444,7 @@ class Workers:
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> trainer.LocalBackend:
     monkeypatch.setattr(ray, "get", lambda tasks, **_: tasks)
-    monkeypatch.setattr(trainer, "session_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(ray_private, "session_folder", lambda: str(tmp_path))
     return trainer.LocalBackend()
 
 
@@ -467,7 +470,7 @@ def test_each_start_of_the_workers_has_a_file_of_its_own(backend: trainer.LocalB
 
 
 def test_a_group_by_a_file_opens_no_port_and_keeps_its_time_limit(tmp_path: Path) -> None:
-    trainer.join_group("gloo", str(tmp_path / "group"), 0, 1, 7)
+    trainer.join_group("gloo", str(tmp_path / "group"), 0, world=1, timeout_seconds=7)
     try:
         store = dist.distributed_c10d._get_default_store()
         assert isinstance(store.underlying_store, dist.FileStore)
@@ -477,11 +480,7 @@ def test_a_group_by_a_file_opens_no_port_and_keeps_its_time_limit(tmp_path: Path
 
 
 @pytest.mark.parametrize(("owns", "expected"), [(True, trainer.LocalTorchConfig), (False, trainer.GroupConfig)])
-def test_only_a_cluster_of_ones_own_has_its_workers_meet_in_a_file(
-    owns: bool, expected: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict = {}
-    monkeypatch.setattr(trainer.TorchTrainer, "__init__", lambda _, **settings: given.update(settings))
-    trainer.Trainer(owns_cluster=owns, backend="gloo", limit_seconds=7)
-    assert type(given["torch_config"]) is expected
-    assert (given["torch_config"].backend, given["torch_config"].timeout_s) == ("gloo", 7)
+def test_only_a_cluster_of_ones_own_has_its_workers_meet_in_a_file(owns: bool, expected: type) -> None:
+    config = trainer.torch_config(owns_cluster=owns, backend="gloo", limit_seconds=7)
+    assert type(config) is expected
+    assert (config.backend, config.timeout_s) == ("gloo", 7)

@@ -12,11 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from cifar_dist.config import Config
 from cifar_dist.models.fan import Fan
 from cifar_dist.models.resnet50v2 import ResNet50V2
+from cifar_dist.run.network import Precision
 from cifar_dist.train import communication
 from cifar_dist.train.communication import Communication, FactoredLinear, factor_layers, parallel
+from cifar_dist.train.diagnosis import bottleneck_verdict
 from cifar_dist.train.loop import Clock
-from cifar_dist.train.metrics import bottleneck_verdict
-from cifar_dist.train.precision import Precision
 from cifar_dist.train.worker import Worker
 
 CPU = torch.device("cpu")

@@ -8,9 +8,10 @@ import torch
 
 from cifar_dist import models
 from cifar_dist.config import Config
-from cifar_dist.data import order, store
-from cifar_dist.data.loader import Loader, eval_plans, train_plans
-from cifar_dist.data.spec import ImageSpec
+from cifar_dist.data import order
+from cifar_dist.data.loader import Loader
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.data.order import ImageSpec, eval_plans, train_plans
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import FrozenBase
 from cifar_dist.train.features import FeatureCache, Features, cache_key, expected_bytes, open_cache
@@ -35,7 +36,7 @@ def base():
 def loader(shapes_uri, tmp_path_factory):
     spec = ImageSpec(SIZE, "-1..1", channels_last=True)
     folder = tmp_path_factory.mktemp("staged")
-    manifest = store.read_manifest(shapes_uri)
+    manifest = read_manifest(shapes_uri)
     return Loader(shapes_uri, manifest, "train", spec, torch.device("cpu"), 1, 8, staging_folder=folder)
 
 
@@ -130,7 +131,7 @@ def test_expected_bytes_are_what_the_flips_bring():
 
 def test_the_notice_names_disk_and_memory(shapes_uri, base, tmp_path):
     config = Config().replace(model="resnet50v2", image_size=96, flips="both", features="cached", epochs=3)
-    opened = open_cache(config, store.read_manifest(shapes_uri), base, 200, (180, 20), str(tmp_path))
+    opened = open_cache(config, read_manifest(shapes_uri), base, 200, (180, 20), str(tmp_path))
     most = 200 * 4 * math.ceil(96 / 32) ** 2 * 2048 * 4
     assert f"at most {most / 2**30:.2f} GiB" in opened.notice
     assert "in memory" in opened.notice

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cifar_dist import models
-from cifar_dist.models.dropout import Dropout
 from cifar_dist.models.frozen import FrozenBase, inference_copy, split_frozen
+from cifar_dist.models.layers import Dropout
 
 
 def resnet(finetune=False):

@@ -22,16 +22,19 @@ import torch
 from checkpoint_states import EXPECT, put_meta, tree, write
 from mutations import deep, sha256, torch_file
 
-from cifar_dist.config import Config
-from cifar_dist.data import sources, store
+from cifar_dist.config import Config, Launch
+from cifar_dist.data import sources, staged, store
+from cifar_dist.data.manifest import MANIFEST, read_manifest
+from cifar_dist.data.staged import STAGED
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.report import lines_of
+from cifar_dist.launch.plan import check_stored
 from cifar_dist.models.keras_weights import load_keras_weights
-from cifar_dist.storage import Folder, from_json, seal, to_json
-from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoints
-from cifar_dist.train.log import LOG, read_lines
-from cifar_dist.train.plan import Launch, check_stored
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.log import LOG, read_lines
+from cifar_dist.run.ownership import Attempts
+from cifar_dist.sealed_json import from_json, seal, to_json
+from cifar_dist.storage import Folder
 
 GROUPS = ("data", "sources", "runs", "weights")
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "24")) / len(GROUPS)
@@ -131,7 +134,7 @@ def test_json_that_the_project_writes_is_read_as_it_was():
 @pytest.mark.parametrize("content", [NESTED, ODD_JSON["NaN for null"]], ids=["nested", "NaN"])
 def test_every_reader_of_json_refuses_it(content: bytes, shapes_uri: str, tmp_path: Path):
     (tmp_path / "_manifest.json").write_bytes(content)
-    assert "is damaged" in sentence_of(lambda: store.read_manifest(str(tmp_path)))
+    assert "is damaged" in sentence_of(lambda: read_manifest(str(tmp_path)))
     run = tmp_path / "run"
     name = write(Checkpoints(str(run)), 1).name
     (run / "checkpoints" / name / "meta.json").write_bytes(content)
@@ -159,9 +162,9 @@ def sealed_manifest(folder: Path, change: Callable[[dict], object]) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "ROWS_PER_FILE", 30)
         store.prepare(sources.shapes(60, 30), str(folder))
-    values = json.loads((folder / store.MANIFEST).read_bytes())
+    values = json.loads((folder / MANIFEST).read_bytes())
     change(values)
-    (folder / store.MANIFEST).write_bytes(to_json(seal(values)))
+    (folder / MANIFEST).write_bytes(to_json(seal(values)))
     return folder
 
 
@@ -209,7 +212,7 @@ def test_a_sealed_manifest_that_says_something_else_is_refused(
     change: Callable[[dict], object], tmp_path: Path, staging_folder: Path
 ):
     folder = sealed_manifest(tmp_path / "data", change)
-    line = sentence_of(lambda: store.stage(str(folder), "train", staging_folder))
+    line = sentence_of(lambda: staged.stage(str(folder), "train", staging_folder))
     assert str(folder) in line
     assert "prepare" in line
     assert not list(staging_folder.rglob("*.arrow"))
@@ -221,18 +224,18 @@ def test_a_sealed_manifest_of_other_sizes_is_refused_when_images_are_decoded(
     cache: str, real: int, tmp_path: Path, staging_folder: Path
 ):
     """Sizes decide what is cached and whether images are resized: a network would be given others."""
-    from cifar_dist.data.loader import Loader, eval_plans
-    from cifar_dist.data.spec import ImageSpec
+    from cifar_dist.data.loader import Loader
+    from cifar_dist.data.order import ImageSpec, eval_plans
 
     told = 72 - real
     items = [sources.Item(f"{i}.png", i % 2, lambda: np.zeros((real, real, 3), np.uint8)) for i in range(6)]
     source = sources.Source("grey", ["a", "b"], {"train": items, "test": items})
     store.prepare(source, str(tmp_path / "data"))
-    path = tmp_path / "data" / store.MANIFEST
+    path = tmp_path / "data" / MANIFEST
     values = json.loads(path.read_bytes())
     values["splits"]["train"] |= {"height": [told, told], "width": [told, told]}
     path.write_bytes(to_json(seal(values)))
-    manifest = store.read_manifest(str(tmp_path / "data"))
+    manifest = read_manifest(str(tmp_path / "data"))
     spec = ImageSpec(32, "0..1", False, False, 0)
 
     def read() -> None:
@@ -248,16 +251,14 @@ def test_a_sealed_manifest_of_other_sizes_is_refused_when_images_are_decoded(
 
 
 def test_a_staged_file_with_missing_values_is_copied_again(shapes_uri: str, staging_folder: Path):
-    wanted = store.stage(shapes_uri, "test", staging_folder).labels.copy()
+    wanted = staged.stage(shapes_uri, "test", staging_folder).labels.copy()
     (path,) = staging_folder.rglob("test.arrow")
     reader = pa.ipc.open_file(pa.BufferReader(path.read_bytes()))
     batch = reader.get_batch(0)
-    forged = pa.record_batch(
-        [batch["bytes"], batch["path"], pa.array([None] * len(batch), pa.int64())], schema=store.STAGED
-    )
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, store.STAGED) as writer:
+    forged = pa.record_batch([batch["bytes"], batch["path"], pa.array([None] * len(batch), pa.int64())], schema=STAGED)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, STAGED) as writer:
         writer.write_batch(forged)
-    assert np.array_equal(store.stage(shapes_uri, "test", staging_folder).labels, wanted)
+    assert np.array_equal(staged.stage(shapes_uri, "test", staging_folder).labels, wanted)
 
 
 @pytest.mark.parametrize("target", ["nowhere", "test-00000.parquet"])

@@ -9,9 +9,10 @@ import ray.exceptions
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cifar_dist import stopping
+from cifar_dist.config import Launch
 from cifar_dist.errors import UserError
-from cifar_dist.train import launch
-from cifar_dist.train.plan import Launch
+from cifar_dist.launch import driver, failures
+from cifar_dist.launch.failures import QUICK_SECONDS, StopOnUserError
 
 GO_ON = "run the same command to go on"
 RUN = Launch("data", "storage", "first", num_workers=2, max_failures=3)
@@ -22,32 +23,32 @@ def workers_failed(*errors: Exception) -> WorkerGroupError:
 
 
 def test_workers_that_failed_too_often_are_told_with_the_first_reason():
-    text = launch.why_failed(workers_failed(RuntimeError("line\nthe reason"), RuntimeError("another")), RUN)
+    text = failures.why_failed(workers_failed(RuntimeError("line\nthe reason"), RuntimeError("another")), RUN)
     assert text.startswith("the workers of run first failed more than 3 times: rank 0: the reason; ")
     assert GO_ON in text
     assert "memory" not in text
 
 
 def test_a_machine_without_memory_is_named():
-    text = launch.why_failed(workers_failed(ray.exceptions.OutOfMemoryError("Task was killed")), RUN)
+    text = failures.why_failed(workers_failed(ray.exceptions.OutOfMemoryError("Task was killed")), RUN)
     assert "out of memory: use fewer --workers or a smaller --global-batch-size" in text
 
 
 def test_a_fault_of_the_controller_is_not_the_workers():
-    text = launch.why_failed(ControllerError(RuntimeError("the raylet is gone")), RUN)
+    text = failures.why_failed(ControllerError(RuntimeError("the raylet is gone")), RUN)
     assert text.startswith("Ray could not go on with run first: the raylet is gone; ")
     assert "failed more than" not in text
     assert "same command to go on" in text
 
 
 def test_the_death_of_the_controller_is_said():
-    text = launch.why_failed(ray.exceptions.ActorDiedError(), RUN)
+    text = failures.why_failed(ray.exceptions.ActorDiedError(), RUN)
     assert text.startswith("Ray Train's controller of run first died")
     assert GO_ON in text
 
 
 def test_a_user_error_is_passed_on_as_it_is():
-    assert launch.why_failed(ControllerError(UserError("the loss is not finite")), RUN) == "the loss is not finite"
+    assert failures.why_failed(ControllerError(UserError("the loss is not finite")), RUN) == "the loss is not finite"
 
 
 class Clock:
@@ -67,12 +68,12 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(launch, "time", clock)
-    monkeypatch.setattr(launch, "look_for_nodes", lambda: None)
+    monkeypatch.setattr(failures, "time", clock)
+    monkeypatch.setattr(failures, "look_for_nodes", lambda: None)
     return clock
 
 
-class Policy(launch.StopOnUserError):
+class Policy(StopOnUserError):
     """In a run that logs a step after each start, or none."""
 
     def __init__(self, moves: bool = False) -> None:
@@ -85,10 +86,7 @@ class Policy(launch.StopOnUserError):
 
 @pytest.mark.parametrize(
     ("seconds", "moves", "slept"),
-    [
-        (launch.QUICK_SECONDS / 2, False, [5.0, 10.0, 20.0, 30.0]),
-        *((launch.QUICK_SECONDS, False, []), (launch.QUICK_SECONDS / 2, True, [])),
-    ],
+    [(QUICK_SECONDS / 2, False, [5.0, 10.0, 20.0, 30.0]), *((QUICK_SECONDS, False, []), (QUICK_SECONDS / 2, True, []))],
 )
 def test_failures_that_follow_each_other_wait_longer_each_time(clock, seconds, moves, slept):
     policy = Policy(moves)
@@ -132,7 +130,7 @@ def test_fit_ends_with_what_the_trainer_raises():
     trainer = Trainer(ValueError("its own"))
     trainer.end.set()
     with pytest.raises(ValueError, match="its own"):
-        launch.fit(trainer, lambda: False)
+        driver.fit(trainer, lambda: False)
     assert trainer.thread is not threading.main_thread()
 
 
@@ -146,7 +144,7 @@ def test_a_signal_waits_for_the_checkpoint(signalled):
     signalled()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        launch.fit(trainer, stop)
+        driver.fit(trainer, stop)
     assert trainer.end.is_set()
     assert time.monotonic() - start >= 1.0
     assert stopping.exit_code() == 143
@@ -156,15 +154,15 @@ def test_a_signal_does_not_wait_where_nothing_is_to_be_stored(signalled):
     trainer = Trainer()
     signalled()
     with pytest.raises(KeyboardInterrupt):
-        launch.fit(trainer, lambda: False)
+        driver.fit(trainer, lambda: False)
     assert not trainer.end.is_set()
     trainer.end.set()
 
 
 def test_a_checkpoint_that_does_not_come_is_not_waited_for_without_end(signalled, monkeypatch):
-    monkeypatch.setattr(launch, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(driver, "STOP_SECONDS", 0.5)
     trainer = Trainer()
     signalled()
     with pytest.raises(KeyboardInterrupt):
-        launch.fit(trainer, lambda: True)
+        driver.fit(trainer, lambda: True)
     trainer.end.set()

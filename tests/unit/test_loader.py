@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from cifar_dist.data import order, sources, store
-from cifar_dist.data.loader import STEPS_PER_DRAW, Batch, Loader, Plan, eval_plans, train_plans, use_decoded
-from cifar_dist.data.spec import ImageSpec
+from cifar_dist.data.loader import Batch, Loader, use_decoded
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.data.order import STEPS_PER_DRAW, ImageSpec, Plan, eval_plans, train_plans
 from cifar_dist.errors import UserError
 from cifar_dist.recipes import recipe_config
-from cifar_dist.train.setup import augmentation, image_spec, split_ids
+from cifar_dist.run.network import augmentation, image_spec, split_ids
 
 WORLDS = [1, 2, 3, 5]
 FLIPS = order.Augmentation(32, "both")
@@ -27,7 +28,7 @@ def open_loader(
     uri: str, staging_folder: Path, split: str = "train", cache: str = "auto", size: int = 32, **options: Any
 ) -> Loader:
     spec, cpu = ImageSpec(size, "0..255", True), torch.device("cpu")
-    manifest = store.read_manifest(uri)
+    manifest = read_manifest(uri)
     return Loader(uri, manifest, split, spec, cpu, 1, 32, cache, staging_folder=staging_folder, **options)
 
 
@@ -124,7 +125,7 @@ def test_leaving_early_does_not_disturb_the_next_iteration(shapes_uri: str, stag
 def test_synthetic_batches_are_one_random_batch_under_the_plans_of_the_data(
     shapes_uri: str, staging_folder: Path, channels_last: bool
 ):
-    manifest, spec = store.read_manifest(shapes_uri), ImageSpec(32, "-1..1", channels_last, crop=True, cutout_size=8)
+    manifest, spec = read_manifest(shapes_uri), ImageSpec(32, "-1..1", channels_last, crop=True, cutout_size=8)
     settings: Any = (shapes_uri, manifest, "train", spec, torch.device("cpu"), 1, 32, "auto", 64, staging_folder)
     first, again, real = (Loader(*settings, synthetic=synthetic) for synthetic in (True, True, False))
     plans = list(train_plans(np.arange(200), AUGMENTATION, 7, 1, 0, 32, rank=0, world=1))
@@ -247,7 +248,7 @@ def test_images_before_a_bad_one_are_still_had(tmp_path: Path, staging_folder: P
 
 
 def test_a_damaged_data_set_is_refused(shapes_uri: str, tmp_path: Path, staging_folder: Path):
-    manifest = store.read_manifest(shapes_uri)
+    manifest = read_manifest(shapes_uri)
     with pytest.raises(UserError, match="missing; prepare the data set again"):
         Loader(
             str(tmp_path),

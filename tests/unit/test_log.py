@@ -19,10 +19,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from cifar_dist.errors import UserError
+from cifar_dist.run import log as log_module
+from cifar_dist.run.checkpoint import Mark
+from cifar_dist.run.log import LOG, RunLog, read_lines, read_log
 from cifar_dist.storage import Folder
-from cifar_dist.train import log as log_module
-from cifar_dist.train.checkpoint import Mark
-from cifar_dist.train.log import LOG, RunLog, read_lines, read_log
 
 START = Mark(0, hashlib.sha256(b"").hexdigest())
 

@@ -16,29 +16,23 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Batch, train_plans
-from cifar_dist.data.order import Augmentation, epoch_order, rank_part
+from cifar_dist.data.loader import Batch
+from cifar_dist.data.order import Augmentation, epoch_order, rank_part, train_plans
 from cifar_dist.models import KerasBatchNorm
-from cifar_dist.train import communication, loop
-from cifar_dist.train.checkpoint import Cursor
+from cifar_dist.run.checkpoint import Cursor
+from cifar_dist.run.network import Precision
+from cifar_dist.train import communication
 from cifar_dist.train.communication import FactoredLinear, factor_layers, parallel
-from cifar_dist.train.loop import (
-    Clock,
-    TrainState,
+from cifar_dist.train.loop import Clock, TrainState, backward, sum_over_ranks, train_epoch, update, validate
+from cifar_dist.train.moving_statistics import (
     average_batchnorm_over_ranks,
-    backward,
     gather_statistics,
     recalibrate_batchnorm,
     set_statistics,
     split_statistics,
     statistics_of,
-    sum_over_ranks,
-    train_epoch,
-    update,
-    validate,
 )
 from cifar_dist.train.optim import average_of, make_optimizers, schedule_factor
-from cifar_dist.train.precision import Precision
 
 CPU = torch.device("cpu")
 NUM_CLASSES = 5
@@ -211,7 +205,7 @@ def with_factors(rank: int, world: int) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("groups")
-    multiprocessing.set_forkserver_preload([loop.__name__])  # imported once, not three times
+    multiprocessing.set_forkserver_preload(["cifar_dist.train.loop"])  # imported once, not three times
     torch.multiprocessing.start_processes(in_groups, (folder,), 3, start_method="forkserver")
     return folder
 
@@ -329,7 +323,7 @@ def in_runs(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    multiprocessing.set_forkserver_preload([loop.__name__])
+    multiprocessing.set_forkserver_preload(["cifar_dist.train.loop"])
     torch.multiprocessing.start_processes(in_runs, (folder,), 3, start_method="forkserver")
     return folder
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cifar_dist.train.metrics import (
+from cifar_dist.train.diagnosis import (
     average_warning,
     batch_warning,
     chance_warning,

@@ -8,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_dist.data.order import Augment, no_augment
+from cifar_dist.data.order import Augment, ImageSpec, no_augment
 from cifar_dist.data.pipeline import ImagePipeline, decode
-from cifar_dist.data.spec import ImageSpec
 
 CPU = torch.device("cpu")
 ALL = Augment(  # crops and holes count only where the spec has them; some lie beyond an edge

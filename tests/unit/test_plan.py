@@ -13,15 +13,17 @@ import pytest
 import torch
 
 from cifar_dist import models
-from cifar_dist.config import Config, option_fields
-from cifar_dist.data import sources, store
+from cifar_dist.config import Config, Launch, option_fields
+from cifar_dist.data import manifest, sources, store
 from cifar_dist.errors import UserError
+from cifar_dist.launch.plan import check_stored, explain_resume, make_plan
 from cifar_dist.models.keras_weights import base_layers, tensors_of
-from cifar_dist.storage import Folder, seal, to_json
-from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
-from cifar_dist.train.plan import Launch, check_stored, explain_resume, make_plan
-from cifar_dist.train.setup import expected_of
+from cifar_dist.run.checkpoint import Checkpoint, Cursor, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.network import expected_of
+from cifar_dist.run.ownership import Attempts
+from cifar_dist.sealed_json import seal, to_json
+from cifar_dist.storage import Folder
 
 EPOCHS = 3
 
@@ -129,7 +131,7 @@ def stored_with(run: Path, plan, **settings) -> None:
 
 def test_plan_holds_what_config_json_is_to_say(planned, shapes_uri, tmp_path):
     plan = planned(num_workers=2, min_workers=1, recipe="quickstart_fan", seed=7)
-    assert plan.manifest == store.read_manifest(shapes_uri)
+    assert plan.manifest == manifest.read_manifest(shapes_uri)
     assert (plan.data_uri, plan.weights, plan.is_finished) == (shapes_uri, None, False)
     card = json.loads(to_json(plan.card))
     assert Config.from_dict(card["config"]) == plan.config == Config().replace(epochs=EPOCHS, seed=7)

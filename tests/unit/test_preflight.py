@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cifar_dist.data import store
+from cifar_dist.data import staged
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.launch.preflight import FOLDER, Finding, driver_fault, gpus, judge, look, num_bytes_to_stage, table
 from cifar_dist.storage import Folder
-from cifar_dist.train.preflight import FOLDER, Finding, driver_fault, gpus, judge, look, num_bytes_to_stage, table
 from cifar_dist.versions import package_versions
 
 MIB = 1 << 20
@@ -41,7 +42,7 @@ def judged(facts, shapes_uri) -> Callable:
 
     def act(use_gpu: bool = False, written: tuple = (NODE, "token"), decoded: bool = True, **changes) -> dict:
         seen = {**copy.deepcopy(facts), **changes}
-        findings = judge([seen], store.read_manifest(shapes_uri), TOKEN, decoded, use_gpu, list(written))
+        findings = judge([seen], read_manifest(shapes_uri), TOKEN, decoded, use_gpu, list(written))
         assert {finding.node for finding in findings} == {f"{seen['name']}/01234567"}
         return {finding.check: finding for finding in findings}
 
@@ -63,7 +64,7 @@ def test_node_writes_its_name_and_reads_the_token(run_uri, shapes_uri, staging_f
     seen = look(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)
     assert (seen["node"], seen["storage"]) == (NODE, TOKEN)
     assert Folder(run_uri).names(f"{FOLDER}/{TOKEN}") == [NODE, "token"]
-    assert seen["manifest_sha256"] == store.read_manifest(shapes_uri).sha256
+    assert seen["manifest_sha256"] == read_manifest(shapes_uri).sha256
     assert seen["packages"] == package_versions()
     assert {"python", "torch", "ray"} <= set(seen["packages"])
     own = str(staging_folder / f"cifar_dist-staged-{os.geteuid()}")
@@ -78,9 +79,9 @@ def test_look_is_plain_values_that_any_node_can_send(facts):
 
 
 def test_node_that_has_staged_the_data_says_so(run_uri, shapes_uri, staging_folder):
-    store.stage(shapes_uri, "test", staging_folder)
+    staged.stage(shapes_uri, "test", staging_folder)
     assert not look(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["is_staged"]
-    store.stage(shapes_uri, "train", staging_folder)
+    staged.stage(shapes_uri, "train", staging_folder)
     assert look(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["is_staged"]
 
 
@@ -131,7 +132,7 @@ def test_somebody_else_s_staging_folder_is_a_fault_that_is_said(run_uri, shapes_
 def test_staging_folder_by_default_is_the_stores_own(run_uri, shapes_uri, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     seen = look(NODE, run_uri, shapes_uri, None, TOKEN)
-    assert seen["staging_folder"] == str(store.default_staging_folder())
+    assert seen["staging_folder"] == str(staged.default_staging_folder())
     assert Path(seen["staging_folder"]).parent == tmp_path
 
 
@@ -159,7 +160,7 @@ def test_nvidia_smi_that_fails_is_heard(tmp_path, monkeypatch):
 def test_neither_torch_nor_ray_is_loaded():
     """They take seconds, on every node."""
     heavy = "{'torch', 'ray', 'nvidia', 'torchvision'}"
-    code = f"import sys; import cifar_dist.train.preflight; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys; import cifar_dist.launch.preflight; print(sorted({heavy} & set(sys.modules)))"
     root = Path(__file__).parents[2]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
@@ -173,14 +174,14 @@ def test_sound_node_has_nothing_to_say_but_ok(judged, facts, shapes_uri):
     assert list(found) == CHECKS
     assert {finding.status for finding in found.values()} == {"ok"}
     assert f"torch {facts['packages']['torch']}" in found["versions"].text
-    assert store.read_manifest(shapes_uri).sha256[:16] in found["data set"].text
+    assert read_manifest(shapes_uri).sha256[:16] in found["data set"].text
     assert found["disk"].text.startswith(f"100 MiB free in {facts['staging_folder']}, ")
     assert found["/dev/shm"].text == "1024 MiB free"
 
 
 def test_each_node_is_judged_by_itself(facts, shapes_uri):
     other = {**facts, "node": "fedcba9876543210", "name": "other", "shm_free_bytes": 0}
-    manifest, written = store.read_manifest(shapes_uri), [NODE, "fedcba9876543210"]
+    manifest, written = read_manifest(shapes_uri), [NODE, "fedcba9876543210"]
     found = judge([facts, other], manifest, TOKEN, True, False, written)
     assert [finding.check for finding in found] == CHECKS * 2
     assert [finding.node for finding in found] == [f"{facts['name']}/01234567"] * 5 + ["other/fedcba98"] * 5
@@ -223,7 +224,7 @@ def test_storage_that_holds_another_driver_s_token_is_a_fault(shapes_uri, stagin
 
 
 def test_other_data_fails_and_both_are_named(judged, shapes_uri):
-    sha256 = store.read_manifest(shapes_uri).sha256
+    sha256 = read_manifest(shapes_uri).sha256
     text = only(judged(manifest_sha256="f" * 64), "data set", "failed")
     assert "f" * 16 in text
     assert f"the driver sees {sha256[:16]}" in text
@@ -233,11 +234,11 @@ def test_data_that_is_not_there_fails_with_the_reason(judged, shapes_uri):
     fault = "fault: /data is no data set: it has no _manifest.json; make one with jobs/prepare.py"
     text = only(judged(manifest_sha256=fault), "data set", "failed")
     assert fault in text
-    assert store.read_manifest(shapes_uri).sha256[:16] in text
+    assert read_manifest(shapes_uri).sha256[:16] in text
 
 
 def test_disk_without_room_for_the_data_fails_unless_it_is_staged(judged, facts, shapes_uri):
-    manifest = store.read_manifest(shapes_uri)
+    manifest = read_manifest(shapes_uri)
     need = num_bytes_to_stage(manifest, True)
     text = only(judged(disk_free_bytes=0), "disk", "failed")
     assert text.startswith(f"{facts['staging_folder']} has 0 MiB free, staging needs {need // MIB + 1} MiB")
@@ -252,11 +253,11 @@ def test_disk_without_room_for_the_data_fails_unless_it_is_staged(judged, facts,
 
 def test_staging_takes_all_files_one_more_of_them_and_the_pixels(shapes_uri, staging_folder):
     """Held against the files that staging really leaves behind."""
-    manifest = store.read_manifest(shapes_uri)
+    manifest = read_manifest(shapes_uri)
     num_bytes = sum(file.stat().st_size for file in Path(shapes_uri).glob("train-*.parquet"))
     assert num_bytes_to_stage(manifest, False) == 2 * num_bytes
     assert num_bytes_to_stage(manifest, True) == 2 * num_bytes + 200 * 32 * 32 * 3
-    store.stage(shapes_uri, "train", staging_folder)
+    staged.stage(shapes_uri, "train", staging_folder)
     assert sum(file.stat().st_size for file in staging_folder.rglob("*") if file.is_file()) < 2 * num_bytes
 
 

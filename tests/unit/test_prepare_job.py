@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cifar_dist.data import store
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.data.staged import stage
 from cifar_dist.data.store import PREPARING
 from cifar_dist.errors import UserError
 
@@ -139,7 +140,7 @@ def test_the_drawn_test_split_follows_fraction_and_seed(tmp_path: Path, pictures
         out = tmp_path / "-".join(["out", *options])
         done = prepare("--source", "folder", "--path", pictures, "--out", out, *options)
         assert done.returncode == 0, done.stderr
-        staged = store.stage(str(out), "test", tmp_path / "staged")
+        staged = stage(str(out), "test", tmp_path / "staged")
         return [staged.path(i) for i in range(len(staged))]
 
     drawn = test_paths("--test-fraction", "0.3")
@@ -247,7 +248,7 @@ def test_ctrl_c_ends_it_and_leaves_nothing(tmp_path: Path):
     assert b"Traceback" not in content
     assert files_of(out) == {}
     with pytest.raises(UserError, match="is no data set"):
-        store.read_manifest(str(out))
+        read_manifest(str(out))
 
 
 # What is not read

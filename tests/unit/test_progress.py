@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cifar_dist.train import progress
+from cifar_dist.launch import progress
 
 STEP = {
     **{"global_step": 2, "steps_per_epoch": 4, "epoch": 0, "step": 2, "train_loss": 1.5, "train_accuracy": 0.25},

@@ -20,14 +20,17 @@ from PIL import Image
 
 from cifar_dist import models
 from cifar_dist.data import sources, store
+from cifar_dist.data.manifest import Manifest, read_manifest
+from cifar_dist.data.staged import StagedSplit, stage
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import report
 from cifar_dist.evaluate.driver import Evaluation, choose, merge
 from cifar_dist.evaluate.scores import count, wilson_interval
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
 from cifar_dist.recipes import recipe_config
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, Mark, State
-from cifar_dist.train.log import RunLog
+from cifar_dist.run.checkpoint import Checkpoint, Cursor, Mark, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.log import RunLog
 
 NO_OPTIMIZER = {"optimizers": [], "scaler": {}}
 NUM_TRAIN, NUM_TEST, SIZE = 60, 250, 96  # three batches of test images, so that three shards have one each
@@ -71,14 +74,14 @@ class Run:
         return evaluate_shard(Shard(*uris, SPLITS, index, num_shards, staging_folder=self.staging, **options))
 
     def merge(self, parts: list[dict], splits: tuple[str, ...] = SPLITS) -> dict:
-        manifest = store.read_manifest(self.data_uri)
-        staged = {s: store.stage(self.data_uri, s, Path(self.staging), manifest) for s in ("train", "test")}
+        manifest = read_manifest(self.data_uri)
+        staged = {s: stage(self.data_uri, s, Path(self.staging), manifest) for s in ("train", "test")}
         return merge(parts, self.checkpoint, splits, {s: staged[s].labels for s in staged}, manifest)
 
 
 def pixels(data_uri: str, staging: str, ids: range) -> torch.Tensor:
     """Test images as the model wants them, without DALI: -1..1, resized by torch."""
-    staged = store.stage(data_uri, "test", Path(staging))
+    staged = stage(data_uri, "test", Path(staging))
     images = np.stack([np.asarray(Image.open(io.BytesIO(staged.encoded(i).tobytes()))) for i in ids])
     images = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     return F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
@@ -114,7 +117,7 @@ def run(tmp_path_factory) -> Run:
         "global_step": 20,
         "metrics": scores,
         "config": config.to_dict(),
-        "manifest_sha256": store.read_manifest(data_uri).sha256,
+        "manifest_sha256": read_manifest(data_uri).sha256,
         "data_uri": data_uri,
         "class_names": HOSTILE,
         "weights": None,
@@ -170,7 +173,7 @@ def test_every_image_of_each_split_comes_once(run, merged):
     ids = {split: table["id"].to_pylist() for split, (table, _) in merged.items()}
     assert ids["test"] == list(range(NUM_TEST))
     assert sorted(ids["train"] + ids["validation"]) == list(range(NUM_TRAIN))
-    labels = store.stage(run.data_uri, "test", Path(run.staging)).labels
+    labels = stage(run.data_uri, "test", Path(run.staging)).labels
     assert merged["test"][0]["label"].to_pylist() == labels.tolist()
 
 
@@ -395,7 +398,7 @@ def test_worst_mistakes_are_pictures_of_the_test_images(run, merged, page):
     table = merged["test"][0].to_pydict()
     wrong = [i for i in range(NUM_TEST) if table["prediction_1"][i] != table["label"][i]]
     wrong.sort(key=lambda i: -table["probability_1"][i])
-    staged = store.stage(run.data_uri, "test", Path(run.staging))
+    staged = stage(run.data_uri, "test", Path(run.staging))
     mistakes = report.worst_mistakes(evaluation(run, merged, "first-run", "fan"), staged, HOSTILE)
     assert len(mistakes) == report.NUM_MISTAKES
     assert [m["id"] for m in mistakes] == wrong[: report.NUM_MISTAKES]
@@ -447,10 +450,10 @@ def test_json_holds_the_integers_and_is_strict(written, merged):
 
 
 @pytest.fixture
-def taken_for_cifar10(run, monkeypatch) -> tuple[store.Manifest, store.StagedSplit]:
+def taken_for_cifar10(run, monkeypatch) -> tuple[Manifest, StagedSplit]:
     """The drawn data set's own counts and mean pixels stand for those of CIFAR-10."""
-    manifest = store.read_manifest(run.data_uri)
-    test = store.stage(run.data_uri, "test", Path(run.staging), manifest)
+    manifest = read_manifest(run.data_uri)
+    test = stage(run.data_uri, "test", Path(run.staging), manifest)
     means = [
         np.mean([report.half_means(test.encoded(i)) for i in np.flatnonzero(test.labels == label)], axis=0)
         for label in (3, 1, 4, 5, 9, 2, 6, 0, 8, 7)  # their order does not matter
@@ -503,8 +506,8 @@ def test_counts_sizes_and_content_make_cifar10_not_names(run, taken_for_cifar10,
     manifest, test = taken_for_cifar10
     assert report.is_cifar10(manifest, test)
     other = prepare(tmp_path / "other", CIFAR10, first=1000)  # its names and counts, other pictures
-    other_manifest = store.read_manifest(other)
-    other_test = store.stage(other, "test", Path(run.staging), other_manifest)
+    other_manifest = read_manifest(other)
+    other_test = stage(other, "test", Path(run.staging), other_manifest)
     assert not report.is_cifar10(other_manifest, other_test)
     for split, key, value in (("train", "num_rows_per_class", [5] * 10), ("test", "width", [32, 33])):
         part = {**manifest.splits[split], key: value}
@@ -523,5 +526,5 @@ def test_the_real_cifar10_is_recognised(tmp_path):
     for name in ("train", "test"):
         (root / name / "airplane").rename(root / name / "zeppelin")  # neither names nor their order matter
     store.prepare(sources.image_folder(str(root)), str(tmp_path / "data"))
-    manifest = store.read_manifest(str(tmp_path / "data"))
-    assert report.is_cifar10(manifest, store.stage(str(tmp_path / "data"), "test", tmp_path / "staged", manifest))
+    manifest = read_manifest(str(tmp_path / "data"))
+    assert report.is_cifar10(manifest, stage(str(tmp_path / "data"), "test", tmp_path / "staged", manifest))

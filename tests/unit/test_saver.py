@@ -22,11 +22,12 @@ import torch
 from checkpoint_states import EXPECT, meta_of, same, state, tree, without_log
 
 from cifar_dist.errors import UserError
+from cifar_dist.run import log as log_module
+from cifar_dist.run.checkpoint import Cursor, Mark, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.log import read_lines, read_log
+from cifar_dist.run.ownership import Attempts
 from cifar_dist.storage import Folder
-from cifar_dist.train import log as log_module
-from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoints, Cursor, Mark, State
-from cifar_dist.train.log import read_lines, read_log
 from cifar_dist.train.saver import Saver
 
 A, B = "aaaaaaaa", "bbbbbbbb"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cifar_dist.train import cluster
+from cifar_dist.launch import ray_private
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,7 @@ def test_ray_does_not_put_its_handler_in_the_place_of_ours(monkeypatch: pytest.M
     """Its own would end the process with 15, without a word."""
     put = []
     monkeypatch.setattr(ray._private.utils, "set_sigterm_handler", put.append)  # type: ignore[attr-defined]
-    with cluster.own_handlers():
+    with ray_private.own_handlers():
         ray._private.utils.set_sigterm_handler("theirs")  # type: ignore[attr-defined]
     assert put == []
     ray._private.utils.set_sigterm_handler("another time")  # type: ignore[attr-defined]

@@ -22,19 +22,14 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from cifar_dist.data import sources, store
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.data.staged import stage
 from cifar_dist.errors import UserError
-from cifar_dist.storage import (
-    Folder,
-    absolute_uri,
-    file_sha256,
-    join_uri,
-    lies_in,
-    may_pass,
-    open_uri,
-    output_uri,
-    to_json,
-)
-from cifar_dist.train import checkpoint
+from cifar_dist.run import checkpoint
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.sealed_json import to_json
+from cifar_dist.storage import Folder, file_sha256, may_pass
+from cifar_dist.uris import absolute_uri, join_uri, lies_in, open_uri, output_uri
 
 ROOT = Path(__file__).parents[2]
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # SHA-256 of b"abc", from FIPS 180
@@ -487,12 +482,12 @@ def test_a_reader_sees_the_old_file_or_the_new_one(uri: str):
 def test_a_data_set_is_the_same_on_every_storage(uri: str, shapes_uri: str, staging_folder: Path):
     manifest, written = store.prepare(sources.shapes(200, 100), uri)
     assert written
-    assert manifest == store.read_manifest(uri) == store.read_manifest(shapes_uri)
+    assert manifest == read_manifest(uri) == read_manifest(shapes_uri)
     names = ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
     assert Folder(uri).names() == Folder(shapes_uri).names() == names
     for name in names:
         assert Folder(uri).read(name) == Folder(shapes_uri).read(name)
-    staged = store.stage(uri, "train", staging_folder)
+    staged = stage(uri, "train", staging_folder)
     assert staged.encoded(7).tobytes() == list(sources.shapes(200, 100).rows("train"))[7].encoded
     assert not store.prepare(sources.shapes(200, 100), uri)[1]
 
@@ -502,10 +497,10 @@ def test_a_data_set_in_a_bucket_is_protected_and_replaced(s3: str, staging_folde
     store.prepare(sources.shapes(20, 20), uri)
     with pytest.raises(UserError, match="already holds another data set"):
         store.prepare(sources.shapes(20, 20, seed=1), uri)
-    assert len(store.stage(uri, "test", staging_folder)) == 20
+    assert len(stage(uri, "test", staging_folder)) == 20
     manifest, _ = store.prepare(sources.shapes(30, 20, seed=1), uri, overwrite=True)
     assert Folder(uri).names() == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
-    assert len(store.stage(uri, "train", staging_folder, manifest)) == 30
+    assert len(stage(uri, "train", staging_folder, manifest)) == 30
 
 
 @pytest.mark.parametrize("fault", ["missing", "damaged"])
@@ -518,7 +513,7 @@ def test_a_fault_in_a_bucket_is_named_by_its_uri(s3: str, staging_folder: Path, 
         Folder(uri).write("train-00000.parquet", Folder(uri).read("train-00000.parquet")[:-1])
     message = "missing" if fault == "missing" else "does not match the manifest's checksum"
     with pytest.raises(UserError, match=rf"s3://bucket/{fault}/train-00000\.parquet\?.*{message}"):
-        store.stage(uri, "train", staging_folder)
+        stage(uri, "train", staging_folder)
 
 
 @pytest.mark.parametrize("below", ["", "/data"])
@@ -541,7 +536,7 @@ def test_the_prepare_job_writes_to_a_bucket(s3: str):
     )
     assert done.returncode == 0, done.stderr
     assert "20 train, 20 test images of 10 classes; prepared" in done.stdout
-    assert store.read_manifest(uri).num_rows("train") == 20
+    assert read_manifest(uri).num_rows("train") == 20
 
 
 def test_a_full_temporary_folder_is_not_blamed_on_the_object_store(
@@ -551,7 +546,7 @@ def test_a_full_temporary_folder_is_not_blamed_on_the_object_store(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_files", fail)
-    run = checkpoint.Checkpoints(s3_uri)
+    run = Checkpoints(s3_uri)
     with pytest.raises(UserError, match=r"on this machine: .*No space left.*TMPDIR") as error:
         run.write(checkpoint.Cursor(0, 1), 1, checkpoint.State({}, None, {}, {}), {"model": "fan"})
     assert "s3://" not in str(error.value)

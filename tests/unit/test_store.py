@@ -22,9 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cifar_dist.data import sources, store
+from cifar_dist.data import sources, staged, store
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.data.staged import StagedSplit, Staging, once_per_node, stage
 from cifar_dist.errors import UserError
-from cifar_dist.storage import seal, to_json
+from cifar_dist.sealed_json import seal, to_json
 
 
 def files_of(folder: str | Path) -> dict[str, bytes]:
@@ -87,7 +89,7 @@ def test_overwrite_replaces_the_data_set_and_nothing_else(tmp_path: Path):
         (out / name).write_bytes(content)
     manifest, written = store.prepare(small_shapes(seed=1), str(out), overwrite=True)
     assert written
-    assert store.read_manifest(str(out)) == manifest
+    assert read_manifest(str(out)) == manifest
     store.prepare(small_shapes(seed=1), str(tmp_path / "fresh"))
     assert files_of(out) == files_of(tmp_path / "fresh") | strangers
 
@@ -107,7 +109,7 @@ def test_a_failing_source_leaves_no_data_set(tmp_path: Path):
         store.prepare(failing(small_shapes()), str(tmp_path / "out"))
     assert files_of(tmp_path / "out") == {}
     with pytest.raises(UserError, match="is no data set"):
-        store.read_manifest(str(tmp_path / "out"))
+        read_manifest(str(tmp_path / "out"))
 
 
 def test_skipped_images_are_counted_in_the_manifest(tmp_path: Path):
@@ -115,7 +117,7 @@ def test_skipped_images_are_counted_in_the_manifest(tmp_path: Path):
     assert manifest.num_skipped == 1
     assert manifest.num_rows("test") == 19
     assert manifest.splits["test"]["num_rows_per_class"] == [2] * 9 + [1]
-    assert store.read_manifest(str(tmp_path / "out")) == manifest
+    assert read_manifest(str(tmp_path / "out")) == manifest
 
 
 def test_a_class_whose_images_are_all_bad_is_an_error(tmp_path: Path):
@@ -126,7 +128,7 @@ def test_a_class_whose_images_are_all_bad_is_an_error(tmp_path: Path):
 
 
 def test_the_manifest_describes_the_files(shapes_uri: str):
-    manifest = store.read_manifest(shapes_uri)
+    manifest = read_manifest(shapes_uri)
     assert (manifest.source, manifest.class_names, manifest.num_skipped) == ("shapes", sources.SHAPES, 0)
     assert (manifest.num_rows("train"), manifest.num_rows("test")) == (200, 100)
     for split in ("train", "test"):
@@ -155,16 +157,16 @@ def test_images_of_several_sizes_have_no_one_shape(tmp_path: Path, axis: str):
 
 def test_a_manifest_under_its_old_name_is_said_and_works_when_renamed(data: str):
     folder = Path(data)
-    manifest = store.read_manifest(data)
+    manifest = read_manifest(data)
     (folder / "_manifest.json").rename(folder / "manifest.json")
     before = files_of(folder)
     with pytest.raises(UserError, match=r"earlier version; rename its manifest\.json to _manifest\.json"):
-        store.read_manifest(data)
+        read_manifest(data)
     with pytest.raises(UserError, match=r"rename its manifest\.json .*, or prepare it again with --overwrite"):
         store.prepare(small_shapes(), data)
     assert files_of(folder) == before
     (folder / "manifest.json").rename(folder / "_manifest.json")
-    assert store.read_manifest(data) == manifest
+    assert read_manifest(data) == manifest
 
 
 def test_an_old_manifest_goes_when_its_data_set_is_replaced_and_nobody_else_s(data: str, tmp_path: Path):
@@ -176,7 +178,7 @@ def test_an_old_manifest_goes_when_its_data_set_is_replaced_and_nobody_else_s(da
     for content in (b'{"name": "an app"}', b"[]", b"no JSON"):
         (foreign / "manifest.json").write_bytes(content)
         with pytest.raises(UserError, match=r"is no data set: it has no _manifest\.json"):
-            store.read_manifest(str(foreign))
+            read_manifest(str(foreign))
         store.prepare(small_shapes(), str(foreign), overwrite=True)
         assert (foreign / "manifest.json").read_bytes() == content
         (foreign / "_manifest.json").unlink()
@@ -236,14 +238,14 @@ def change_manifest(folder: str, change: Callable[[dict[str, Any]], object], sea
 def test_a_folder_without_a_manifest_is_no_data_set(data: str):
     (Path(data) / "_manifest.json").unlink()
     with pytest.raises(UserError, match=r"is no data set: it has no _manifest\.json; make one with jobs/prepare\.py"):
-        store.read_manifest(data)
+        read_manifest(data)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"format_version": 2}', b"\xff\xfe\x00"])
 def test_a_damaged_manifest_is_refused(data: str, content: bytes):
     (Path(data) / "_manifest.json").write_bytes(content)
     with pytest.raises(UserError, match=r"manifest\.json is damaged .*prepare the data set again") as caught:
-        store.read_manifest(data)
+        read_manifest(data)
     assert "\n" not in str(caught.value)
 
 
@@ -251,7 +253,7 @@ def test_a_damaged_manifest_is_refused(data: str, content: bytes):
 def test_another_format_version_is_refused(data: str, version: Any):
     change_manifest(data, lambda values: values.update(format_version=version))
     with pytest.raises(UserError, match=f"has format version {version}, this program reads 2"):
-        store.read_manifest(data)
+        read_manifest(data)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +269,7 @@ def test_another_format_version_is_refused(data: str, version: Any):
 def test_a_tampered_manifest_is_refused(data: str, change: Callable[[dict[str, Any]], object]):
     change_manifest(data, change)
     with pytest.raises(UserError, match="does not match its own checksum"):
-        store.read_manifest(data)
+        read_manifest(data)
 
 
 def test_a_damaged_manifest_can_be_overwritten(tmp_path: Path):
@@ -284,7 +286,7 @@ def test_a_damaged_manifest_can_be_overwritten(tmp_path: Path):
 # Staging
 
 
-def same_images(staged: store.StagedSplit, rows: list[sources.Row]) -> bool:
+def same_images(staged: StagedSplit, rows: list[sources.Row]) -> bool:
     return (
         len(staged) == len(rows)
         and [staged.encoded(i).tobytes() for i in range(len(rows))] == [row.encoded for row in rows]
@@ -299,14 +301,14 @@ def train_rows() -> list[sources.Row]:
 
 
 def test_the_staged_split_equals_the_source(shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row]):
-    assert same_images(store.stage(shapes_uri, "train", staging_folder), train_rows)
-    assert len(store.stage(shapes_uri, "test", staging_folder)) == 100
+    assert same_images(stage(shapes_uri, "train", staging_folder), train_rows)
+    assert len(stage(shapes_uri, "test", staging_folder)) == 100
     left = {path.suffix for path in staging_folder.rglob("*") if path.is_file()}
     assert left == {".arrow", ".sha256", ".lock", ".holder"}  # no temporary file stays
 
 
 def test_images_are_zero_copy_views_of_the_mapped_file(shapes_uri: str, staging_folder: Path):
-    staged = store.stage(shapes_uri, "train", staging_folder)
+    staged = stage(shapes_uri, "train", staging_folder)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "train.arrow" in line]
     ranges = [[int(end, 16) for end in fields[0].split("-")] for fields in maps]
     for i in (0, 17, 199):
@@ -326,7 +328,7 @@ def test_several_files_and_batches_are_one_split(tmp_path: Path, staging_folder:
     source = sources.Source("numbered", ["even", "odd"], {"train": items, "test": items[:2]})
     manifest, _ = store.prepare(source, str(tmp_path / "out"))
     assert [file["num_rows"] for file in manifest.splits["train"]["files"]] == [10_000, 1_050]
-    staged = store.stage(str(tmp_path / "out"), "train", staging_folder)
+    staged = stage(str(tmp_path / "out"), "train", staging_folder)
     assert len(staged) == count
     assert (staged.labels == np.arange(count) % 2).all()
     for i in (0, 999, 1_000, 9_999, 10_000, 10_999, 11_000, count - 1):
@@ -338,7 +340,7 @@ def test_several_files_and_batches_are_one_split(tmp_path: Path, staging_folder:
 def test_a_damaged_staged_file_is_made_again(
     shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], change: str
 ):
-    store.stage(shapes_uri, "train", staging_folder)
+    stage(shapes_uri, "train", staging_folder)
     (path,) = staging_folder.rglob("train.arrow")
     whole = path.read_bytes()
     damaged = {
@@ -352,19 +354,19 @@ def test_a_damaged_staged_file_is_made_again(
         path.write_bytes(damaged)
     if change == "no checksum":
         path.with_name("train.arrow.sha256").unlink()
-    assert same_images(store.stage(shapes_uri, "train", staging_folder), train_rows)
+    assert same_images(stage(shapes_uri, "train", staging_folder), train_rows)
     assert path.read_bytes() == whole
 
 
 def files_checked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are held against the manifest from now on."""
-    checked, has_rows = [], store.has_rows
+    checked, has_rows = [], staged.has_rows
 
     def noted(path: Path, files: list[dict[str, Any]]) -> bool:
         checked.append(path)
         return has_rows(path, files)
 
-    monkeypatch.setattr(store, "has_rows", noted)
+    monkeypatch.setattr(staged, "has_rows", noted)
     return checked
 
 
@@ -376,7 +378,7 @@ def test_a_staged_file_is_checked_once_in_a_job_and_again_after_a_restart_or_a_c
     def num_checks(job: str) -> int:
         """In a process of the job that stages and reads."""
         checked.clear()
-        assert same_images(store.stage(shapes_uri, "train", staging_folder, staging=store.Staging(job=job)), train_rows)
+        assert same_images(stage(shapes_uri, "train", staging_folder, staging=Staging(job=job)), train_rows)
         return len(checked)
 
     def change_in_place() -> None:
@@ -408,23 +410,23 @@ def test_a_staged_file_is_checked_once_in_a_job_and_again_after_a_restart_or_a_c
 def test_what_says_that_a_file_was_checked_may_be_anything(
     shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], content: bytes
 ):
-    store.stage(shapes_uri, "train", staging_folder)
+    stage(shapes_uri, "train", staging_folder)
     (path,) = staging_folder.rglob("train.arrow")
     path.with_name("train.arrow.sha256").write_bytes(content)
-    assert same_images(store.stage(shapes_uri, "train", staging_folder, staging=store.Staging(job="two")), train_rows)
+    assert same_images(stage(shapes_uri, "train", staging_folder, staging=Staging(job="two")), train_rows)
 
 
 def test_a_good_staged_file_is_used_without_the_store(data: str, staging_folder: Path, train_rows: list[sources.Row]):
-    manifest = store.read_manifest(data)
-    store.stage(data, "train", staging_folder)
+    manifest = read_manifest(data)
+    stage(data, "train", staging_folder)
     shutil.rmtree(data)
-    assert same_images(store.stage(data, "train", staging_folder, manifest), train_rows)
+    assert same_images(stage(data, "train", staging_folder, manifest), train_rows)
 
 
 def test_data_sets_do_not_share_staged_files(shapes_uri: str, tmp_path: Path, staging_folder: Path):
     store.prepare(small_shapes(), str(tmp_path / "other"))
-    assert len(store.stage(shapes_uri, "train", staging_folder)) == 200
-    assert len(store.stage(str(tmp_path / "other"), "train", staging_folder)) == 20
+    assert len(stage(shapes_uri, "train", staging_folder)) == 200
+    assert len(stage(str(tmp_path / "other"), "train", staging_folder)) == 20
 
 
 @pytest.mark.parametrize(
@@ -440,7 +442,7 @@ def test_a_changed_parquet_file_is_never_staged(
 ):
     damage(Path(data) / "train-00000.parquet")
     with pytest.raises(UserError, match=rf"train-00000\.parquet.*{message}"):
-        store.stage(data, "train", staging_folder)
+        stage(data, "train", staging_folder)
     assert not list(staging_folder.rglob("train.arrow"))
     assert not list(staging_folder.rglob("*.part*"))
 
@@ -448,7 +450,7 @@ def test_a_changed_parquet_file_is_never_staged(
 def test_a_manifest_that_counts_wrongly_is_noticed(data: str, staging_folder: Path):
     change_manifest(data, lambda values: values["splits"]["train"].update(num_rows=199), sealed=True)
     with pytest.raises(UserError, match="200 train rows were found, the manifest says 199"):
-        store.stage(data, "train", staging_folder)
+        stage(data, "train", staging_folder)
 
 
 def test_labels_beyond_the_classes_are_noticed(data: str, staging_folder: Path):
@@ -459,13 +461,13 @@ def test_labels_beyond_the_classes_are_noticed(data: str, staging_folder: Path):
 
     change_manifest(data, change, sealed=True)
     with pytest.raises(UserError, match="labels outside 0 to 8"):
-        store.stage(data, "train", staging_folder)
+        stage(data, "train", staging_folder)
 
 
 def test_no_place_to_stage_is_said_in_one_sentence(shapes_uri: str, tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"cannot make the folder .*--staging-folder") as caught:
-        store.stage(shapes_uri, "train", tmp_path / "file" / "below")
+        stage(shapes_uri, "train", tmp_path / "file" / "below")
     assert "\n" not in str(caught.value)
 
 
@@ -474,7 +476,7 @@ def test_no_place_to_stage_is_said_in_one_sentence(shapes_uri: str, tmp_path: Pa
 
 def stage_in_child(uri: str, folder: Path, barrier: Any, results: Any) -> None:
     barrier.wait()
-    staged = store.stage(uri, "train", folder)
+    staged = stage(uri, "train", folder)
     (path,) = folder.rglob("train.arrow")
     images = b"".join(staged.encoded(i).tobytes() for i in range(len(staged)))
     results.put((path.stat().st_ino, path.stat().st_mtime_ns, hashlib.sha256(images).hexdigest()))
@@ -488,7 +490,7 @@ def make_and_note(log: Path, path: Path) -> None:
 
 def make_in_child(path: Path, log: Path, barrier: Any, results: Any) -> None:
     barrier.wait()
-    results.put(store.once_per_node(path, partial(make_and_note, log), is_right=lambda _: True).stat().st_size)
+    results.put(once_per_node(path, partial(make_and_note, log), is_right=lambda _: True).stat().st_size)
 
 
 def run_together(target: Callable[..., None], *args: Any, count: int = 3) -> list[Any]:
@@ -526,12 +528,12 @@ from pathlib import Path
 from cifar_dist.data import store
 
 def half(path):
-    store.copy_split(sys.argv[1], "train", store.read_manifest(sys.argv[1]), path)
+    copy_split(sys.argv[1], "train", read_manifest(sys.argv[1]), path)
     os.truncate(path, path.stat().st_size // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 
-area = store.staging_area(store.read_manifest(sys.argv[1]), Path(sys.argv[2]))
-store.once_per_node(area / "train.arrow", half, is_right=lambda _: True)
+area = staging_area(read_manifest(sys.argv[1]), Path(sys.argv[2]))
+once_per_node(area / "train.arrow", half, is_right=lambda _: True)
 """
 
 KILLED_WHILE_PREPARING = """
@@ -575,7 +577,7 @@ def test_staging_goes_on_after_a_process_was_killed_half_way(
     (part,) = staging_folder.rglob("train.arrow.part-*")
     assert part.stat().st_size > 0
     assert not list(staging_folder.rglob("train.arrow"))
-    assert same_images(store.stage(shapes_uri, "train", staging_folder), train_rows)
+    assert same_images(stage(shapes_uri, "train", staging_folder), train_rows)
     assert not list(staging_folder.rglob("*.part-*"))
 
 
@@ -605,10 +607,10 @@ def test_a_write_that_was_killed_is_no_data_set(tmp_path: Path, num_moves: int |
         run_until_killed(KILLED_WHILE_MOVING, str(out), str(num_moves))
     if is_replaced and not num_moves:  # nothing of it was touched yet
         assert {name: content for name, content in files_of(out).items() if not name.startswith(".")} == before
-        assert store.read_manifest(str(out))
+        assert read_manifest(str(out))
     else:
         with pytest.raises(UserError, match="is no data set"):
-            store.read_manifest(str(out))
+            read_manifest(str(out))
     store.prepare(small_shapes(), str(out), overwrite=is_replaced and not num_moves)
     store.prepare(small_shapes(), str(tmp_path / "fresh"))
     assert files_of(out) == files_of(tmp_path / "fresh")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cifar_dist.config import Launch
 from cifar_dist.errors import UserError
 from cifar_dist.recipes import recipe_config
-from cifar_dist.train.plan import Launch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
 import train as train_job

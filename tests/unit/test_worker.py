@@ -23,16 +23,17 @@ from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch
 from cifar_dist.errors import UserError
 from cifar_dist.models import KerasBatchNorm
+from cifar_dist.run.checkpoint import Checkpoint, Cursor, State
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.log import LOG, read_lines
+from cifar_dist.run.network import Precision, expected_of
+from cifar_dist.run.ownership import Attempts
 from cifar_dist.storage import Folder
 from cifar_dist.train import worker as worker_module
-from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoint, Checkpoints, Cursor, State
-from cifar_dist.train.log import LOG, read_lines
-from cifar_dist.train.loop import Clock, TrainState, gather_statistics, update
+from cifar_dist.train.loop import Clock, TrainState, update
+from cifar_dist.train.moving_statistics import gather_statistics
 from cifar_dist.train.optim import average_of, make_optimizers
-from cifar_dist.train.precision import Precision
 from cifar_dist.train.saver import Saver
-from cifar_dist.train.setup import expected_of
 from cifar_dist.train.worker import Stop, Worker
 
 NUM_STEPS = 6

@@ -1,32 +1,17 @@
-"""Live progress on the driver's terminal: a bar with ETA, or plain lines where there is no terminal."""
+"""The progress of a run: from rank 0 to the driver's terminal, and to Prometheus."""
 
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+from ray.util.metrics import Gauge
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
 QUIET_SECONDS = 60.0  # without a word from the workers, which usually start in a third of it
-
-
-@dataclass
-class StartUp:
-    """Seconds from a job's start to its first step, phase by phase; it travels from the driver to the workers."""
-
-    at: float = field(default_factory=time.time)  # the end of the last phase
-    phases: dict[str, float] = field(default_factory=dict)
-
-    def end(self, phase: str) -> None:
-        now = time.time()
-        self.at, self.phases[phase] = now, now - self.at
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items())
-        return f"first step after {sum(self.phases.values()):.1f} s: {parts}"
 
 
 def format_line(values: dict[str, Any]) -> str:
@@ -110,3 +95,86 @@ class Display:
             print(text, flush=True)
         else:
             self._bar.write(text)
+
+
+# The gauge ray_cifar_dist_NAME (Ray adds the `ray_`) -> what it says. The first ones are values of metrics.jsonl.
+GAUGES = {
+    "images_per_second": "Images trained per second by all workers together, since the epoch's start",
+    "train_loss": "Mean training loss of this epoch so far",
+    "train_accuracy": "Share of training images classified correctly, this epoch so far",
+    "validation_loss": "Mean validation loss after the last epoch",
+    "validation_accuracy": "Share of validation images classified correctly after the last epoch",
+    "learning_rate": "Learning rate of the last step",
+    "data_wait_share": "Share of the epoch's time that rank 0 waited for input",
+    "communication_share": "Share of the epoch's time that rank 0 waited for the other workers' gradients",
+    "checkpoint_stall_seconds": "Seconds that checkpoints held up training in the last epoch",
+    "epoch": "Epoch that is being trained, from 0",
+    "global_step": "Steps trained since the run's beginning",
+    "num_workers": "Workers that train",
+    "recoveries": "How often the run was started again, by Ray Train or by a new driver",
+}
+
+
+class Telemetry:
+    """The gauges of one run, by its name and network; they are there as long as the process that set them."""
+
+    def __init__(self, run: str, model: str) -> None:
+        tags = {"run": run, "model": model}
+        self._gauges = {
+            name: Gauge(f"cifar_dist_{name}", text, tuple(tags)).set_default_tags(tags) for name, text in GAUGES.items()
+        }
+
+    def set(self, values: dict[str, Any]) -> None:
+        """Sets the gauges that `values` (as in a line of metrics.jsonl) has a number for."""
+        if values.get("seconds"):
+            values = {**values, "communication_share": values["communication_seconds"] / values["seconds"]}
+        for name in GAUGES.keys() & values.keys():
+            self._gauges[name].set(values[name])
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """A mailbox between rank 0 and the driver, beside which it lives; what is measured goes on to Prometheus."""
+
+    def __init__(self, run: str, model: str) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.num_starts = self.num_updates = 0
+        self.is_training = self.is_stopping = False
+        self.telemetry = Telemetry(run, model)
+
+    def measured(self, values: dict[str, Any]) -> None:
+        """What is not shown."""
+        self.telemetry.set(values)
+
+    def update(self, values: dict[str, Any]) -> None:
+        self.num_updates += 1
+        self.telemetry.set(values)
+        self.events.append(values)
+
+    def say(self, message: str) -> None:
+        self.events.append({"message": message})
+
+    def started(self) -> int:
+        """How often workers were started under this driver, this time included."""
+        self.num_starts += 1
+        return self.num_starts
+
+    def updates(self) -> int:
+        """How many steps and epochs were logged."""
+        return self.num_updates
+
+    def trains(self) -> None:
+        """Rank 0 says that there is something to store."""
+        self.is_training = True
+
+    def stop(self) -> bool:
+        """Asks the workers to store a checkpoint and to end; returns whether there is anything to store."""
+        self.is_stopping = True
+        return self.is_training
+
+    def asks_to_stop(self) -> bool:
+        return self.is_stopping
+
+    def drain(self) -> list[dict[str, Any]]:
+        events, self.events = self.events, []
+        return events

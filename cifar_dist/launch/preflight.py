@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cifar_dist.data.store import Manifest, read_manifest, staging_root
+from cifar_dist.data.manifest import Manifest, read_manifest
+from cifar_dist.data.staged import staging_root
 from cifar_dist.errors import UserError
 from cifar_dist.storage import Folder
 from cifar_dist.versions import package_versions

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, from_json, join_uri, to_json
+from cifar_dist.sealed_json import from_json, to_json
+from cifar_dist.storage import Folder
+from cifar_dist.uris import join_uri
 
 CLAIM = re.compile(r"(\d{6,})-([0-9a-f]{8,})\.json")
 

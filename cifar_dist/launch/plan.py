@@ -4,98 +4,22 @@ Nothing is written here. Torch takes seconds to import, so that only what needs 
 is said at once.
 """
 
-import math
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cifar_dist.config import FREE_ON_RESUME, Config
+from cifar_dist.config import FREE_ON_RESUME, Config, Launch
 from cifar_dist.data import order
-from cifar_dist.data.store import Manifest, read_manifest, use_decoded
+from cifar_dist.data.manifest import Manifest, read_manifest
+from cifar_dist.data.staged import use_decoded
 from cifar_dist.deck import choices
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, absolute_uri, from_json, is_sealed, join_uri
-from cifar_dist.train.attempt import Attempts
-from cifar_dist.train.checkpoint import Checkpoints
-from cifar_dist.train.progress import StartUp
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Where and how a run is launched: workers, storage and limits. Nothing here changes what is learned."""
-
-    data_uri: str
-    storage_uri: str
-    name: str
-    num_workers: int = 1  # at most, where min_workers is given
-    min_workers: int | None = None  # None: exactly num_workers
-    recipe: str = ""
-    device: str = "auto"  # auto, cpu or gpu
-    max_failures: int = 3
-    collective_timeout_seconds: int = 120
-    resize_seconds: float = 60.0  # between looks at the cluster for more workers, where min_workers is given
-    staging_folder: str | None = None
-    address: str | None = None  # of a Ray cluster; None starts one on this machine
-    profile: bool = False  # rank 0 writes a trace of a few steps
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 1 or (self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers):
-            given = self.num_workers if self.min_workers is None else f"{self.min_workers}:{self.num_workers}"
-            raise UserError(f"--workers must be 1 or more, or a range such as 1:4, not {given}")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise UserError(
-                f"--name {self.name!r} is no run name: up to 100 letters, digits, dots, dashes and underscores, "
-                "beginning with a letter or digit; a folder goes into --storage"
-            )
-        limits = {
-            "collective-timeout-seconds": (self.collective_timeout_seconds, 1),
-            "resize-seconds": (self.resize_seconds, 1),
-        }
-        for name, (value, least) in {"max-failures": (self.max_failures, 0), **limits}.items():
-            if not least <= value < math.inf:
-                raise UserError(f"--{name} must be {least} or more, not {value}")
-
-    @property
-    def run_uri(self) -> str:
-        return join_uri(absolute_uri(self.storage_uri), self.name)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that was found sound. `weights`: the card of --weights; `card`: what config.json is to hold."""
-
-    config: Config
-    launch: Launch
-    data_uri: str
-    manifest: Manifest
-    weights: dict[str, Any] | None
-    card: dict[str, Any]
-    is_finished: bool
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the driver hands to every worker. `progress` is a Ray actor handle, `weights` the card of --weights.
-
-    `driver` and `attempt` are the driver's claim on the run (attempt.py).
-    """
-
-    config: Config
-    data_uri: str
-    manifest_sha256: str
-    run_uri: str
-    staging_folder: str | None
-    num_cpus_per_worker: int
-    git_commit: str
-    progress: Any
-    driver: str
-    attempt: int
-    weights: dict[str, Any] | None
-    start_up: StartUp
-    profile: bool = False
-    limit_seconds: float = 120.0  # of every wait of a rank for another
+from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.ownership import Attempts
+from cifar_dist.sealed_json import from_json, is_sealed
+from cifar_dist.storage import Folder
+from cifar_dist.train.job import Plan
+from cifar_dist.uris import absolute_uri
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
@@ -109,7 +33,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
     if config.model.weights:  # into a network of its own: what does not fit is found before anything is stored
         import torch  # noqa: PLC0415
 
-        from cifar_dist.train.setup import build_model, image_spec, load_start_weights  # noqa: PLC0415
+        from cifar_dist.run.network import build_model, image_spec, load_start_weights  # noqa: PLC0415
 
         cpu = torch.device("cpu")
         weights = load_start_weights(config, build_model(config, manifest.num_classes, image_spec(config, cpu), cpu))
@@ -128,7 +52,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         checkpoints.check_version(found)
     check_stored(card, launch, config.model.weights)
     if found and found.cursor.epoch >= config.loop.epochs:
-        from cifar_dist.train.setup import expected_of  # noqa: PLC0415
+        from cifar_dist.run.network import expected_of  # noqa: PLC0415
 
         # If that one is damaged there is something to do.
         found, _ = checkpoints.load_newest(expected_of(config, manifest)) or (None, None)
@@ -211,7 +135,7 @@ def refuse_foreign(launch: Launch) -> None:
 
 def explain_resume(plan: Plan) -> str:
     """What the run would load and why, as lines; reads and verifies as a resume does."""
-    from cifar_dist.train.setup import expected_of  # noqa: PLC0415
+    from cifar_dist.run.network import expected_of  # noqa: PLC0415
 
     run_uri, config = plan.launch.run_uri, plan.config
     checkpoints = Checkpoints(run_uri)

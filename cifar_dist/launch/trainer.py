@@ -1,7 +1,7 @@
-"""Ray Train's trainer for a cluster that is started for one run.
+"""Ray Train's trainer, without the helper processes and the open ports that a run does not need.
 
-No helper processes of no use to a run: each wakes up over 100 times a second, and where all cores compute every time
-costs both the thread that it interrupts and those that wait for that one. No port that other machines reach.
+A helper process wakes up over 100 times a second. Where all cores compute, each time costs the thread that it
+interrupts, and the threads that wait for that one.
 """
 
 import contextlib
@@ -15,22 +15,20 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray._private.state import state
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _set_torch_distributed_env_vars, _shutdown_torch, _TorchBackend
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
-from cifar_dist.train.cluster import session_folder
+from cifar_dist.launch import ray_private
 
 LEAVE_SECONDS = 3.0  # for the ranks to leave the process group before they are ended
+TorchBackend: Any = ray_private.get("backend") or object
+WorkerGroupCallback: Any = ray_private.get("group_callback") or object
+FixedScalingPolicy: Any = ray_private.get("fixed_scaling") or object
+# Without these two Ray's own backend is used.
+HAS_OWN_BACKEND = all(ray_private.get(name) for name in ("backend", "leave_group"))
+HAS_LOCAL_BACKEND = HAS_OWN_BACKEND and bool(ray_private.get("set_variables"))
 
 
-def join_group(backend: str, path: str, rank: int, world: int, timeout_seconds: int) -> None:
+def join_group(backend: str, path: str, rank: int, *, world: int, timeout_seconds: int) -> None:
     """Makes torch's process group on a worker; the ranks find each other by the file at `path`."""
     timeout = timedelta(seconds=timeout_seconds)
     store = dist.FileStore(path, world)
@@ -38,12 +36,13 @@ def join_group(backend: str, path: str, rank: int, world: int, timeout_seconds: 
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 
-class Backend(_TorchBackend):
+class Backend(TorchBackend):
     """Ray's own, which waits half a minute for a rank that hangs to leave the process group, before it is killed."""
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:  # noqa: ARG002
         """Called in the controller before workers are stopped."""
-        tasks = worker_group.execute_async(_shutdown_torch, destroy_process_group=len(worker_group) > 1)
+        leave = ray_private.get("leave_group")
+        tasks = worker_group.execute_async(leave, destroy_process_group=len(worker_group) > 1)
         with contextlib.suppress(ray.exceptions.RayError):  # a rank that is dead or hangs: it is ended next
             ray.get(tasks, timeout=LEAVE_SECONDS)
 
@@ -56,9 +55,10 @@ class LocalBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Called in the controller when workers have started."""
-        self.folder = tempfile.TemporaryDirectory(prefix="ranks-", dir=session_folder(), ignore_cleanup_errors=True)
+        session = ray_private.session_folder()
+        self.folder = tempfile.TemporaryDirectory(prefix="ranks-", dir=session, ignore_cleanup_errors=True)
         group, world = f"{self.folder.name}/group", len(worker_group)
-        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(ray_private.get("set_variables"))
         settings = {"world": world, "timeout_seconds": backend_config.timeout_s}
         tasks = [
             worker_group.execute_single_async(i, join_group, backend_config.backend, group, i, **settings)
@@ -91,10 +91,12 @@ class LocalTorchConfig(TorchConfig):
         return LocalBackend
 
 
-def a_node_is_leaving() -> bool:
-    """Whether Ray has told this worker that the node of some worker is about to be taken away. ray.train's own
-    get_preemption_info asks all workers each time, and waits for one that hangs."""
-    return get_internal_train_context().preemption_context.preemption_info is not None
+def torch_config(*, owns_cluster: bool, backend: str, limit_seconds: int) -> TorchConfig:
+    """`owns_cluster`: all workers are on this machine. `backend`: nccl or gloo. `limit_seconds`: of collectives."""
+    kind = TorchConfig
+    if HAS_OWN_BACKEND:
+        kind = LocalTorchConfig if owns_cluster and HAS_LOCAL_BACKEND else GroupConfig
+    return kind(backend=backend, timeout_s=limit_seconds)
 
 
 class StartLimit(WorkerGroupCallback):
@@ -109,7 +111,7 @@ class StartLimit(WorkerGroupCallback):
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
         """Called in the controller, around the start of the workers."""
-        watch = threading.Timer(self.limit_seconds, end_workers)
+        watch = threading.Timer(self.limit_seconds, ray_private.end_workers)
         watch.daemon = True
         watch.start()
         try:
@@ -118,13 +120,9 @@ class StartLimit(WorkerGroupCallback):
             watch.cancel()
 
 
-def end_workers() -> None:
-    """Kills the workers that the controller in this process has started."""
-    context, core = ray.get_runtime_context(), ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
-    job = ray.JobID.from_hex(context.get_job_id())
-    for actor_id, actor in state.actor_table(None, job, "ALIVE").items():
-        if actor["ActorClassName"].endswith("RayTrainWorker"):
-            core.kill_actor(ray.ActorID.from_hex(actor_id), True)
+def start_limits(limit_seconds: float) -> list[Any]:
+    """The callbacks that limit the start of workers; none where Ray takes no such callback."""
+    return [StartLimit(limit_seconds)] if ray_private.get("group_callback") else []
 
 
 class FixedScaling(FixedScalingPolicy):
@@ -141,24 +139,22 @@ class Trainer(TorchTrainer):
     """TorchTrainer for train functions that use no Ray data sets.
 
     `owns_cluster`: the cluster was started here and ends with this process. Then nothing has to look after the workers'
-    placement group when the controller dies (which also asks the dashboard every second, so there must be one), and
-    a fixed number of workers is asked of no autoscaler; and all workers are on this machine. `backend` of the process
-    group: nccl or gloo; `limit_seconds`: of its collectives.
+    placement group when the controller dies, and a fixed number of workers is asked of no autoscaler.
     """
 
-    def __init__(self, *args: Any, owns_cluster: bool, backend: str, limit_seconds: int, **settings: Any) -> None:
-        config = LocalTorchConfig if owns_cluster else GroupConfig
-        super().__init__(*args, torch_config=config(backend=backend, timeout_s=limit_seconds), **settings)
+    def __init__(self, *args: Any, owns_cluster: bool, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self._owns_cluster = owns_cluster
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        unused: list[type] = [DatasetsCallback]
-        if self._owns_cluster:
-            unused.append(PlacementGroupCleanerCallback)
-        if self._owns_cluster and not self.scaling_config.elasticity_enabled:  # type: ignore[attr-defined]
-            parts["scaling_policy"] = FixedScaling(self.scaling_config)  # type: ignore[arg-type]
-        else:
-            # The controller needs this actor and waits for it: they may as well start side by side.
-            get_or_create_autoscaling_coordinator()
-        parts["callbacks"] = [c for c in parts["callbacks"] if not isinstance(c, tuple(unused))]
+        if not ray_private.get("run_controller"):
+            return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]
+        unused = [ray_private.get("data_sets"), ray_private.get("cleaner") if self._owns_cluster else None]
+        kinds = tuple(filter(None, unused))
+        is_fixed = not self.scaling_config.elasticity_enabled  # type: ignore[attr-defined]
+        if self._owns_cluster and is_fixed and ray_private.get("fixed_scaling"):
+            parts["scaling_policy"] = FixedScaling(self.scaling_config)
+        elif find := ray_private.get("coordinator"):
+            find()  # the controller needs this actor and waits for it: they may as well start side by side
+        parts["callbacks"] = [c for c in parts["callbacks"] if not isinstance(c, kinds)]
         return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]

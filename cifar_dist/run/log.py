@@ -20,8 +20,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from cifar_dist.errors import UserError
-from cifar_dist.storage import Folder, finite, from_json, join_uri
-from cifar_dist.train.checkpoint import Mark
+from cifar_dist.run.checkpoint import Mark
+from cifar_dist.sealed_json import finite, from_json
+from cifar_dist.storage import Folder
+from cifar_dist.uris import join_uri
 
 LOG = "metrics.jsonl"
 PART = re.compile(r"metrics-(\d{15})\.jsonl")

@@ -1,4 +1,4 @@
-"""What a configuration means for a device and a data set: input, model, ids. Shared by training and evaluation."""
+"""The network of a run: input, model, start weights, precision and ids that its settings mean."""
 
 import hashlib
 import tempfile
@@ -11,12 +11,11 @@ import torch
 from cifar_dist import models
 from cifar_dist.config import Config
 from cifar_dist.data import order
-from cifar_dist.data.spec import ImageSpec
-from cifar_dist.data.store import Manifest
+from cifar_dist.data.manifest import Manifest
+from cifar_dist.data.order import ImageSpec
 from cifar_dist.errors import UserError
 from cifar_dist.models import keras_weights
 from cifar_dist.storage import Folder
-from cifar_dist.train.precision import Precision
 
 
 def image_spec(config: Config, device: torch.device) -> ImageSpec:
@@ -101,3 +100,26 @@ def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return order.train_validation_ids(
         labels, config.data.validation_fraction, config.data.train_images, config.data.split_seed
     )
+
+
+class Precision:
+    """The resolved precision of a run on a device: fp32, bf16 or fp16.
+
+    auto is bf16 on a GPU that has it and fp16 on an older one; on a CPU bf16 where it has instructions for it (AMX,
+    AVX-512 BF16), else fp32. Without AMX bf16 may be slower (docs/performance.md). fp16 scales the loss, others do not
+    need it.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        if name == "auto":
+            if device.type == "cuda":
+                name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            else:
+                has = torch.cpu.get_capabilities()
+                name = "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "fp32"
+        self.name, self.device = name, device
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.name != "fp32")

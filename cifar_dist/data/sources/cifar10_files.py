@@ -1,0 +1,41 @@
+"""CIFAR-10 as torchvision downloads it."""
+
+import os
+from functools import partial
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+
+from cifar_dist.data.sources.picture import Item
+from cifar_dist.data.sources.source import Source
+from cifar_dist.errors import UserError
+
+
+def cifar10(path: str | None) -> Source:
+    """CIFAR-10 (60,000 images, 32 px) by torchvision's downloader, which checks its checksums; kept as PNG."""
+    from torchvision.datasets import CIFAR10  # noqa: PLC0415 - slow to import, needed here only
+
+    try:
+        root = Path(os.path.expanduser(path)) if path else Path.home() / ".cache" / "cifar_dist"
+    except RuntimeError as error:
+        raise UserError(
+            "HOME is not set, so there is no folder to keep CIFAR-10 in; set it, or name a folder with --path"
+        ) from error
+    if path and not root.is_dir():
+        raise UserError(f"the folder {root} does not exist; --path names where CIFAR-10 is or shall be kept")
+    try:
+        parts = {split: CIFAR10(str(root), train=split == "train", download=True) for split in ("train", "test")}
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"CIFAR-10 could not be downloaded from {CIFAR10.url} to {root} ({error}). Without a network, fetch "
+            f"{CIFAR10.filename} elsewhere, put it into a folder and name that folder with --path; or use "
+            "--source folder on images of your own, or --source shapes, which needs no network"
+        ) from error
+
+    def items(split: str) -> list[Item]:
+        data: np.ndarray = parts[split].data
+        targets = parts[split].targets
+        return [Item(f"{split}-{i:05d}.png", targets[i], partial(data.__getitem__, i)) for i in range(len(data))]
+
+    return Source("cifar10", list(parts["train"].classes), {split: items(split) for split in parts})

@@ -1,0 +1,72 @@
+"""Folders of images: PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+from cifar_dist.data.sources.picture import Item
+from cifar_dist.data.sources.source import DATA_SUFFIXES, Source, draw_test_split, need_two_classes
+from cifar_dist.errors import UserError
+
+
+def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Source:
+    """train/CLASS/* and test/CLASS/*; labels follow the sorted class folders; a missing test split is drawn."""
+    root = Path(os.path.expanduser(path or ""))
+    if not path or not (root / "train").is_dir():
+        raise UserError(
+            f"{path or '(no --path)'} holds no folder named train; --source folder reads PATH/train/CLASS/IMAGE and, "
+            "if it is there, PATH/test/CLASS/IMAGE"
+        )
+    for folder, read in ((root, {"train", "test"}), (root / "train", set()), (root / "test", set())):
+        for entry in visible(folder) if folder.is_dir() else []:
+            if entry.name not in read and (entry.suffix.lower() in DATA_SUFFIXES or (read and entry.is_dir())):
+                raise UserError(
+                    f"{entry} would not be read: --source folder reads PATH/train/CLASS/IMAGE and "
+                    "PATH/test/CLASS/IMAGE; move it away, or name a folder of links to "
+                    "train and to what is the test split"
+                )
+    class_names = [p.name for p in visible(root / "train") if p.is_dir()]
+    need_two_classes(str(root / "train"), class_names)
+
+    def items(split: str) -> list[Item]:
+        found = {p.name for p in visible(root / split) if p.is_dir()}
+        if extra := sorted(found - set(class_names)):
+            raise UserError(f"class {extra[0]!r} is in {root / split} but not in {root / 'train'}")
+        rows = []
+        for label, name in enumerate(class_names):
+            files = visible(root / split / name) if name in found else []
+            if not files:
+                raise UserError(f"class {name!r} has no images in {root / split}; add some or remove the class")
+            if inner := next((p for p in files if p.is_dir()), None):
+                num_files = sum(p.is_file() for p in inner.rglob("*"))
+                raise UserError(
+                    f"{inner} is a folder inside a class's folder, and its {num_files} files would not be read; move "
+                    f"its images up into {inner.parent}, or move it away"
+                )
+            rows += [Item(f"{split}/{name}/{p.name}", label, partial(read_file, p), str(p)) for p in files]
+        return rows
+
+    train = items("train")
+    if (root / "test").is_dir():
+        splits = {"train": train, "test": items("test")}
+    else:
+        splits = draw_test_split(train, class_names, test_fraction, seed)
+    return Source("folder", class_names, splits)
+
+
+def visible(folder: Path) -> list[Path]:
+    """The folder's entries sorted by name, without hidden ones."""
+    found = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+    for path in found:
+        try:
+            path.name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{str(path)!r} has a name that is not UTF-8; rename it") from None
+    return found
+
+
+def read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,133 @@
+"""A Ray cluster on this machine that ends with the job and that no other machine reaches."""
+
+import atexit
+import contextlib
+import importlib
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from cifar_dist.cpus import num_cpus
+from cifar_dist.data.private import default_folder, private_folder
+from cifar_dist.environment import MARK, ray_folder, set_up_local_cluster, without_mark
+from cifar_dist.errors import UserError, first_line
+from cifar_dist.launch import ray_private
+
+# Ray's longest socket behind its temporary folder, and the longest path of a socket on Linux.
+SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
+LONGEST_SOCKET = 107
+# Once the driver has ended, however that came, kills the processes whose environment holds argv[1], which only those of
+# its cluster do: Ray's agents outlive a driver that was killed. Gives up on one that argv[2] seconds do not end.
+GUARDIAN = """
+import os, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+sys.stdin.read()
+mark, end, num_empty = sys.argv[1].encode(), time.monotonic() + float(sys.argv[2]), 0
+while num_empty < 20 and time.monotonic() < end:  # a process that is just being started shows no environment
+    num_empty += 1
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                if mark in file.read().split(b"\\0"):
+                    num_empty = 0
+                    os.kill(int(pid), signal.SIGKILL)
+        except OSError:
+            pass
+    time.sleep(0.1)
+"""
+GUARDIAN_SECONDS = 30.0
+
+guardians: list[subprocess.Popen] = []
+
+
+def start(num_workers: int) -> None:
+    """Starts a cluster on this machine that nobody else can reach and that ends with this process.
+
+    Raises UserError if Ray cannot start here.
+    """
+    folder, mark = temporary_folder(), secrets.token_hex(16)
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    start_guardian(mark)
+    set_up_local_cluster(mark, secrets.token_hex(32), loopback)
+    ray_private.forget_token()  # of a cluster that this process had before
+    ray_private.stay_on_loopback()
+    # Ray's processes take seconds to start, torch takes one to import, and both are needed next.
+    torch_import = threading.Thread(target=importlib.import_module, args=("torch",))
+    torch_import.start()
+    try:
+        with no_sigterm(), ray_private.own_handlers():
+            ray.init(
+                address="local",
+                num_cpus=max(num_cpus(), num_workers),  # more workers than cores is slow but sound: a rehearsal
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **ray_private.own_cluster_settings(folder),
+            )
+    except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"Ray did not start on this machine: {first_line(error)}; its logs are in {folder}/session_latest/logs"
+        ) from error
+    finally:
+        torch_import.join()
+    ray_private.trim_own_cluster()
+    atexit.register(ray.shutdown)  # before Ray's own, which first sleeps half a second
+
+
+@contextmanager
+def no_sigterm() -> Iterator[None]:
+    """Processes that are started in here never get SIGTERM: where all processes of a job get it at once, as from
+    systemd or Slurm, the workers store a checkpoint first, and end with the driver."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_guardian(mark: str) -> None:
+    """A process that waits for this one to end, and then ends what it has started."""
+    guardian = subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", GUARDIAN, f"{MARK}={mark}", str(GUARDIAN_SECONDS)],
+        stdin=subprocess.PIPE,  # closed by the kernel when this process ends
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+        env=without_mark(),
+    )
+    guardians.append(guardian)  # as long as this process: what would be collected would close the pipe
+
+
+def temporary_folder() -> str:
+    """Where Ray keeps its sockets and logs: in a folder of this user alone, with a path that is short enough.
+
+    Ray opens its own folder to every user, so it lies inside one that is closed.
+    """
+    bases = [ray_folder() or default_folder(), "/tmp", "/var/tmp", "/dev/shm"]
+    for base in bases:
+        folder = Path(base) / f"cifar_dist-ray-{os.geteuid()}"
+        path = str(folder / "r")
+        # Ray splits its processes' command lines at spaces.
+        fits = len(os.fsencode(path + SOCKET)) <= LONGEST_SOCKET and re.fullmatch(r"[!-~]+", path)
+        if fits and os.access(base, os.W_OK | os.X_OK):
+            with contextlib.suppress(UserError):  # a link, or somebody else's
+                private_folder(folder)
+                return path
+    longest = LONGEST_SOCKET - len(path + SOCKET) + len(base)
+    raise UserError(
+        f"Ray's sockets need a folder that can be written to, with a path of at most {longest} plain characters, and "
+        f"{' and '.join(dict.fromkeys(bases))} are not such folders; set RAY_TMPDIR to one"
+    )
