@@ -12,7 +12,7 @@ RUN /opt/uv/bin/uv sync --locked --no-dev --no-install-project --no-cache \
     && echo /opt/project > "$(/opt/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/project.pth"
 
 FROM environment AS project
-COPY README.md ./
+COPY README.md LICENSE ./
 COPY cifar_dist cifar_dist
 RUN /opt/uv/bin/uv pip install --no-deps --no-cache --python /opt/venv --target /opt/project .
 ARG REVISION=unknown
@@ -37,6 +37,7 @@ ARG REVISION=unknown
 LABEL org.opencontainers.image.title="cifar_dist" \
       org.opencontainers.image.description="Distributed image classification with Ray Train, NVIDIA DALI and PyTorch" \
       org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.base.name="${BASE_IMAGE}"
 WORKDIR /opt/cifar_dist
