@@ -17,7 +17,7 @@ import kubernetes_validate
 import yaml
 
 ROOT = Path(__file__).parents[2]
-CRD = ROOT.parent / "shared" / "kuberay-crds" / "ray.io_rayjobs.yaml"
+CRD = Path(__file__).parent / "kuberay" / "ray.io_rayjobs.yaml"  # KubeRay's own, see the README there
 OVERLAYS = sorted(folder.name for folder in (ROOT / "k8s" / "overlays").iterdir())
 KUBERNETES = "1.34"  # the version whose schemas the core kinds are held against
 
@@ -77,8 +77,6 @@ def schema_faults(text: str) -> tuple[str, ...]:
     if not {"apiVersion", "kind", "metadata"} <= document.keys():
         return (f"no object: {sorted(document)}",)
     if document["kind"] == "RayJob":
-        if not CRD.exists():  # the tests that are about the schema are skipped
-            return ()
         return tuple(f"{e.json_path}: {e.message}" for e in rayjob_schema().iter_errors(document))
     try:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)

@@ -11,7 +11,7 @@ from typing import Any
 import promql_parser
 import pytest
 from manifests import ROOT, Documents, Rendered, faults, render, schema_faults
-from test_manifests import examples, needs_crds, with_component
+from test_manifests import examples, with_component
 
 from cifar_dist.launch.progress import GAUGES
 
@@ -38,7 +38,6 @@ def monitored(tmp_path: Path) -> Documents:
     return with_component(tmp_path, "monitoring")
 
 
-@needs_crds
 def test_it_changes_nothing_of_the_job(monitored: Documents) -> None:
     added = [d for d in monitored if d["metadata"]["name"] in ("my-cifar-dist-metrics", "my-cifar-dist-dashboard")]
     added += [d for d in monitored if d["kind"] == "PodMonitor"]
