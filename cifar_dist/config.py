@@ -1,163 +1,182 @@
-"""Every option of a training run, typed, with its default, unit and check; and the command line made of them."""
+"""Declares the settings of training: type, default, range, choices, unit and help."""
 
-import argparse
 import dataclasses
-import difflib
-import math
-import os
-import re
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar
 
-from cifar_dist.environment import cluster_address, ray_address
 from cifar_dist.errors import UserError
-from cifar_dist.uris import absolute_uri, join_uri
+from cifar_dist.models.spec import MODELS
+from cifar_dist.options import Section, nearest, option
 
 
-def option(
-    default: Any, help: str, choices: tuple = (), minimum: float | None = None, maximum: float | None = None
-) -> Any:
-    """A dataclass field that carries its help text and its check."""
-    return field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "maximum": maximum})
+class TrainingSection(Section):
+    """Base of the sections whose settings decide what a run learns and how fast."""
+
+    range_words: ClassVar[tuple[str, str]] = "takes a value", "of "
+    by_recipe = True
 
 
-def nearest(word: str, valid: Any) -> str:
-    """' (did you mean X?)' for the valid word closest to `word`, or '' if none is close."""
-    close = difflib.get_close_matches(str(word), [str(v) for v in valid], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(TrainingSection):
+    table, heading = "model", "network"
 
-
-class Section:
-    """Base of the sections: checks type, choices and range of every field when it is built."""
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, name = getattr(self, f.name), f.name.replace("_", "-")
-            kind = getattr(f.type, "__name__", f.type)
-            choices, low, high = (f.metadata[k] for k in ("choices", "minimum", "maximum"))
-            if f.type is float and type(value) is int:
-                object.__setattr__(self, f.name, value := float(value))
-            if type(value) is not f.type:
-                raise UserError(f"--{name} takes a value of type {kind}, not {value!r}")
-            if choices and value not in choices:
-                raise UserError(f"--{name} is one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}")
-            if f.type is float and not math.isfinite(value):
-                raise UserError(f"--{name} takes a value that is finite, not {value}")
-            if (low is not None and not value >= low) or (high is not None and not value <= high):
-                least, most = (f"{b:g}" if isinstance(b, float) else b for b in (low, high))
-                bounds = f"from {least} to {most}" if high is not None else f"of {least} or more"
-                raise UserError(f"--{name} takes a value {bounds}, not {value}")
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    model: str = option("fan", "the network", choices=("fan", "resnet50v2"))
-    finetune: bool = option(False, "train the ResNet base too (default: frozen, in inference mode)")
+    model: str = option("fan", help="the network", choices=tuple(MODELS), common=True)
+    finetune: bool = option(False, help="train the ResNet base too (default: frozen, in inference mode)")
     batchnorm_momentum: float = option(
-        0.99, "share of the old moving statistics kept at each step, as Keras counts it", minimum=0, maximum=1
+        0.99,
+        help="share of the old moving statistics that BatchNorm keeps at each step, as in Keras",
+        minimum=0,
+        maximum=1,
     )
-    weights: str = option("", "Keras weights to start from: a .h5, .weights.h5 or .keras file (empty: random)")
+    weights: str = option(
+        "",
+        help="Keras weights to start from: a .h5, .weights.h5 or .keras file (empty: random)",
+        metavar="URI",
+        common=True,
+        may_change=True,
+    )
 
 
-@dataclass(frozen=True)
-class DataConfig(Section):
-    image_size: int = option(32, "side in pixels to which images are resized", minimum=8, maximum=4096)
-    input_range: str = option("0..1", "range of the model's input", choices=("0..1", "-1..1", "0..255"))
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(TrainingSection):
+    table, heading = "data", "input"
+
+    image_size: int = option(32, help="side in pixels to which images are resized", minimum=8, maximum=4096)
+    input_range: str = option("0..1", help="range of the model's input", choices=("0..1", "-1..1", "0..255"))
     flips: str = option(
-        "none", "how training images are flipped, with probability 1/2", choices=("none", "horizontal", "both")
+        "none", help="how training images are flipped, with probability 1/2", choices=("none", "horizontal", "both")
     )
     crop_padding: int = option(
-        0, "pixels by which the crop of a padded training image is shifted at most (0: no crop)", minimum=0
+        0, help="most pixels by which a training image is shifted, by a crop after padding (0: no crop)", minimum=0
     )
-    cutout_size: int = option(0, "side in pixels of the square cut out of a training image (0: none)", minimum=0)
+    cutout_size: int = option(0, help="side in pixels of the square cut out of a training image (0: none)", minimum=0)
     validation_fraction: float = option(
-        0.1, "share of the train split, per class, held out for validation", minimum=0.0001, maximum=0.9
+        0.1, help="share of each class of the train split that is held out for validation", minimum=0.0001, maximum=0.9
     )
-    split_seed: int = option(0, "seed of the validation split: the same rows whatever the run's --seed", minimum=0)
-    train_images: int = option(0, "train on this many images, evenly drawn by class (0: all)", minimum=0)
+    split_seed: int = option(0, help="seed of the validation split, which does not depend on --seed", minimum=0)
+    train_images: int = option(0, help="number of training images, drawn evenly by class (0: all)", minimum=0)
     cache: str = option(
-        "auto", "decode each epoch, once, or once if it fits the budget", choices=("auto", "decoded", "encoded")
+        "auto",
+        help="encoded: decode in every epoch; decoded: once; auto: once if it fits --cache-budget-mib",
+        choices=("auto", "decoded", "encoded"),
+        may_change=True,
     )
-    cache_budget_mib: int = option(2048, "largest decoded set that --cache auto keeps, in MiB", minimum=0)
+    cache_budget_mib: int = option(
+        2048, help="largest decoded data set that --cache auto keeps, in MiB", minimum=0, may_change=True
+    )
     features: str = option(
         "computed",
-        "frozen resnet50v2: cached keeps the base's output per image and flip on the node's disk",
+        help="frozen resnet50v2: cached keeps the output of the base on the node's disk, per image and flip",
         choices=("computed", "cached"),
+        may_change=True,
     )
-    synthetic_data: bool = option(False, "train on one random batch again and again, so that input costs nothing")
-    dali_threads: int = option(0, "DALI's CPU threads per worker (0: as many as the worker has cores)", minimum=0)
+    synthetic_data: bool = option(False, help="train on one random batch, to measure compute alone")
+    dali_threads: int = option(
+        0, help="DALI's CPU threads per worker (0: as many as the worker has cores)", minimum=0, may_change=True
+    )
 
 
-@dataclass(frozen=True)
-class OptimConfig(Section):
-    optimizer: str = option("adam", "adam has Keras's epsilon rule", choices=("adam", "adamw", "sgd", "muon"))
-    learning_rate: float = option(1e-3, "peak learning rate", minimum=0)
-    schedule: str = option("constant", "learning rate over the run", choices=("constant", "cosine", "one-cycle"))
-    warmup_fraction: float = option(0.0, "share of the steps spent rising to the peak", minimum=0, maximum=0.9)
-    weight_decay: float = option(
-        0.0, "weight decay (decoupled in adamw and muon), of biases and BatchNorm's scales too", minimum=0
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(TrainingSection):
+    table, heading = "optim", "optimizer"
+
+    optimizer: str = option(
+        "adam", help="optimizer; adam follows Keras's rule for epsilon", choices=("adam", "adamw", "sgd", "muon")
     )
-    decay_bias_and_norm: bool = option(True, "also decay biases and BatchNorm's scales and shifts")
-    momentum: float = option(0.9, "momentum of sgd and muon (Nesterov)", minimum=0, maximum=0.9999)
+    learning_rate: float = option(1e-3, help="peak learning rate", aliases=("lr",), common=True, minimum=0)
+    schedule: str = option(
+        "constant", help="course of the learning rate over the run", choices=("constant", "cosine", "one-cycle")
+    )
+    warmup_fraction: float = option(
+        0.0, help="share of the steps in which the learning rate rises to its peak", minimum=0, maximum=0.9
+    )
+    weight_decay: float = option(0.0, help="weight decay, decoupled in adamw and muon", minimum=0)
+    decay_bias_and_norm: bool = option(
+        True, help="apply the weight decay to biases and to BatchNorm's scales and shifts too"
+    )
+    momentum: float = option(0.9, help="momentum of sgd and muon (Nesterov)", minimum=0, maximum=0.9999)
     muon_learning_rate: float = option(
-        0.02, "muon: peak learning rate of the convolutions; the rest takes adamw's", minimum=0
+        0.02, help="muon: peak learning rate of the convolutions; adamw at --learning-rate trains the rest", minimum=0
     )
-    beta1: float = option(0.9, "Adam's decay of the first moment", minimum=0, maximum=0.9999)
-    beta2: float = option(0.999, "Adam's decay of the second moment", minimum=0, maximum=0.99999)
-    epsilon: float = option(1e-7, "Adam's epsilon", minimum=0)
-    clip_norm: float = option(0.0, "largest global gradient norm (0: no clipping)", minimum=0)
-    label_smoothing: float = option(0.0, "label smoothing of the training loss", minimum=0, maximum=0.9)
+    beta1: float = option(0.9, help="Adam's decay of the first moment", minimum=0, maximum=0.9999)
+    beta2: float = option(0.999, help="Adam's decay of the second moment", minimum=0, maximum=0.99999)
+    epsilon: float = option(1e-7, help="Adam's epsilon", minimum=0)
+    clip_norm: float = option(0.0, help="largest global gradient norm (0: no clipping)", minimum=0)
+    label_smoothing: float = option(0.0, help="label smoothing of the training loss", minimum=0, maximum=0.9)
     ema_decay: float = option(
-        0.0, "decay per step of the weight average that is evaluated (0: none)", minimum=0, maximum=0.99999
+        0.0,
+        help="decay per step of the average of the weights, which is then evaluated (0: no average)",
+        minimum=0,
+        maximum=0.99999,
     )
 
 
-@dataclass(frozen=True)
-class LoopConfig(Section):
-    epochs: int = option(30, "passes over the training images", minimum=1)
-    global_batch_size: int = option(64, "images per optimizer step, over all workers", minimum=1)
-    accumulation_steps: int = option(1, "micro-batches that a worker splits its part of a step into", minimum=1)
-    seed: int = option(0, "seed of weights, order, flips and dropout", minimum=0, maximum=2**31 - 1)
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig(TrainingSection):
+    table, heading = "loop", "training"
+
+    epochs: int = option(30, help="passes over the training images", common=True, minimum=1, may_change=True)
+    global_batch_size: int = option(
+        64, help="images per optimizer step, of all workers together", common=True, minimum=1
+    )
+    accumulation_steps: int = option(1, help="micro-batches into which a worker splits its part of a step", minimum=1)
+    seed: int = option(0, help="seed of weights, order, flips and dropout", common=True, minimum=0, maximum=2**31 - 1)
     precision: str = option(
         "auto",
-        "auto: bf16 where GPU or CPU compute in it, else fp16 on GPU, fp32 on CPU",
+        help="auto: bf16 where the processor has it, else fp16 on GPUs and fp32 on CPUs",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     memory_format: str = option(
         "auto",
-        "auto: channels_last on GPU, in bf16, and for resnet50v2 on CPU",
+        help="auto: channels_last on GPUs, in bf16, and for resnet50v2 on CPUs",
         choices=("auto", "contiguous", "channels_last"),
     )
-    compile: str = option("auto", "torch.compile (auto: on GPU only)", choices=("auto", "on", "off"))
+    compile: str = option("auto", help="use torch.compile (auto: on GPUs only)", choices=("auto", "on", "off"))
     recalibrate_batches: int = option(
-        0, "training batches that re-estimate BatchNorm's statistics before each validation (0: none)", minimum=0
+        0,
+        help="training batches from which BatchNorm's statistics are estimated anew before each validation (0: none)",
+        minimum=0,
     )
-    gradient_dtype: str = option("fp32", "in which workers exchange gradients", choices=("fp32", "bf16"))
-    deterministic: bool = option(False, "deterministic algorithms only (CPU runs are deterministic anyway)")
-    record_samples: bool = option(False, "put every step's ids and flips into metrics.jsonl: an audit, for small runs")
-    log_every_steps: int = option(20, "optimizer steps between metric lines", minimum=1)
+    gradient_dtype: str = option(
+        "fp32", help="number format in which workers exchange gradients", choices=("fp32", "bf16")
+    )
+    deterministic: bool = option(False, help="use deterministic algorithms only (runs on CPUs always do)")
+    record_samples: bool = option(
+        False, help="write the ids and flips of every step into metrics.jsonl, to audit a small run", may_change=True
+    )
+    log_every_steps: int = option(20, help="optimizer steps between metric lines", minimum=1, may_change=True)
     chance_warning_steps: int = option(
-        500, "steps after which training at chance is warned of (0: never, nor of lagging validation)", minimum=0
+        500,
+        help="warn if training accuracy is still at chance after this many steps (0: no warning, nor of validation)",
+        minimum=0,
+        may_change=True,
     )
 
 
-@dataclass(frozen=True)
-class CheckpointConfig(Section):
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(TrainingSection):
+    table, heading = "checkpoint", "checkpoints"
+
     checkpoint_every_steps: int = option(
-        0, "optimizer steps between checkpoints inside an epoch (0: by time and at epoch ends only)", minimum=0
+        0, help="optimizer steps between checkpoints inside an epoch (0: by time only)", minimum=0, may_change=True
     )
     checkpoint_every_seconds: float = option(
-        300.0, "seconds between checkpoints inside an epoch (0: none by time)", minimum=0
+        300.0, help="seconds between checkpoints inside an epoch (0: not by time)", minimum=0, may_change=True
     )
     storage_retry_seconds: float = option(
-        60.0, "how long a write or read of checkpoints is tried again while storage is away", minimum=0
+        60.0,
+        help="seconds for which reads and writes are tried again while storage does not answer",
+        minimum=0,
+        may_change=True,
     )
-    keep_checkpoints: int = option(2, "newest checkpoints kept; the best one is kept beside them", minimum=1)
+    keep_checkpoints: int = option(
+        2, help="how many of the newest checkpoints to keep; the best one is always kept", minimum=1, may_change=True
+    )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """A run's settings. Field names are unique over the sections, so `--epochs` is short for `--loop.epochs`."""
+    """The settings of a training run. The names of settings are unique across sections."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -166,164 +185,63 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        size = self.data.image_size
-        if self.model.model == "fan" and size != 32:
-            raise UserError(f"model fan flattens its last feature map, so --image-size must be 32, not {size}")
-        if self.model.model == "fan" and self.model.finetune:
-            raise UserError("--finetune is for resnet50v2: fan has no frozen base")
-        data = self.data
+        model, data, size = MODELS[self.model.model], self.data, self.data.image_size
+        if model.fixed_image_size and size != model.fixed_image_size:
+            raise UserError(
+                f"model {model.name} flattens its last feature map, so --image-size must be {model.fixed_image_size}, "
+                f"not {size}"
+            )
+        if size < model.min_image_size:
+            raise UserError(f"model {model.name} needs an --image-size of {model.min_image_size} or more, not {size}")
+        if self.model.finetune and not model.has_base:
+            raise UserError(f"--finetune is for {with_base()}: {model.name} has no frozen base")
         if data.features == "cached":
-            if self.model.model != "resnet50v2" or self.model.finetune:
-                raise UserError("--features cached is for resnet50v2 with a frozen base; leave it out for others")
+            if not model.has_base or self.model.finetune:
+                raise UserError(f"--features cached is for {with_base()} with a frozen base; leave it out for others")
             if data.crop_padding or data.cutout_size or data.synthetic_data:
                 raise UserError(
                     "--features cached keeps one output per image and flip: it does not go with --crop-padding, "
                     "--cutout-size or --synthetic-data"
                 )
-        if self.data.crop_padding >= size or self.data.cutout_size >= size:
+        if data.crop_padding >= size or data.cutout_size >= size:
             raise UserError(f"--crop-padding and --cutout-size must be less than --image-size {size}")
-        if self.model.model == "resnet50v2" and size < 96:
-            raise UserError(f"model resnet50v2 needs an --image-size of 96 or more, not {size}")
 
     def replace(self, **values: Any) -> "Config":
-        """A copy with fields set by their short names, checked again."""
+        """Returns a checked copy with some settings changed, by short name. Raises UserError."""
         sections = {}
         for f in dataclasses.fields(self):
             section = getattr(self, f.name)
-            mine = {k: values.pop(k) for k in list(values) if k in section.__dataclass_fields__}
-            sections[f.name] = dataclasses.replace(section, **mine)
+            changed = {k: values.pop(k) for k in list(values) if k in section.__dataclass_fields__}
+            sections[f.name] = dataclasses.replace(section, **changed)
         if values:
             name = next(iter(values))
             raise UserError(f"unknown setting {name!r}{nearest(name, option_fields())}")
         return Config(**sections)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Returns the values by section and name."""
         return dataclasses.asdict(self)
+
+    def values(self) -> dict[str, Any]:
+        """Returns the values by name."""
+        return {name: value for section in self.to_dict().values() for name, value in section.items()}
 
     @staticmethod
     def from_dict(values: dict) -> "Config":
-        """The inverse of to_dict; a setting that this version does not know is an error."""
+        """The inverse of to_dict. Raises UserError for a setting that this version does not know."""
         return Config().replace(**{k: v for section in values.values() for k, v in section.items()})
 
 
 def option_fields() -> dict[str, tuple[str, dataclasses.Field]]:
-    """Short name -> (section name, field), for every option of Config."""
+    """Returns short name -> (section name, field) for every setting of Config."""
     sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
     return {f.name: (s, f) for s, cls in sections.items() for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
-# A run may be continued with other values of these: more epochs, and what does not change what is learned.
-FREE_ON_RESUME = {
-    *("epochs", "weights", "cache", "cache_budget_mib", "dali_threads", "log_every_steps", "chance_warning_steps"),
-    *("features", "record_samples", "checkpoint_every_steps", "checkpoint_every_seconds", "storage_retry_seconds"),
-    "keep_checkpoints",
-}
+# A resumed run may change these settings: the number of epochs, and settings that do not change what is learned.
+FREE_ON_RESUME = {name for name, (_, f) in option_fields().items() if f.metadata["may_change"]}
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that never abbreviates and names the nearest valid option or value."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self._negative_number_matcher = re.compile(r"-\d")  # -1..1 and -1e-3 are values, not options
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        result, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            options = [name for action in self._actions for name in action.option_strings]
-            word = unknown[0].split("=")[0]
-            self.error(f"unknown option {unknown[0]}{nearest(word, options)}; --help lists them all")
-        return result
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            hint = nearest(value, action.choices)
-            raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(action.choices)}{hint}")
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def parse_bool(text: str) -> bool:
-    if text.lower() not in ("true", "false", "yes", "no", "1", "0", "on", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "yes", "1", "on")
-
-
-def worker_range(text: str) -> tuple[int, int | None]:
-    """(most, least or None): '4' or '1:4'."""
-    try:
-        low, colon, high = text.partition(":")
-        return (int(high), int(low)) if colon else (int(low), None)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of workers nor a range such as 1:4") from None
-
-
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--SECTION.NAME` and its short form `--NAME` for every option of Config."""
-    groups = {f.name: parser.add_argument_group(f"{f.name} settings") for f in dataclasses.fields(Config)}
-    for name, (section, f) in option_fields().items():
-        flag = name.replace("_", "-")
-        flags = [f"--{flag}", f"--{section}.{flag}"] + [f"--{section}.{name}"] * (flag != name)
-        kind: dict[str, Any] = {"type": f.type, "choices": f.metadata["choices"] or None, "metavar": "VALUE"}
-        if f.type is bool:
-            kind = {"type": parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
-        elif f.metadata["choices"]:
-            kind["metavar"] = "|".join(f.metadata["choices"])
-        text = f"{f.metadata['help']} (default {f.default})".replace("%", "%%")
-        groups[section].add_argument(*flags, dest=name, default=None, help=text, **kind)
-
-
-def add_cluster_options(parser: argparse.ArgumentParser) -> None:
-    """Where a job runs: devices, the nodes' folder, the cluster."""
-    where, cluster = "local folder for staged data", "Ray cluster (default: RAY_ADDRESS, else one is started here)"
-    devices = "auto: GPUs if the cluster has any"
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help=devices)
-    parser.add_argument("--staging-folder", type=os.path.abspath, help=f"{where} (default: in the temporary folder)")
-    parser.add_argument("--address", default=ray_address(), type=cluster_address, help=cluster)
-
-
-def config_overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line gave, by short name."""
-    return {name: value for name in option_fields() if (value := getattr(args, name)) is not None}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Where and how a run is launched: workers, storage and limits. Nothing here changes what is learned."""
-
-    data_uri: str
-    storage_uri: str
-    name: str
-    num_workers: int = 1  # at most, where min_workers is given
-    min_workers: int | None = None  # None: exactly num_workers
-    recipe: str = ""
-    device: str = "auto"  # auto, cpu or gpu
-    max_failures: int = 3
-    collective_timeout_seconds: int = 120
-    resize_seconds: float = 60.0  # between looks at the cluster for more workers, where min_workers is given
-    staging_folder: str | None = None
-    address: str | None = None  # of a Ray cluster; None starts one on this machine
-    profile: bool = False  # rank 0 writes a trace of a few steps
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 1 or (self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers):
-            given = self.num_workers if self.min_workers is None else f"{self.min_workers}:{self.num_workers}"
-            raise UserError(f"--workers must be 1 or more, or a range such as 1:4, not {given}")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
-            raise UserError(
-                f"--name {self.name!r} is no run name: up to 100 letters, digits, dots, dashes and underscores, "
-                "beginning with a letter or digit; a folder goes into --storage"
-            )
-        limits = {
-            "collective-timeout-seconds": (self.collective_timeout_seconds, 1),
-            "resize-seconds": (self.resize_seconds, 1),
-        }
-        for name, (value, least) in {"max-failures": (self.max_failures, 0), **limits}.items():
-            if not least <= value < math.inf:
-                raise UserError(f"--{name} must be {least} or more, not {value}")
-
-    @property
-    def run_uri(self) -> str:
-        return join_uri(absolute_uri(self.storage_uri), self.name)
+def with_base() -> str:
+    """Returns the names of the networks that have a base to freeze or fine-tune."""
+    return ", ".join(name for name, spec in MODELS.items() if spec.has_base)

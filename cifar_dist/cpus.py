@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: less than the machine has in a container with a limit, or where it is bound."""
+"""Counts the CPUs that this process may use: a container's limit or a CPU binding may allow fewer than exist."""
 
 import os
 from pathlib import Path
@@ -7,17 +7,17 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def num_cpus() -> int:
-    """CPUs that the process may run on, and that its control group's quota pays for; 1 or more."""
+    """Returns the CPUs that the process's CPU binding and its control group's quota allow, at least 1."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_cpus()
     return max(1, bound if quota is None else min(bound, int(quota)))
 
 
 def cgroup_cpus(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> float | None:
-    """The least quota in CPUs of the process's control group and those above it, None without one; versions 1 and 2.
+    """Returns the smallest quota, in CPUs, of the process's control group and its parents, or None without a quota.
 
-    In a container the group's path may be that of the host, of which only the lower end is mounted: the way up from
-    there ends at the mount, which is then the container's own group.
+    Supports cgroup versions 1 and 2. In a container the group's path may be the host's, although only its lower end is
+    mounted. The search for parents then ends at the mount, which is the container's own group.
     """
     found = []
     try:
@@ -28,7 +28,7 @@ def cgroup_cpus(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        # Version 1 has a folder for each set of controllers, and usually a link to it for each one.
+        # Version 1 has a folder for each set of controllers, and usually a link for each single controller.
         mount = next((root / name for name in (controllers, "cpu") if (root / name).is_dir()), root)
         group = mount / path.strip("/")
         while True:
@@ -41,7 +41,7 @@ def cgroup_cpus(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup
 
 
 def quota_of(group: Path) -> float | None:
-    """A control group's own quota in CPUs, None if it has none."""
+    """Returns a control group's own quota in CPUs, or None without a quota."""
     try:
         if (group / "cpu.max").exists():  # version 2: "max 100000" or "150000 100000"
             quota, period = (group / "cpu.max").read_text().split()

@@ -1,13 +1,13 @@
-"""What Ray, the C library and the compilers of torch read of the environment, set in one place."""
+"""Reads and sets the environment variables of Ray, the C library and torch's compilers, all in one place."""
 
 import getpass
 import json
 import os
 
-MARK = "CIFAR_DIST_CLUSTER"  # in the environment of every process of a cluster that a job has started itself
-NO_HOME = "/nonexistent"  # as Debian calls the home of those who have none
+MARK = "CIFAR_DIST_CLUSTER"  # set in every process of a cluster that the job started
+NO_HOME = "/nonexistent"  # Debian's name for the home folder of users without one
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-# What ties Ray's processes to another cluster or job, or has them wait for a debugger. All of it may be left over.
+# Variables that tie Ray's processes to another cluster or job, or make them wait for a debugger. They may be left over.
 OF_OTHER_CLUSTERS = (
     *("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_NAMESPACE", "RAY_JOB_ID", JOB_CONFIG),
     *("RAY_RUNTIME_ENV", "RAY_RUNTIME_ENV_HOOK", "RAY_RUNTIME_ENV_PLUGINS", "RAY_OVERRIDE_JOB_RUNTIME_ENV"),
@@ -19,33 +19,34 @@ OF_OTHER_CLUSTERS = (
 
 
 def set_up_local_cluster(mark: str, token: str, loopback: str) -> None:
-    """What the processes of a cluster that is started here read: each carries `mark`, talks on the network interface
-    `loopback` only, and answers those that know `token`."""
+    """Sets the environment of the processes of a cluster that this process starts.
+
+    Each process carries `mark`, uses only the network interface `loopback`, and answers only clients with `token`."""
     for name in OF_OTHER_CLUSTERS:
         os.environ.pop(name, None)
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes its node away
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a local node is not preempted
     os.environ |= {
         MARK: mark,
-        # Without one Ray reads or writes a token in the home folder. Ray asks for it by itself: RAY_AUTH_MODE is unset.
+        # Else Ray reads or writes a token in the home folder. With RAY_AUTH_MODE unset, Ray requires the token.
         "RAY_AUTH_TOKEN": token,
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what is named so is whether nodes have addresses for other machines
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # really means: nodes have external addresses
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,
     }
 
 
 def without_mark() -> dict[str, str]:
-    """The environment for a process that is none of the cluster's."""
+    """Returns the environment for a process that does not belong to the cluster."""
     return {name: value for name, value in os.environ.items() if name != MARK}
 
 
 def ray_folder() -> str | None:
-    """The folder that the user wants Ray's files in, if any."""
+    """Returns the user's folder for Ray's files, or None."""
     return os.environ.get("RAY_TMPDIR") or None
 
 
 def job_config_fault() -> str:
-    """What is wrong with the job that `ray job submit` describes in the environment; empty if nothing is."""
+    """Returns the fault of the job description that `ray job submit` puts into the environment, or ''."""
     try:
         json.loads(os.environ.get(JOB_CONFIG, "{}"))
     except ValueError as error:
@@ -54,39 +55,39 @@ def job_config_fault() -> str:
 
 
 def uses_private_ray() -> bool:
-    """Whether private APIs of Ray may be used. CIFAR_DIST_PRIVATE_RAY=0 tells whether a fault is theirs."""
+    """Whether private APIs of Ray may be used. CIFAR_DIST_PRIVATE_RAY=0 switches them off, to find their faults."""
     return os.environ.get("CIFAR_DIST_PRIVATE_RAY", "1") != "0"
 
 
 def uses_tls() -> bool:
-    """Whether Ray's processes are told to speak TLS."""
+    """Whether Ray's processes use TLS."""
     return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
 def cluster_address(text: str) -> str | None:
-    """--address or RAY_ADDRESS; None where the job is to start a cluster itself."""
+    """Returns the address in --address or RAY_ADDRESS, or None if the job starts its own cluster."""
     return None if text.strip() in ("", "local") else text.strip()
 
 
 def prepare_environment() -> str | None:
-    """Sets what Ray reads from the environment at import; returns RAY_ADDRESS if it is set."""
-    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # whatever an older program has set it to
-    if os.path.expanduser("~") == "~":  # neither HOME nor an entry in the list of users: Ray Train's import would fail
+    """Sets variables that Ray reads at import. Returns RAY_ADDRESS, or None if it is unset."""
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"  # an older program may have set another value
+    if os.path.expanduser("~") == "~":  # neither HOME nor an entry in /etc/passwd: importing Ray Train would fail
         os.environ["HOME"] = NO_HOME
     try:
         getpass.getuser()
-    except (KeyError, OSError):  # likewise: torch's compiler would fail
+    except (KeyError, OSError):  # no user name: torch's compiler would fail
         os.environ["USER"] = str(os.geteuid())
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use the driver's interpreter as it is
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end and failures wait for this poll; Ray's 2 s is slow
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use the driver's interpreter
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon Ray notices the end and failures; its default is 2 s
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TF_CPP_MIN_LOG_LEVEL": "3",
-        # Workers keep freed memory: to have the kernel clear the pages of large tensors anew at each step cost a fifth
-        # of Fan's steps on two cores. Read by the C library when a process starts, so by those of a local cluster.
+        # Workers keep freed memory. Otherwise the kernel clears the pages of large tensors at every step, which cost a
+        # fifth of Fan's step time on two cores. The C library reads these when a process starts: only in new processes.
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
@@ -94,7 +95,7 @@ def prepare_environment() -> str | None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    for name in ("RAY_CLIENT_MODE", "RAY_ENABLE_AUTO_CONNECT"):  # Ray Client, through which Ray Train does not run
+    for name in ("RAY_CLIENT_MODE", "RAY_ENABLE_AUTO_CONNECT"):  # Ray Client, which Ray Train does not support
         os.environ.pop(name, None)
     return cluster_address(os.environ.get("RAY_ADDRESS", ""))
 
@@ -104,6 +105,6 @@ def ray_address() -> str | None:
 
 
 def limit_waits(seconds: int) -> None:
-    """Limits the waits of Ray Train's ranks for each other, and the waits of its controller for a rank's answer."""
+    """Limits how long Ray Train's ranks wait for each other, and how long its controller waits for a rank's answer."""
     limit = str(seconds)
     os.environ |= {"RAY_TRAIN_COLLECTIVE_TIMEOUT_S": limit, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": limit}

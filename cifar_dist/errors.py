@@ -1,4 +1,4 @@
-"""Errors that a user can put right, and how a job shows them."""
+"""Errors that a user can fix, and how a job shows them."""
 
 import sys
 import traceback
@@ -8,9 +8,9 @@ from cifar_dist import stopping
 
 
 class UserError(Exception):
-    """What was wrong, with which file or value, and what to do: shown without a traceback, on one line.
+    """An error that names the fault, the file or value, and the remedy. A job prints it on one line, without traceback.
 
-    A library's message and the name of a file may hold line breaks, and characters that change a terminal.
+    Messages of libraries and file names may contain line breaks and terminal control characters. str() replaces them.
     """
 
     def __str__(self) -> str:
@@ -20,7 +20,7 @@ class UserError(Exception):
 def exit_code_of(main: Callable[[], object], debug: bool) -> int:
     """Runs a job's main; returns 0, 1 for a UserError (one sentence on stderr), 130 for Ctrl-C or 143 for SIGTERM.
 
-    Any other exception is a fault of ours and keeps its traceback; `debug` adds one to a UserError.
+    Other exceptions are bugs and keep their traceback. `debug` prints a UserError's traceback too.
     """
     stopping.listen()
     try:
@@ -37,6 +37,6 @@ def exit_code_of(main: Callable[[], object], debug: bool) -> int:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text without the punctuation at its end, to be quoted in a sentence."""
+    """Returns the first line of an error's text, without final punctuation, to be quoted in a sentence."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".:")

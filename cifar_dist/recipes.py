@@ -1,49 +1,55 @@
-"""Named settings as functions; each docstring says what the recipe is for and what was chosen."""
+"""Named settings as functions. Each docstring gives the recipe's purpose and the choices made."""
 
 from collections.abc import Callable
 
-from cifar_dist.config import Config, nearest
+from cifar_dist.config import Config
 from cifar_dist.errors import UserError
+from cifar_dist.models.spec import MODELS
+from cifar_dist.options import nearest
+
+
+def of_the_deck(name: str) -> Config:
+    """What the deck states of a network, in the input range of its ModelSpec."""
+    spec = MODELS[name]
+    return Config().replace(model=name, input_range=spec.input_range, **(spec.deck.settings if spec.deck else {}))
 
 
 def deck_fan() -> Config:
-    """Fan as the deck trains it: Adam, batch 64, 30 epochs, no flips; its layers are the deck's code, line by line.
+    """Fan as the deck trains it: Adam, batch 64, 30 epochs, no flips.
 
-    Where the deck is silent: the input range (chosen: 0..1; Fan's first BatchNorm takes out scale and offset); the
-    validation split (chosen: 10% of each class); the learning rate (chosen: 1e-3, Keras's default for Adam); the loss
-    (chosen: cross-entropy); the seeds.
+    Its layers are the deck's code, line by line. Where the deck is silent: the input range (chosen: 0..1; Fan's first
+    BatchNorm takes out scale and offset); the validation split (chosen: 10% of each class); the learning rate (chosen:
+    1e-3, Keras's default for Adam); the loss (chosen: cross-entropy); the seeds.
     """
-    return Config().replace(model="fan", epochs=30, global_batch_size=64, flips="none")
+    return of_the_deck("fan")
 
 
 def deck_resnet50v2() -> Config:
-    """ResNet50V2 as the deck trains it: frozen base at 224 px, Adam, batch 128, 3 epochs, flips in both directions.
+    """ResNet50V2 as the deck trains it: frozen base, 224 px, Adam, batch 128, 3 epochs.
 
-    Give it ImageNet's `weights`. Where the deck is silent: the input range (chosen: -1..1, for which those weights were
-    made; at 0..1 or 0..255, which the deck may have used, the frozen base computes features that it was never trained
-    for); whether the two flips are drawn together (chosen: each by itself, as Keras 2 does; docs/fidelity.md); the
-    validation split (chosen: 10% of each class); the learning rate (chosen: 1e-3, Keras's default for Adam); the loss
-    (chosen: cross-entropy); the seeds.
+    Images are flipped in both directions. Give it ImageNet's `weights`. Where the deck is silent: the input range
+    (chosen: -1..1, for which those weights were made; at 0..1 or 0..255, which the deck may have used, the frozen base
+    gets inputs that it was never trained on); whether the two flips are drawn together (chosen: independently, as
+    Keras 2 does; docs/fidelity.md); the validation split (chosen: 10% of each class); the learning rate (chosen: 1e-3,
+    Keras's default for Adam); the loss (chosen: cross-entropy); the seeds.
     """
-    return Config().replace(
-        model="resnet50v2", epochs=3, global_batch_size=128, image_size=224, input_range="-1..1", flips="both"
-    )
+    return of_the_deck("resnet50v2")
 
 
 def finetune_resnet50v2() -> Config:
-    """deck_resnet50v2 with its base trained too, at a rate of 1e-4 that falls to 0; start it from ImageNet --weights.
+    """deck_resnet50v2 with its base trained too; start it from ImageNet --weights.
 
-    Not the deck's settings. BatchNorm's momentum is 0.9, since 0.99 needs hundreds of steps before validation means
-    anything. Its accuracy has not been measured.
+    The learning rate of 1e-4 falls to 0. Not the deck's settings. BatchNorm's momentum is 0.9, since at 0.99 validation
+    is meaningless for hundreds of steps. The recipe's accuracy has not been measured.
     """
     return deck_resnet50v2().replace(finetune=True, learning_rate=1e-4, schedule="cosine", batchnorm_momentum=0.9)
 
 
 def best_fan() -> Config:
-    """Fan trained for accuracy in two epochs: Muon, a triangular rate, horizontal flips; not the deck's settings.
+    """Fan trained for accuracy in two epochs: Muon, a triangular rate, horizontal flips.
 
-    The settings were chosen by single runs on 10,000 images; what each of them brings has not been measured.
-    benchmarks/ablation.py measures it.
+    Not the deck's settings. The settings were chosen by single runs on 10,000 images. benchmarks/ablation.py can
+    measure the effect of each setting; that has not been done.
     """
     return deck_fan().replace(
         epochs=2,
@@ -59,9 +65,9 @@ def best_fan() -> Config:
 
 
 def quickstart_fan() -> Config:
-    """Fan on a few hundred images within minutes on two cores; not the deck's settings.
+    """Fan on a few hundred images within minutes on two cores.
 
-    BatchNorm momentum 0.8: 0.99 needs hundreds of steps before validation means anything.
+    Not the deck's settings. BatchNorm momentum is 0.8, since at 0.99 validation is meaningless for hundreds of steps.
     """
     return deck_fan().replace(
         epochs=2, global_batch_size=32, batchnorm_momentum=0.8, validation_fraction=0.15, log_every_steps=5
@@ -69,7 +75,10 @@ def quickstart_fan() -> Config:
 
 
 def quickstart_resnet50v2() -> Config:
-    """ResNet50V2 with a frozen base at 96 px within minutes on two cores; not the deck's settings."""
+    """ResNet50V2 with a frozen base at 96 px within minutes on two cores.
+
+    Not the deck's settings.
+    """
     return deck_resnet50v2().replace(
         epochs=5,
         global_batch_size=32,
@@ -82,20 +91,17 @@ def quickstart_resnet50v2() -> Config:
 
 RECIPES: dict[str, Callable[[], Config]] = {
     recipe.__name__: recipe
-    for recipe in (
-        *(deck_fan, deck_resnet50v2, finetune_resnet50v2, best_fan),
-        *(quickstart_fan, quickstart_resnet50v2),
-    )
+    for recipe in (deck_fan, deck_resnet50v2, finetune_resnet50v2, best_fan, quickstart_fan, quickstart_resnet50v2)
 }
 
 
 def recipe_config(name: str, **overrides: object) -> Config:
-    """The recipe's settings with overrides by short name; a UserError names the nearest recipe."""
+    """Returns the recipe's settings with overrides by short name. Raises UserError with the nearest recipe."""
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name!r}{nearest(name, RECIPES)}; there are {', '.join(RECIPES)}")
     return RECIPES[name]().replace(**overrides)
 
 
 def describe_recipes() -> str:
-    """One line per recipe, for --help."""
+    """Returns a line per recipe, for --help."""
     return "\n".join(f"  {name:24}{(f.__doc__ or '').splitlines()[0]}" for name, f in RECIPES.items())

@@ -1,4 +1,4 @@
-"""JSON files with a fixed layout, read with checks, and sealed by a checksum of their own."""
+"""JSON files with a fixed layout, checked when read, and sealed with their own checksum."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """The nested dicts and lists with None for numbers that are not finite, for which JSON has no name."""
+    """Returns nested dicts and lists with None for numbers that are not finite, which JSON cannot express."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -16,55 +16,67 @@ def finite(value: Any) -> Any:
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON with a fixed layout, so that equal values give equal bytes."""
+    """Returns readable JSON with a fixed layout, so that equal values give equal bytes."""
     return (json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-MOST_LEVELS = 50  # of nested JSON; what the project writes has a handful
+MOST_LEVELS = 50  # of nested JSON; the project's own files have only a few
 
 
 def from_json(content: bytes | str) -> dict[str, Any]:
-    """The JSON object in a file that is read back.
+    """Returns the JSON object in a file's content.
 
-    Raises ValueError for what `to_json` does not write: another kind of value, NaN and the infinities, numbers of more
-    than 64 bits, text that is not Unicode, and nesting that would exhaust the stack.
+    Raises ValueError for content that `to_json` does not write: a value that is no object, NaN or an infinity, a number
+    of more than 64 bits, or text that is not Unicode. Also raises it for nesting that would exhaust the stack.
     """
     try:
-        found = json.loads(content)
+        found = json.loads(content, object_pairs_hook=without_repeated_keys)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
     level: list[Any] = [found]
     for _ in range(MOST_LEVELS):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                inner += [*value, *value.values()]
-            elif isinstance(value, list):
-                inner += value
-            elif isinstance(value, str):
-                value.encode()
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"it has the number {value}")
-            elif isinstance(value, int) and not -(2**63) <= value < 2**64:
-                raise ValueError("it has a number of more than 64 bits")
-        level = inner
+        level = [inner for value in level for inner in checked_value(value)]
         if not level:
             return found
     raise ValueError("it is nested too deep")
 
 
+def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object as a dict. Raises ValueError for a key that is there twice: one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"it has the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
+
+
+def checked_value(value: Any) -> list[Any]:
+    """Checks a value and returns the values nested directly in it. Raises ValueError like from_json."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, list):
+        return value
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"it has the number {value}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise ValueError("it has a number of more than 64 bits")
+    return []
+
+
 def is_texts(value: object) -> bool:
-    """Whether a value that was read back is a list of texts."""
+    """Whether a value is a list of strings."""
     return type(value) is list and all(type(item) is str for item in value)
 
 
 def seal(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with `sha256`, that of all the others: what is read back can be told from what was changed."""
+    """Returns the values with `sha256`, the checksum of all other values, so that later changes are detected."""
     return {**values, "sha256": hashlib.sha256(to_json({**values, "sha256": ""})).hexdigest()}
 
 
 def is_sealed(values: dict[str, Any]) -> bool:
-    """Whether values that were read back are those that were sealed."""
+    """Whether the values match their seal."""
     return seal(values) == values

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first one ends the job in good order, a second one ends it at once."""
+"""SIGTERM and Ctrl-C: the first signal ends the job in good order, a second signal ends it at once."""
 
 import os
 import signal
@@ -11,9 +11,10 @@ received = 0  # the signal that asked this process to end, 0 before
 
 
 def listen(is_job: bool = True) -> None:
-    """Has both signals raise KeyboardInterrupt in the main thread, and one that nobody catches end the process with the
-    sentence. To be called again after ray.init(), which puts handlers of its own in their place; another thread has
-    none to put."""
+    """Makes both signals raise KeyboardInterrupt in the main thread. If uncaught, the process ends with the sentence.
+
+    Call it again after ray.init(), which installs its own handlers. Python lets only the main thread set handlers, so
+    in other threads it does nothing."""
     if is_job and threading.current_thread() is threading.main_thread():
         sys.excepthook = _end
         for number in SIGNALS:
@@ -21,15 +22,15 @@ def listen(is_job: bool = True) -> None:
 
 
 def _handle(number: int, _frame: FrameType | None) -> None:
-    global received  # noqa: PLW0603 - a signal is the process's own
+    global received  # noqa: PLW0603 - signals are global to the process
     if received:
-        os._exit(128 + number)  # what is left of a local cluster is ended by its guardian (launch/local_cluster.py)
+        os._exit(128 + number)  # the guardian ends a local cluster (launch/local_cluster.py)
     received = number
     raise KeyboardInterrupt
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As sys.excepthook."""
+    """Serves as sys.excepthook: an uncaught KeyboardInterrupt prints the sentence and ends the process."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
@@ -38,7 +39,7 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
 
 
 def exit_code() -> int:
-    """As a shell says it: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Returns the shell's exit code: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + (received or signal.SIGINT)
 
 

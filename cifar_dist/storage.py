@@ -1,4 +1,4 @@
-"""Files under a URI, on anything that pyarrow.fs opens: local paths, NFS, S3; GCS too, which has never been tried."""
+"""Files under a URI, on any storage that pyarrow.fs opens: local paths, NFS, S3, and GCS, which was never tested."""
 
 import contextlib
 import errno
@@ -20,8 +20,8 @@ from cifar_dist.uris import absolute_uri, join_uri, open_uri
 
 Result = TypeVar("Result")
 
-# Faults that may pass: a file server or network that is away, an object store that is overloaded. pyarrow gives its
-# file systems' errors an errno only where the operating system did.
+# Transient errors: an unreachable file server or network, an overloaded object store. Errors of pyarrow's file systems
+# have an errno only if they come from the operating system.
 PASSING_ERRNOS = {
     *(
         errno.ENOTEMPTY,
@@ -46,14 +46,14 @@ ADVICE = {
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether the same call may succeed a little later; a full disk or a denied access does not pass by itself."""
+    """Whether the same call may succeed a little later. A full disk or denied access needs a user."""
     return error.errno in PASSING_ERRNOS or bool(PASSING.search(str(error)))
 
 
 class Folder:
-    """A folder under a URI. Paths are relative to it; storage faults become UserErrors that name the file.
+    """A folder under a URI. Names are relative to the folder. Storage errors become UserErrors that name the file.
 
-    Faults that may pass are tried again for `retry_seconds`, with growing waits.
+    After transient errors, operations are retried for `retry_seconds`, with growing waits.
     """
 
     def __init__(self, uri: str, retry_seconds: float = 0.0) -> None:
@@ -65,7 +65,9 @@ class Folder:
         return f"{self.path}/{name}" if name else self.path
 
     def tried(self, verb: str, name: str, action: Callable[[], Result]) -> Result:
-        """What the action returns; its OSErrors are tried again or become UserErrors, but for FileNotFoundError."""
+        """Runs the action and returns its result. Retries it after a transient OSError.
+
+        Turns other OSErrors, except FileNotFoundError, into UserErrors."""
         end, wait = time.monotonic() + self.retry_seconds, 0.5
         while True:
             try:
@@ -89,25 +91,25 @@ class Folder:
         return self.is_local and os.path.islink(self.at(name))
 
     def names(self, name: str = "") -> list[str]:
-        """Sorted base names in the folder or in one of its folders; empty if it is not there."""
+        """Returns the sorted base names in the folder or its subfolder `name`, empty if that does not exist."""
         selector = fs.FileSelector(self.at(name), allow_not_found=True)
 
         def act() -> list[fs.FileInfo]:
-            with contextlib.suppress(FileNotFoundError):  # made or changed by another process while it was listed
+            with contextlib.suppress(FileNotFoundError):  # another process changed the folder meanwhile: list it again
                 return self.fs.get_file_info(selector)
             return self.fs.get_file_info(selector)
 
         return sorted({info.base_name for info in self.tried("list", name, act)} | self._broken_links(name))
 
     def _broken_links(self, name: str) -> set[str]:
-        """Links in a local folder that lead nowhere: pyarrow does not list them, and what they name is missing."""
+        """Returns the names of broken links in a local folder, which pyarrow does not list."""
         if self.is_local:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 return {e.name for e in os.scandir(self.at(name)) if e.is_symlink() and not os.path.exists(e.path)}
         return set()
 
     def folders(self) -> list[str]:
-        """Sorted base names of the folders in this one."""
+        """Returns the sorted base names of the subfolders."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
         found = self.tried("list", "", lambda: self.fs.get_file_info(selector))
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
@@ -116,12 +118,13 @@ class Folder:
         self.tried("create", name, lambda: self.fs.create_dir(self.at(name), recursive=True))
 
     def read(self, name: str) -> bytes:
-        """The whole file. Raises FileNotFoundError if it is not there."""
+        """Returns the file's content. Raises FileNotFoundError if the file does not exist."""
         return self.tried("read", name, lambda: self.fs.open_input_stream(self.at(name)).read())
 
     def write(self, name: str, content: bytes) -> None:
-        """A reader sees the old file or the new one, never a part: object stores do so by themselves, elsewhere it is
-        written and synced under a temporary name, then renamed."""
+        """Replaces a file atomically: a reader sees the old or the new content.
+
+        Object stores do so themselves. Local files are written and synced under a temporary name, then renamed."""
 
         def act() -> None:
             if not self.is_local:
@@ -146,19 +149,18 @@ class Folder:
         self.tried("write", new_name, lambda: self.fs.move(self.at(name), self.at(new_name)))
 
     def delete(self, name: str) -> None:
-        """Deletes a file, or a folder with all that is in it; a name that is not there is fine. A link is deleted,
-        its target stays."""
+        """Deletes a file, or a folder with its contents, if it exists. Deletes a link but not its target."""
         if self.is_link(name):
             return self.tried("delete", name, lambda: Path(self.at(name)).unlink(missing_ok=True))
         kind = self.tried("look at", name, lambda: self.fs.get_file_info(self.at(name))).type
-        with contextlib.suppress(FileNotFoundError):  # deleted by another process meanwhile
+        with contextlib.suppress(FileNotFoundError):  # another process deleted it meanwhile
             if kind == fs.FileType.Directory:
                 self.tried("delete", name, lambda: self.fs.delete_dir(self.at(name)))
             elif kind == fs.FileType.File:
                 self.tried("delete", name, lambda: self.fs.delete_file(self.at(name)))
 
     def delete_empty(self, name: str) -> None:
-        """Deletes a folder if it is empty at that moment: another process may have put a file into it."""
+        """Deletes a folder only if it is empty: another process may put a file into it."""
         if self.is_local:
             with contextlib.suppress(OSError):
                 Path(self.at(name)).rmdir()
@@ -166,7 +168,7 @@ class Folder:
             self.delete(name)
 
     def download(self, name: str, target: Path) -> str:
-        """Copies a file to a local path; returns the SHA-256 of what was copied (hex)."""
+        """Copies a file to a local path. Returns the SHA-256 of the copied bytes (hex)."""
 
         def act() -> str:
             digest = hashlib.sha256()
@@ -182,7 +184,7 @@ class Folder:
         return self.tried("copy", name, act)
 
     def upload(self, source: Path, name: str) -> None:
-        """Copies a local file here, under its own name at once: publish it by writing an index file last."""
+        """Copies a local file into the folder, not atomically: to publish it, write an index file last."""
 
         def act() -> None:
             with open(source, "rb") as stream, self.fs.open_output_stream(self.at(name)) as copy:
@@ -193,13 +195,13 @@ class Folder:
 
 
 def is_empty(uri: str) -> bool:
-    """Whether a folder holds nothing, as where it is gone or not mounted."""
+    """Whether a folder has no entries, for example because it was deleted or is not mounted."""
     return not os.path.isfile(uri) and not Folder(uri).names()
 
 
 @contextlib.contextmanager
 def here(path: Path) -> Iterator[None]:
-    """Says of an OSError that it came from a local file, and not from the storage. Raises UserError."""
+    """Turns an OSError into a UserError that names the local file `path`, to tell it from storage errors."""
     try:
         yield
     except OSError as error:
@@ -210,14 +212,14 @@ def here(path: Path) -> Iterator[None]:
 
 
 def write_all(file: io.RawIOBase | io.FileIO, content: bytes) -> None:
-    """To an unbuffered file, which may take a part."""
+    """Writes all content to an unbuffered file, whose write() may write only a part."""
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest) :]
 
 
 def sync(path: Path) -> None:
-    """Makes a local file's bytes, or the names in a folder, survive a crash of the machine."""
+    """Syncs a local file or folder to disk, so that its content survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -226,6 +228,6 @@ def sync(path: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a local file (hex)."""
+    """Returns the SHA-256 of a local file (hex)."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

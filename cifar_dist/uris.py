@@ -1,18 +1,19 @@
-"""URIs of files and folders: local paths, and whatever pyarrow.fs opens."""
+"""URIs of files and folders: local paths, and URIs that pyarrow.fs opens."""
 
 import os
 import re
-
-import pyarrow as pa
-from pyarrow import fs
+from typing import TYPE_CHECKING
 
 from cifar_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 RAY_UPLOADS = "/runtime_resources/working_dir_files/"
 
 
 def absolute_uri(uri: str) -> str:
-    """The URI as it is, or a local path made absolute (workers run in another directory)."""
+    """Returns a URI unchanged, a local path made absolute: workers run in another directory. Raises UserError."""
     if not uri:
         raise UserError("an empty path or URI was given; name a folder, or a URI such as s3://bucket/folder")
     if re.match(r"[a-z][a-z0-9+.-]+:/(?!/)", uri) or re.fullmatch(r"[a-z][a-z0-9+.-]*:/*", uri):
@@ -21,8 +22,9 @@ def absolute_uri(uri: str) -> str:
 
 
 def output_uri(uri: str, option: str) -> str:
-    """absolute_uri, for what is written. Raises UserError for a path in the folder that Ray unpacks a submitted job
-    into: Ray deletes it, and makes another one for any change of the code."""
+    """Returns absolute_uri for outputs. Raises UserError for a path in the folder where Ray unpacks a submitted job.
+
+    Ray deletes that folder, and creates another one after any change of the code."""
     found = absolute_uri(uri)
     if "://" not in found and RAY_UPLOADS in os.path.realpath(found):
         raise UserError(
@@ -33,7 +35,9 @@ def output_uri(uri: str, option: str) -> str:
 
 
 def lies_in(uri: str, folder: str) -> bool:
-    """Whether a file or folder is another one or lies in it, links followed."""
+    """Whether `uri` is `folder` or lies in it, after following links."""
+    from pyarrow import fs  # noqa: PLC0415 - slow import, not needed for help
+
     (fs_inner, inner), (fs_outer, outer) = open_uri(uri), open_uri(folder)
     if isinstance(fs_inner, fs.LocalFileSystem):
         inner = os.path.realpath(inner)
@@ -44,13 +48,16 @@ def lies_in(uri: str, folder: str) -> bool:
 
 
 def join_uri(uri: str, *parts: str) -> str:
-    """Appends path parts, in front of a query such as ?region=..."""
+    """Appends path parts before a query such as ?region=..."""
     base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
     return "/".join([base.rstrip("/"), *filter(None, parts)]) + mark + query
 
 
-def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system and the path inside it. Raises UserError for a URI that cannot be opened."""
+def open_uri(uri: str) -> tuple["fs.FileSystem", str]:
+    """Returns the file system of a URI and the path in it. Raises UserError if the URI cannot be opened."""
+    import pyarrow as pa  # noqa: PLC0415 - slow import, not needed for help
+    from pyarrow import fs  # noqa: PLC0415
+
     uri = absolute_uri(uri)
     if "://" not in uri:
         return fs.LocalFileSystem(), uri
@@ -66,7 +73,7 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def holds_credentials(uri: str) -> bool:
-    """Whether a user, a password or a key is in the URI; a secret key may have slashes in it."""
+    """Whether the URI contains a user, a password or a key. A secret key may contain slashes."""
     scheme, _, rest = uri.partition("://")
     place, _, query = rest.partition("?")
     host = place.split("/")[0]

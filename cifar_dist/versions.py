@@ -1,4 +1,4 @@
-"""What a result was made with: versions of the networks and packages, and the commit of the source."""
+"""Versions of packages and the commit of the source, to record with results."""
 
 import platform
 import subprocess
@@ -6,25 +6,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "ray", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pyarrow", "numpy", "cifar-dist")
-# Raised when the same weights mean another function. resnet50v2: version 1 had no ReLU behind the head's convolution.
-MODEL_VERSIONS = {"fan": 1, "resnet50v2": 2}
-MODEL_CHANGES = {"resnet50v2": ", with a ReLU behind the head's convolution"}  # what the newest version brought
 
 
 def package_versions() -> dict[str, str]:
-    """Python's version and those of the packages that are installed, without importing them."""
+    """Returns the versions of Python and of the installed PACKAGES, without importing them."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # one of the two DALI builds, or run from a folder without being installed
+        except PackageNotFoundError:  # the other DALI build, or cifar-dist itself if not installed
             continue
     return found
 
 
 def git_commit() -> str:
-    """The commit of the source tree, with '+' if it was changed, or the one that an image was built from (its file
-    REVISION); else 'unknown'."""
+    """Returns the commit of the source tree, with '+' if the tree was changed.
+
+    In an image without git, returns the commit in its file REVISION, or 'unknown'."""
 
     def git(*words: str) -> str:
         here = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""Fan: the deck's convolutional network for 32-px images, layer for layer as its code has it."""
+"""Fan: the deck's convolutional network for 32-px images, layer by layer as in the deck's code."""
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ DROPOUTS = (0.05, 0.1, 0.1, 0.1, 0.1, 0.1)  # after each convolution block but t
 class Fan(nn.Module):
     """Seven valid 3x3 convolutions, each with BatchNorm, ReLU and (the first six) dropout; then two Dense blocks.
 
-    Input float [n, 3, 32, 32]; output logits [n, num_classes]: the deck's softmax is part of the loss.
+    Input: float [n, 3, 32, 32]. Output: logits [n, num_classes], as the loss includes the deck's softmax.
     """
 
     def __init__(self, num_classes: int = 10, batchnorm_momentum: float = 0.99) -> None:

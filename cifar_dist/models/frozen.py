@@ -1,4 +1,4 @@
-"""A frozen ResNet50V2 base at the cost of a pure forward pass, and the rest of the network beside it."""
+"""Splits ResNet50V2 into a frozen base, which costs only an optimized forward pass, and the head."""
 
 import copy
 from typing import Any
@@ -10,13 +10,13 @@ from torch import nn
 from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.models.resnet50v2 import Block, ResNet50V2, ResNet50V2Base
 
-# Images that go through the base together on a CPU: their activations stay in its caches, and in memory that the C
-# library keeps (it gives blocks above 32 MiB back at once). benchmarks/step.py compares other numbers.
+# Images per forward pass of the base on a CPU. So few fit into the CPU's caches and into memory that the C library
+# reuses (it returns blocks above 32 MiB at once). benchmarks/step.py compares other numbers.
 CPU_CHUNK = 8
 
 
 def fold(conv: nn.Conv2d, batchnorm: KerasBatchNorm) -> nn.Conv2d:
-    """One convolution that computes batchnorm(conv(x)) in inference mode, folded in float64."""
+    """Returns a convolution that computes batchnorm(conv(x)) in inference mode. Folds in float64."""
     scale = batchnorm.weight.double() / (batchnorm.running_var.double() + batchnorm.epsilon).sqrt()
     folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)  # type: ignore[arg-type]
     folded.to(conv.weight.device)
@@ -29,9 +29,9 @@ def fold(conv: nn.Conv2d, batchnorm: KerasBatchNorm) -> nn.Conv2d:
 class FrozenBase:
     """Images float [n, 3, S, S] -> features [n, 2048, S/32, S/32] in `dtype`, in inference mode.
 
-    A copy of the base as it is now: the two BatchNorms that follow a convolution are folded into it, the others keep
-    their place (a ReLU or the shortcut stands between), weights are in `dtype`, activations are written over. `base`
-    keeps its own, plain weights. Each image's features are the same in whatever batch it comes.
+    Copies the base with its current weights, converted to `dtype`; the argument `base` stays unchanged. In the copy the
+    two BatchNorms that follow a convolution are folded into it. The other BatchNorms stay, because a ReLU or the
+    shortcut comes between. Activations are overwritten in place. An image's features do not depend on its batch.
     """
 
     num_features = 2048
@@ -45,7 +45,7 @@ class FrozenBase:
             block.conv1, block.conv2 = fold(block.conv1, block.bn1), fold(block.conv2, block.bn2)
             block.bn1 = block.bn2 = nn.Identity()  # type: ignore[assignment]
         self.base.to(dtype).to(memory_format=torch.channels_last)
-        # On a GPU launches are what small kernels cost, so it is compiled there by whoever uses it.
+        # On a GPU, launches dominate the cost of small kernels, so callers compile the base there.
         self.forward = self._forward
 
     def compile(self) -> "FrozenBase":
@@ -55,7 +55,7 @@ class FrozenBase:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         n, chunk = len(images), CPU_CHUNK if images.device.type == "cpu" else len(images)
         side = -(-images.shape[-1] // 32)
-        # Made outside of inference mode: the head's backward pass needs it.
+        # Created outside inference mode, so that the head's backward pass can use it.
         features = torch.empty(
             (n, self.num_features, side, side),
             dtype=self.dtype,
@@ -79,7 +79,7 @@ class FrozenBase:
 
 
 class Head(nn.Module):
-    """What follows the base, on its features: the model's own modules, so that training it trains the model."""
+    """The part after the base, which takes the base's features. It uses the model's modules, so it trains the model."""
 
     def __init__(self, model: ResNet50V2) -> None:
         super().__init__()
@@ -90,11 +90,11 @@ class Head(nn.Module):
             model.classifier,
         )
 
-    forward = ResNet50V2.head  # one function for both: they cannot differ
+    forward = ResNet50V2.head  # the same function, so that both cannot differ
 
 
 def split_frozen(model: nn.Module, dtype: torch.dtype) -> tuple[FrozenBase | None, nn.Module]:
-    """(frozen base, head) of a ResNet50V2 that is not fine-tuned, with its weights of now; else (None, model)."""
+    """Returns (frozen base with the current weights, head) of a ResNet50V2 without fine-tuning, else (None, model)."""
     if isinstance(model, ResNet50V2) and not model.finetune:
         return FrozenBase(model.base, dtype), Head(model)
     return None, model

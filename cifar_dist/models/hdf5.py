@@ -1,4 +1,4 @@
-"""What an HDF5 file of weights may hold: numbers of its own. HDF5 also follows links to other files, loads plugins."""
+"""Checks that an HDF5 weights file holds only its own numbers. HDF5 can also follow links to files and load plugins."""
 
 import io
 import math
@@ -10,17 +10,18 @@ import h5py
 
 from cifar_dist.errors import UserError
 
-# HDF5's own filters, and h5py's LZF: any other one is a plugin, code that HDF5 would load from the local disk.
+# HDF5's own filters, and h5py's LZF. Any other filter is a plugin: code that HDF5 would load from the local disk.
 FILTERS = {1: "deflate", 2: "shuffle", 3: "Fletcher32", 4: "szip", 5: "n-bit", 6: "scale-offset", 32000: "LZF"}
-MAX_DEPTH = 64  # of groups; Keras's nest a few deep
-MAX_CHUNK_BYTES = 64 << 20  # HDF5 takes memory for a whole chunk, however few values are asked for
-HEAP = b"GCOL\x01\0\0\0"  # begins a heap of texts, to which attributes refer
+MAX_DEPTH = 64  # of groups; Keras nests only a few
+MAX_CHUNK_BYTES = 64 << 20  # HDF5 allocates memory for a whole chunk, even to read a single value
+HEAP = b"GCOL\x01\0\0\0"  # the start of a global heap, which holds the texts of attributes
 
 
 def check_heaps(source: str | Path | io.BytesIO, path: str | Path) -> None:
-    """Refuses a file whose heaps are damaged: HDF5 would look in them for ever. Raises UserError.
+    """Raises UserError if the file's heaps are damaged, because HDF5 would search them forever.
 
-    `source` is the file at `path`, or its content. Chance may put HEAP between the values, once in 2^64 places.
+    `source` is the file at `path`, or its content. HEAP may also occur among the values by chance, at one in 2^64
+    positions.
     """
     if isinstance(source, io.BytesIO):
         check_heaps_in(source.getvalue(), path)
@@ -38,8 +39,8 @@ def check_heaps_in(content: bytes | mmap.mmap, path: str | Path) -> None:
 
 
 def is_heap(content: bytes | mmap.mmap, at: int) -> bool:
-    """Whether the objects of the heap at a place fill it: each has its number, from 1, and its size; number 0 is the
-    rest."""
+    """Whether the objects of the heap at `at` fill it. Each object has a number, from 1, and a size; number 0 is free
+    space."""
     place, end = at + 16, at + int.from_bytes(content[at + 8 : at + 16], "little")
     if end > len(content):
         return False
@@ -52,9 +53,9 @@ def is_heap(content: bytes | mmap.mmap, at: int) -> bool:
 
 
 def check_file(file: h5py.File, path: str | Path) -> None:
-    """Refuses what would have HDF5 read other files, load plugins, go in circles or take memory without end.
+    """Raises UserError if reading the file would make HDF5 open other files, load plugins, loop or exhaust memory.
 
-    It looks at the whole file and reads none of its values. Raises UserError that names the place in the file.
+    Visits the whole file without reading any values. The error names the place in the file.
     """
     seen = {h5py.h5o.get_info(file.id).addr}
     waiting = [(file["/"], 1)]
@@ -80,12 +81,12 @@ def check_file(file: h5py.File, path: str | Path) -> None:
 
 
 def refuse(path: str | Path, where: str, fault: str) -> None:
-    what = "".join(c if c.isprintable() else "?" for c in f"{where} {fault}")  # names in the file may hold anything
+    what = "".join(c if c.isprintable() else "?" for c in f"{where} {fault}")  # for names with control characters
     raise UserError(f"{path}: {what}, which no weights file of Keras has; save the weights again with Keras")
 
 
 def fault_of(dataset: h5py.Dataset) -> str | None:
-    """Why a dataset must not be read, None if it may be."""
+    """Returns why a dataset must not be read, or None if it may be read."""
     settings = dataset.id.get_create_plist()
     if settings.get_external_count():
         return f"keeps its values in another file ({settings.get_external(0)[0].decode(errors='replace')})"

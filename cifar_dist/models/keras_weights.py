@@ -1,4 +1,4 @@
-"""Reads weights that Keras saved into our networks: every tensor exactly once, checked for shape."""
+"""Loads weights that Keras saved into our networks. Checks shapes, and that each tensor is used exactly once."""
 
 import io
 import json
@@ -21,15 +21,10 @@ from cifar_dist.models.hdf5 import check_file, check_heaps
 from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.models.resnet50v2 import STACKS, ResNet50V2, ResNet50V2Base
 
-# ResNet50V2's ImageNet weights without the top; address and checksum as in keras.applications (Keras 3.15).
-PUBLISHED_NAME = "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5"
-PUBLISHED_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/resnet/{PUBLISHED_NAME}"
-PUBLISHED_MD5 = "fac2f116257151a9d068a22e544a4917"
-
-KERAS_NAME = re.compile(r"conv1_conv|post_bn|conv\d_block\d_(\d|preact)_(conv|bn)")  # in the base
+KERAS_NAME = re.compile(r"conv1_conv|post_bn|conv\d_block\d_(\d|preact)_(conv|bn)")  # of a layer in the base
 STATE = ("optimizer", "seed_generator")  # groups that hold no weights
 MAX_CONFIG_BYTES = 64 << 20
-# Of the HDF5 file in a .keras archive, which is unpacked in memory: an optimizer stores a few values for each weight.
+# Limits the HDF5 file in a .keras archive, which is unpacked in memory. Optimizers add a few values for each weight.
 MAX_BYTES_PER_WEIGHT = 64
 FAULTS = (
     *(OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError, EOFError, OverflowError),
@@ -44,7 +39,7 @@ VARIABLES = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the file: its path there, its name, and its variables by Keras's names, in Keras's layout."""
+    """A layer of the file: its path in the file, its name, and its variables in Keras's layout, by Keras's names."""
 
     path: str
     name: str
@@ -52,7 +47,7 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """What the variables' dimensions tell, or the name of a layer that lacks its kernel."""
+        """The kind of layer, from its variables' dimensions, or from its name if it lacks a kernel."""
         dimensions = max(value.ndim for value in self.variables.values())
         if dimensions == 1 and (clue := re.match("conv|dense", self.name)):
             return {"conv": "convolution", "dense": "dense"}[clue[0]]
@@ -63,9 +58,9 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> int:
     """Copies the weights of a Keras file into `model`; returns the number of tensors read.
 
     The file is an HDF5 file with a group per layer (the published ResNet50V2 weights, or a whole model), Keras 3's
-    `.weights.h5` or `.keras`. It holds the whole network or, for resnet50v2, the base alone; then the head stays as
-    it is. Layers whose names do not tell their place (`conv2d_3`) are taken in the file's order. Raises UserError that
-    names the layer for a tensor that is missing, left over, not finite or of a wrong shape; `model` is then unchanged.
+    `.weights.h5` or `.keras`. It holds the whole network or, for resnet50v2, only the base; the head is then left
+    unchanged. Layers with numbered names (`conv2d_3`) are assigned in the file's order. If a tensor is missing, left
+    over, not finite or of a wrong shape, raises UserError with the layer's name and leaves `model` unchanged.
     """
     with ExitStack() as files:
         layers, described = read_file(path, files, num_bytes=most_bytes(model))
@@ -77,12 +72,12 @@ def load_keras_weights(model: nn.Module, path: str | Path) -> int:
 
 
 def most_bytes(model: nn.Module) -> int:
-    """The most bytes that the HDF5 file in a .keras archive of this model's weights may have."""
+    """Returns the maximum size in bytes of the HDF5 file in a .keras archive of this model's weights."""
     return sum(tensor.numel() for tensor in model.state_dict().values()) * MAX_BYTES_PER_WEIGHT + (16 << 20)
 
 
 def places_of(model: nn.Module, layers: list[Layer], described: list, path: str | Path) -> dict[str, Any]:
-    """The layers of the model that the file has to fill: all, or those of the base where it has no head."""
+    """Returns the model's layers that the file must fill: all layers, or only the base's if the file has no head."""
     if not isinstance(model, ResNet50V2):
         return keras_layers(model)
     check_head(described, path)
@@ -90,11 +85,11 @@ def places_of(model: nn.Module, layers: list[Layer], described: list, path: str 
     return keras_layers(model) if has_head else base_layers(model.base)
 
 
-def values_of(layers: list[Layer], places: dict[str, Any], path: str | Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tensor of the model, its new value) for each; a value is read when its shape is known to fit."""
-    found = assign(layers, places, path)
+def values_of(layers: list[Layer], slots: dict[str, Any], path: str | Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns (tensor of the model, its new value) for each tensor. Reads a value only after checking its shape."""
+    found = assign(layers, slots, path)
     new: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name, module in places.items():
+    for name, module in slots.items():
         if name not in found:
             raise UserError(f"{path} lacks the layer {name} ({kind_of(module)})")
         layer = found[name]
@@ -127,7 +122,7 @@ def read_values(dataset: h5py.Dataset, path: str | Path) -> torch.Tensor:
 
 
 def base_layers(base: ResNet50V2Base) -> dict[str, Any]:
-    """Keras's layer name -> module, in the order in which Keras lists and saves them."""
+    """Returns Keras's layer name -> module, in the order in which Keras lists and saves the layers."""
     layers: dict[str, Any] = {"conv1_conv": base.conv1}
     blocks = iter(base.blocks)
     for stack, (_, num_blocks, _) in enumerate(STACKS, 2):
@@ -140,7 +135,7 @@ def base_layers(base: ResNet50V2Base) -> dict[str, Any]:
 
 
 def keras_layers(model: nn.Module) -> dict[str, Any]:
-    """Name -> module for every layer with weights, in Keras's order; where Keras has no name of its own, ours."""
+    """Returns name -> module for each layer with weights, in Keras's order. Uses our names where Keras has none."""
     with_weights: dict[str, Any] = {
         n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear | KerasBatchNorm)
     }
@@ -159,15 +154,15 @@ def tensors_of(module: Any) -> dict[str, torch.Tensor]:
     return {name: t for name, t in zip(VARIABLES[kind_of(module)], own, strict=True) if t is not None}
 
 
-def assign(layers: list[Layer], places: dict[str, Any], path: str | Path) -> dict[str, Layer]:
-    """Place -> layer of the file: by name where the names are Keras's own, the others by kind in the file's order."""
+def assign(layers: list[Layer], slots: dict[str, Any], path: str | Path) -> dict[str, Layer]:
+    """Returns slot -> layer of the file. Matches Keras's own names; other layers by kind, in the file's order."""
     found: dict[str, Layer] = {}
-    has_names = any(layer.name in places for layer in layers)
-    # Where the file names the base's layers, the ones that it numbers are the head's.
-    numbered = [n for n in places if not (has_names and KERAS_NAME.fullmatch(n))]
+    has_names = any(layer.name in slots for layer in layers)
+    # If the file names the base's layers, its numbered layers belong to the head.
+    numbered = [n for n in slots if not (has_names and KERAS_NAME.fullmatch(n))]
     for layer in layers:
-        free = (n for n in numbered if n not in found and kind_of(places[n]) == layer.kind)
-        name = layer.name if layer.name in places else next(free, "")
+        free = (n for n in numbered if n not in found and kind_of(slots[n]) == layer.kind)
+        name = layer.name if layer.name in slots else next(free, "")
         if not name or name in found:
             raise UserError(f"{path}: layer {layer.path} ({layer.kind}) is left over: this network has no place for it")
         found[name] = layer
@@ -175,14 +170,14 @@ def assign(layers: list[Layer], places: dict[str, Any], path: str | Path) -> dic
 
 
 def check_head(described: list[tuple[str, dict[str, Any]]], path: str | Path) -> None:
-    """Refuses weights of a head whose convolution has no ReLU, where the file describes the network's layers."""
+    """Raises UserError if the file describes the network's layers and the head's convolution has no ReLU."""
     convolutions = [
         i
         for i, (kind, settings) in enumerate(described)
         if kind == "Conv2D" and not KERAS_NAME.fullmatch(str(settings.get("name")))
     ]
     if not convolutions or all(kind != "Dense" for kind, _ in described):
-        return  # the base alone, or no description
+        return  # only the base, or no description
     (_, convolution), (kind, following) = [*described, ("", {})][convolutions[-1] :][:2]
     if "relu" not in (activation_of(convolution), activation_of(following), kind.lower()):
         raise UserError(
@@ -192,13 +187,13 @@ def check_head(described: list[tuple[str, dict[str, Any]]], path: str | Path) ->
 
 
 def activation_of(settings: dict[str, Any]) -> str:
-    """'relu', 'linear', ...; a layer given as an activation is stored as its description."""
+    """Returns 'relu', 'linear', ... Keras stores a layer that serves as activation as a description of the layer."""
     activation = settings.get("activation")
     return str(activation.get("class_name") if isinstance(activation, dict) else activation).lower()
 
 
 def described_layers(model: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(class, settings) of the layers that Keras's description of a model names, those of nested models in place."""
+    """Yields (class, settings) of the layers in Keras's description of a model. Expands nested models in place."""
     settings = model.get("config", {})
     for layer in settings if isinstance(settings, list) else settings.get("layers", []):
         if isinstance(layer["config"], list) or "layers" in layer["config"]:
@@ -210,9 +205,11 @@ def described_layers(model: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
 def read_file(
     path: str | Path, files: ExitStack, num_bytes: int
 ) -> tuple[list[Layer], list[tuple[str, dict[str, Any]]]]:
-    """The layers with weights, in the model's order as far as the file tells it, and (class, settings) of all layers as
-    far as the file describes them. The file stays open in `files`. Raises UserError for another file, and for one that
-    unpacked has more than `num_bytes`."""
+    """Returns (layers with weights, (class, settings) of all layers).
+
+    Layers are in the model's order as far as the file tells it. The second list is empty if the file has no
+    description. The file stays open in `files`. Raises UserError for other kinds of files, and for a file that has more
+    than `num_bytes` when unpacked."""
     config: Any = "{}"
     try:
         source: Path | str | io.BytesIO = path
@@ -237,7 +234,7 @@ def read_file(
 
 
 def unpacked(archive: zipfile.ZipFile, name: str, num_bytes: int) -> bytes:
-    """A file of the archive. Raises ValueError where it has more than `num_bytes`, whatever the archive says of it."""
+    """Reads a file of the archive. Raises ValueError if it has over `num_bytes`, whatever size the archive states."""
     with archive.open(name) as file:
         content = file.read(num_bytes + 1)
     if len(content) > num_bytes:
@@ -246,7 +243,7 @@ def unpacked(archive: zipfile.ZipFile, name: str, num_bytes: int) -> bytes:
 
 
 def layers_of(group: h5py.Group) -> Iterator[Layer]:
-    """The layers below a group: nested models first, as Keras's own order is where one is built on another."""
+    """Yields the layers below a group. Nested models come first, as in Keras if a model is built on another."""
     values = {name.split(":")[0]: item for name, item in group.items() if isinstance(item, h5py.Dataset)}
     place = group.name.removesuffix("/vars")
     if values:
@@ -259,10 +256,10 @@ def layers_of(group: h5py.Group) -> Iterator[Layer]:
     def rank(name: str) -> tuple:
         item = group[name]
         is_model = isinstance(item, h5py.Group) and "layers" in item
-        # conv2d, conv2d_1, conv2d_2, ..., conv2d_10
+        # sorts numbers by value: conv2d, conv2d_1, conv2d_2, ..., conv2d_10
         return not is_model, [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
-    own = set(group.keys())  # not `in group`, which takes paths, such as that of the group itself
+    own = set(group.keys())  # not `in group`, which also accepts paths
     names = [n.decode() if isinstance(n, bytes) else str(n) for n in group.attrs.get("layer_names", [])]
     for name in [n for n in names if n in own] + sorted(own - set(names), key=rank):
         if isinstance(group[name], h5py.Group) and not name.startswith(STATE):

@@ -1,4 +1,4 @@
-"""Keras's layers where torch has none, or one that computes something else."""
+"""Keras's layers that torch lacks or computes differently."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,8 @@ from torch import nn
 class KerasBatchNorm(nn.Module):
     """Normalizes [n, channels, ...] per channel as Keras does.
 
-    `momentum` is the share of the old moving statistics kept at each training step (Keras's default 0.99). torch's
-    own layer puts the unbiased variance into the moving average and refuses a single value per channel.
+    `momentum` is the share of the old moving statistics kept at each training step (Keras's default: 0.99). torch's
+    BatchNorm puts the unbiased variance into the moving average, and refuses a single value per channel.
     """
 
     running_mean: torch.Tensor
@@ -29,14 +29,14 @@ class KerasBatchNorm(nn.Module):
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.epsilon
             )
         num_values = x.numel() // x.shape[1]
-        if num_values == 1:  # variance 0: what is left, also of the gradient, is the bias
+        if num_values == 1:  # variance 0: only the bias affects the output and gets a gradient
             self.running_mean.lerp_(x.detach().reshape(-1).float(), 1 - self.momentum)
             self.running_var.mul_(self.momentum)
             shape = (1, -1, *[1] * (x.ndim - 2))
             return (x - x) * self.weight.view(shape) + self.bias.view(shape)
-        moving = self.running_var.clone()  # autograd keeps the tensor it is given
+        moving = self.running_var.clone()  # autograd saves this tensor
         y = F.batch_norm(x, self.running_mean, moving, self.weight, self.bias, True, 1 - self.momentum, self.epsilon)
-        # torch added (1 - momentum) * unbiased; (n - 1) / n of that is the biased part.
+        # torch added (1 - momentum) * unbiased variance; the biased variance is (n - 1) / n of the unbiased.
         with torch.no_grad():
             self.running_var.mul_(self.momentum / num_values).add_(moving, alpha=1 - 1 / num_values)
         return y
@@ -49,10 +49,10 @@ LEVELS = 1 << 16
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout; on a CPU each element of the mask comes from 16 random bits, four to a draw of torch's generator.
+    """nn.Dropout that on a CPU uses 16 random bits for each element of the mask: four elements per torch draw.
 
     torch draws one value per element, in one thread, which took a fifth of a training step of Fan on two cores. The
-    probability is rounded to 1/65536, and what is kept is scaled by the rounded one.
+    dropout probability is rounded to 1/65536, and kept elements are scaled by the rounded probability.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class Dropout(nn.Dropout):
 
 
 class Flatten(nn.Module):
-    """Float [n, C, H, W] -> [n, H * W * C], in Keras's order of channels last, whatever x's memory format."""
+    """Float [n, C, H, W] -> [n, H * W * C], in Keras's channels-last order, for any memory format of x."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 2, 3, 1).flatten(1)

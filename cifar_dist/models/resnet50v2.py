@@ -1,4 +1,4 @@
-"""ResNet50V2 as keras.applications builds it, with the deck's head."""
+"""ResNet50V2 with the base of keras.applications and the deck's head."""
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +7,12 @@ from torch import nn
 from cifar_dist.models.layers import Dropout, GlobalAveragePooling, KerasBatchNorm
 
 STACKS = ((64, 3, 2), (128, 4, 2), (256, 6, 2), (512, 3, 1))  # width, blocks, stride of the last block
-BASE_EPSILON = 1.001e-5  # keras.applications' own
+BASE_EPSILON = 1.001e-5  # from keras.applications
 DENSE_UNITS = (512, 256, 128)
 
 
 class Block(nn.Module):
-    """Pre-activation bottleneck. The last block of a stack carries the stride and subsamples its raw input."""
+    """Pre-activation bottleneck. The last block of a stack has the stride, and its shortcut subsamples the input."""
 
     def __init__(self, channels: int, width: int, stride: int, project: bool, momentum: float) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class ResNet50V2Base(nn.Module):
-    """float [n, 3, S, S] -> features [n, 2048, S/32, S/32]."""
+    """Float [n, 3, S, S] -> features [n, 2048, S/32, S/32]."""
 
     def __init__(self, momentum: float = 0.99) -> None:
         super().__init__()
@@ -67,9 +67,9 @@ class ResNet50V2(nn.Module):
     """The base, then the deck's head: a valid 3x3 Conv2D of 128 filters, ReLU, global average pooling, Dense 512, 256,
     128 and the logits.
 
-    Input float [n, 3, S, S] with S >= 96; output logits [n, num_classes]: the deck's softmax is part of the loss.
-    Unless `finetune`, the base is frozen: no gradient, and its BatchNorm uses the moving statistics also in training
-    mode.
+    Input: float [n, 3, S, S] with S >= 96. Output: logits [n, num_classes], as the loss includes the deck's softmax.
+    Without `finetune` the base is frozen: it takes no gradient, and its BatchNorm uses moving statistics even in
+    training mode.
     """
 
     def __init__(self, num_classes: int = 10, finetune: bool = False, batchnorm_momentum: float = 0.99) -> None:
@@ -97,5 +97,5 @@ class ResNet50V2(nn.Module):
         return self.head(features)
 
     def head(self, features: torch.Tensor) -> torch.Tensor:
-        """The base's features [n, 2048, S/32, S/32] -> logits [n, num_classes]."""
+        """Features of the base [n, 2048, S/32, S/32] -> logits [n, num_classes]."""
         return self.classifier(self.pool(self.activation(self.conv(features))))

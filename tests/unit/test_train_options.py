@@ -1,43 +1,34 @@
 """jobs/train.py without a cluster: its options, the plan that they make, and what a stopped run would load."""
 
-import argparse
-import sys
-from pathlib import Path
-
 import pytest
 
-from cifar_dist.config import Launch
+from cifar_dist.cli import train
+from cifar_dist.command_line import Given
 from cifar_dist.errors import UserError
+from cifar_dist.job_settings import Launch, worker_range
 from cifar_dist.recipes import recipe_config
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
-import train as train_job
 
 NEEDED = ["--recipe", "quickstart_fan", "--data", "data", "--storage", "runs", "--name", "first"]
 
 
-def parse(*words: str) -> argparse.Namespace:
-    return train_job.parser().parse_args([*NEEDED, *words])
+def parse(*words: str) -> Given:
+    return train.COMMAND.parse([*NEEDED, *words], "train.py")
 
 
 def launch_of(*words: str) -> Launch:
-    args = parse(*words)
-    return train_job.settings(args, args.recipe, args.data, args.storage, args.name)[1]
+    return parse(*words).build(Launch)
 
 
-@pytest.mark.parametrize(
-    ("text", "most", "least"),
-    [("1", 1, None), ("16", 16, None), ("1:4", 4, 1), ("4:4", 4, 4), ("3:1", 1, 3), ("0:2", 2, 0), ("0", 0, None)],
-)
+@pytest.mark.parametrize(("text", "most", "least"), [("1", 1, None), ("16", 16, None), ("1:4", 4, 1), ("4:4", 4, 4)])
 def test_workers_are_a_number_or_a_range(text, most, least):
-    """Whether they can be is for the plan to say."""
-    assert train_job.worker_range(text) == (most, least)
+    launch = launch_of("--workers", text)
+    assert (launch.num_workers, launch.min_workers) == (most, least)
 
 
 @pytest.mark.parametrize("text", ["", ":", "1:", ":4", "1:2:3", "two", "1.5", "1-4", "1:x", "1,4"])
 def test_workers_that_are_neither_are_refused(text, capsys):
-    with pytest.raises(argparse.ArgumentTypeError, match="is neither a number of workers nor a range such as 1:4"):
-        train_job.worker_range(text)
+    with pytest.raises(ValueError, match="is neither a number of workers nor a range such as 1:4"):
+        worker_range(text)
     with pytest.raises(SystemExit) as end:
         parse("--workers", text)
     message = capsys.readouterr().err
@@ -47,9 +38,11 @@ def test_workers_that_are_neither_are_refused(text, capsys):
 
 
 def test_defaults_are_the_launch_s_own():
-    args = parse()
-    assert (args.workers, args.preflight_only, args.explain_resume) == ((1, None), False, False)
-    assert launch_of("--address", "local") == Launch("data", "runs", "first", recipe="quickstart_fan")
+    checks = parse().build(train.Checks)
+    assert (checks.preflight_only, checks.explain_resume) == (False, False)
+    expected = Launch(data="data", storage="runs", name="first", recipe="quickstart_fan", address="local")
+    assert launch_of("--address", "local") == expected
+    assert (expected.num_workers, expected.min_workers, expected.cluster) == (1, None, None)
 
 
 def test_every_option_reaches_the_launch(tmp_path, monkeypatch):
@@ -57,9 +50,10 @@ def test_every_option_reaches_the_launch(tmp_path, monkeypatch):
     words = ["--workers", "2:8", "--device", "gpu", "--max-failures", "7", "--collective-timeout-seconds", "30"]
     found = launch_of(*words, "--resize-seconds", "2.5", "--staging-folder", "staged", "--address", "host:1")
     assert found == Launch(
-        *("data", "runs", "first"),
-        num_workers=8,
-        min_workers=2,
+        data="data",
+        storage="runs",
+        name="first",
+        workers="2:8",
         recipe="quickstart_fan",
         device="gpu",
         max_failures=7,
@@ -71,9 +65,8 @@ def test_every_option_reaches_the_launch(tmp_path, monkeypatch):
 
 
 def test_settings_override_the_recipe_s():
-    args = parse("--epochs", "7", "--optim.learning-rate", "0.5")
-    config, _ = train_job.settings(args, "quickstart_fan", "data", "runs", "first")
-    assert config == recipe_config("quickstart_fan", epochs=7, learning_rate=0.5)
+    given = parse("--epochs", "7", "--optim.learning-rate", "0.5")
+    assert train.config_of(given, "quickstart_fan") == recipe_config("quickstart_fan", epochs=7, learning_rate=0.5)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +90,7 @@ def test_launch_that_cannot_be_is_an_error_of_the_user(words, message):
 
 def test_explain_resume_prints_and_does_nothing(shapes_uri, tmp_path, capsys):
     words = ["--data", shapes_uri, "--storage", str(tmp_path / "runs"), "--explain-resume", "--workers", "1:4"]
-    train_job.main(parse(*words))
+    train.run(parse(*words))
     assert capsys.readouterr().out.splitlines() == [
         f"run {tmp_path}/runs/first: 0 attempts so far, {recipe_config('quickstart_fan').loop.epochs} epochs wanted",
         "would start from the beginning: there is no checkpoint",
@@ -111,6 +104,6 @@ def test_what_does_not_fit_is_said_before_a_cluster_is_started(mode, shapes_uri,
 
     words = ["--data", shapes_uri, "--storage", str(tmp_path / "runs"), "--train-images", "1000", mode]
     with pytest.raises(UserError, match="--train-images is 1000"):
-        train_job.main(parse(*words))
+        train.run(parse(*words))
     assert not ray.is_initialized()
     assert list(tmp_path.iterdir()) == []
