@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cifar_dist.config import Parser
+from cifar_dist.command_line import Parser
 
 ROOT = Path(__file__).parents[1]
 VARIANTS: dict[str, list[str]] = {

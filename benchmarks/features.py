@@ -14,8 +14,9 @@ from typing import Any
 
 from job import train_lines
 from side_by_side import RESULTS, cell, measure, store, summary, table
+from training_options import add_training_options, given_settings
 
-from cifar_dist.config import Parser, add_config_options, config_overrides
+from cifar_dist.command_line import Parser
 from cifar_dist.data import sources
 from cifar_dist.data import store as datasets
 from cifar_dist.errors import exit_code_of
@@ -43,7 +44,7 @@ def parser() -> Parser:
     p.add_argument("--num-epochs", type=int, default=5, help="epochs of each run (default 5)")
     p.add_argument("--num-images", type=int, default=512, help="images of an epoch (default 512)")
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    add_config_options(p)
+    add_training_options(p)
     return p
 
 
@@ -53,7 +54,7 @@ def main(args: Any) -> None:
         if args.data is None:
             datasets.prepare(sources.shapes(args.num_images + 100, 20), data)
         settings = {"epochs": args.num_epochs, "train_images": args.num_images, "validation_fraction": 0.002}
-        settings |= config_overrides(args)
+        settings |= given_settings(args)
         runs: dict[str, list[list[float]]] = {way: [] for way in WAYS}
 
         def total(way: str) -> float:

@@ -53,10 +53,7 @@ from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from cifar_dist import models  # noqa: E402
-from cifar_dist.config import Parser  # noqa: E402
-from cifar_dist.data import sources  # noqa: E402
-from cifar_dist.data import store as data_store  # noqa: E402
-from cifar_dist.data.manifest import read_manifest  # noqa: E402
+from cifar_dist.command_line import Parser  # noqa: E402
 from cifar_dist.errors import UserError, exit_code_of  # noqa: E402
 from cifar_dist.models.frozen import FrozenBase, split_frozen  # noqa: E402
 
@@ -411,16 +408,18 @@ def decode(suite: Suite) -> dict[str, Any]:
     """images/s of each way to a batch on the device."""
     need("nvidia.dali")
     from cifar_dist.data import pipeline  # noqa: PLC0415
-    from cifar_dist.data.order import Augmentation, ImageSpec  # noqa: PLC0415
+    from cifar_dist.data.order import ImageSpec  # noqa: PLC0415
 
     device, batch_size = suite.device, suite.args.decode_batch
     encoded = jpegs(batch_size)
-    augment = Augmentation(32, "both").draw(0, 0, np.arange(batch_size))
-    spec = ImageSpec(32, "0..1", channels_last=suite.cuda)
+    augment = ImageSpec(image_size=32, flips="both").draw(0, 0, np.arange(batch_size))
+    spec = ImageSpec(image_size=32, input_range="0..1", channels_last=suite.cuda)
     threads = suite.args.dali_threads
 
     def through(target: torch.device, decoder: torch.device) -> Callable[[], object]:
-        pipe = pipeline.ImagePipeline(spec, batch_size, True, False, decoder, threads)
+        pipe = pipeline.ImagePipeline(
+            spec, max_batch_size=batch_size, encoded=True, resize=False, device=decoder, num_threads=threads
+        )
         pipe.submit(encoded, augment)
 
         def call() -> torch.Tensor:
@@ -512,22 +511,33 @@ def feed(suite: Suite) -> dict[str, Any]:
 
 def loader_call(suite: Suite, static: FedStep, folder: str, cache: str) -> Callable[[], object]:
     """A step fed by this project's loader, on drawn shapes."""
+    from cifar_dist.data import sources  # noqa: PLC0415
+    from cifar_dist.data import store as data_store  # noqa: PLC0415
     from cifar_dist.data.loader import Loader  # noqa: PLC0415
-    from cifar_dist.data.order import Augmentation, ImageSpec, train_plans  # noqa: PLC0415
+    from cifar_dist.data.order import ImageSpec, train_plans  # noqa: PLC0415
+    from cifar_dist.data.private import Staging  # noqa: PLC0415
+    from cifar_dist.data.staged import DataSet  # noqa: PLC0415
 
-    data, batch_size = f"{folder}/data", len(static.labels)
-    data_store.prepare(sources.shapes(4 * batch_size, 20), data)
-    manifest, spec = read_manifest(data), ImageSpec(32, "0..1", channels_last=suite.cuda)
-    staging = f"{folder}/staged"
+    batch_size, spec = len(static.labels), ImageSpec(image_size=32, channels_last=suite.cuda, flips="both")
+    data_store.prepare(sources.shapes(4 * batch_size, 20), f"{folder}/data")
     loader = Loader(
-        data, manifest, "train", spec, suite.device, suite.args.dali_threads, batch_size, cache, 4096, staging
+        DataSet.open(f"{folder}/data", Staging(folder=f"{folder}/staged")),
+        "train",
+        spec,
+        device=suite.device,
+        num_threads=suite.args.dali_threads,
+        max_batch_size=batch_size,
+        cache=cache,
+        cache_budget_mib=4096,
     )
 
     def batches() -> Any:
         epoch = 0
         while True:
             ids = np.arange(4 * batch_size)
-            yield from loader.batches(train_plans(ids, Augmentation(32, "both"), 0, epoch, 0, batch_size, 0, 1))
+            yield from loader.batches(
+                train_plans(ids, spec, seed=0, epoch=epoch, first_step=0, global_batch_size=batch_size, rank=0, world=1)
+            )
             epoch += 1
 
     endless = batches()

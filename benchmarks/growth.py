@@ -27,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cifar_dist.config import Parser
+from cifar_dist.command_line import Parser
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.sealed_json import seal, to_json
 

@@ -28,12 +28,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_image
 from torchvision.transforms import v2
 
-from cifar_dist.config import Parser
+from cifar_dist.command_line import Parser
 from cifar_dist.data import sources, store
 from cifar_dist.data.loader import Loader
 from cifar_dist.data.manifest import read_manifest
-from cifar_dist.data.order import Augmentation, ImageSpec, train_plans
-from cifar_dist.data.staged import StagedSplit, stage
+from cifar_dist.data.order import ImageSpec, train_plans
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet, StagedSplit
 from cifar_dist.environment import prepare_environment
 
 BATCH = 64
@@ -116,9 +117,9 @@ def ways(
     uri: str, folder: Path, image_size: int, channels_last: bool, num_images: int, num_cpus: int
 ) -> dict[str, Callable[[], float]]:
     """Name -> a function that runs one epoch and returns images/s."""
-    manifest = read_manifest(uri)
-    staged = stage(uri, "train", folder / "staged", manifest)
-    spec = ImageSpec(image_size, "0..1", channels_last)
+    data = DataSet.open(uri, Staging(folder=folder / "staged"))
+    staged = data.stage("train")
+    spec = ImageSpec(image_size=image_size, channels_last=channels_last, flips="both")
     epochs: dict[str, Callable[[], Iterable[torch.Tensor]]] = {}
 
     # Its processes are forked, so before DALI's threads start; they stay from epoch to epoch.
@@ -128,11 +129,13 @@ def ways(
     next(iter(dataloader))
 
     def open_loader(cache: str) -> Loader:
-        settings = torch.device("cpu"), num_cpus, BATCH, cache, 4096, folder / "staged"
-        return Loader(uri, manifest, "train", spec, *settings)
+        settings = {"device": torch.device("cpu"), "num_threads": num_cpus, "max_batch_size": BATCH, "cache": cache}
+        return Loader(data, "train", spec, **settings, cache_budget_mib=4096)
 
     def loaded(loader: Loader) -> Iterator[torch.Tensor]:
-        plans = train_plans(np.arange(num_images), Augmentation(image_size, "both"), 0, 0, 0, BATCH, 0, 1)
+        plans = train_plans(
+            np.arange(num_images), spec, seed=0, epoch=0, first_step=0, global_batch_size=BATCH, rank=0, world=1
+        )
         return (batch.images for batch in loader.batches(plans))
 
     decoded, encoded = open_loader("decoded"), open_loader("encoded")

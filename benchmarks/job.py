@@ -32,11 +32,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from side_by_side import RESULTS, Rounds, cell, measure, ratio, store, summary, table
+from training_options import add_training_options, given_settings
 
-from cifar_dist.config import Config, Parser, add_config_options, config_overrides
+from cifar_dist.command_line import Parser
+from cifar_dist.config import Config
 from cifar_dist.data import manifest, sources
 from cifar_dist.data import store as datasets
-from cifar_dist.data.staged import stage
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
 from cifar_dist.environment import prepare_environment
 from cifar_dist.errors import UserError, exit_code_of
 from cifar_dist.models import MODELS
@@ -105,7 +108,7 @@ def job_rate(case: Case, num_workers: int, **more: Any) -> float:
 def decoded_images(uri: str, num_images: int) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 [n, h, w, 3], int64 [n]): the first images of the train split, again and again if there are too few."""
     with tempfile.TemporaryDirectory() as folder:
-        staged = stage(uri, "train", folder)
+        staged = DataSet.open(uri, Staging(folder=folder)).stage("train")
         rows = np.arange(num_images) % len(staged)
         pixels = [np.asarray(Image.open(io.BytesIO(staged.encoded(i).tobytes())).convert("RGB")) for i in rows]
     return np.stack(pixels), staged.labels[rows]
@@ -180,14 +183,14 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--num-skipped", type=int, default=4, help="first steps, which are not timed (default 4)")
     parser.add_argument("--num-steps", type=int, default=20, help="steps that are timed (default 20)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    add_config_options(parser)
+    add_training_options(parser)
 
 
 def case_of(args: Any, model: str, folder: str) -> Case:
     """The case that the options ask for."""
     if min(args.num_skipped, args.num_steps) < 1:
         raise UserError("--num-skipped and --num-steps must be 1 or more")
-    case = Case(model, args.data, args.num_skipped, args.num_steps, config_overrides(args))
+    case = Case(model, args.data, args.num_skipped, args.num_steps, given_settings(args))
     num_needed = (args.num_skipped + args.num_steps + 1) * case.batch_size
     if args.data is None:  # images of 32 px, as CIFAR-10's; some are held out for validation
         case = replace(case, data=f"{folder}/{model}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from side_by_side import RESULTS, store, summary, table
 
-from cifar_dist.config import Parser
+from cifar_dist.command_line import Parser
 from cifar_dist.errors import exit_code_of
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))

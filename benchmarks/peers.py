@@ -36,14 +36,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from cifar_dist.config import DataConfig, Parser
+from cifar_dist.command_line import Parser
+from cifar_dist.config import DataConfig
 from cifar_dist.errors import UserError, exit_code_of
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "parity"))
 
 from keras_run import outside, script_command
 
-from cifar_dist.data import manifest, staged
+from cifar_dist.data import manifest
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
 
 KERAS = Path(__file__).with_name("keras_peer.py")
 JOB, JOB_FP32, EVAL_BASE = "job", "job, fp32", "PyTorch, base in eval mode"
@@ -55,7 +58,7 @@ class Images(Dataset):
 
     def __init__(self, uri: str, config: DataConfig) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            self.staged = staged.stage(uri, "train", folder)
+            self.staged = DataSet.open(uri, Staging(folder=folder)).stage("train")
         resize = [v2.Resize(config.image_size)] if config.image_size != 32 else []
         flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()] if config.flips == "both" else []
         to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]

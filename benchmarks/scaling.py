@@ -25,10 +25,12 @@ from typing import Any
 
 from job import TRAIN, add_options, case_of, job_rate
 from side_by_side import cell, measure, ratio, store, summary, table
+from training_options import given_settings
 
-from cifar_dist.config import Parser, config_overrides
+from cifar_dist.command_line import Parser
 from cifar_dist.data import sources
 from cifar_dist.data import store as datasets
+from cifar_dist.data.staged import DataSet
 from cifar_dist.environment import prepare_environment
 from cifar_dist.launch import cluster
 
@@ -99,11 +101,12 @@ def evaluation(model: str, data: str, storage: Path, num_rounds: int, num_images
     from cifar_dist.evaluate import driver  # noqa: PLC0415 - imports Ray
 
     cluster.connect(RAY_ADDRESS, 2)
-    chosen = driver.choose([str(storage / f"{model}-1-0")], data)
+    data_set = DataSet.open(data)
+    chosen = driver.choose([str(storage / f"{model}-1-0")], data_set)
 
     def rate(num_shards: int) -> float:
         begin = time.perf_counter()
-        driver.evaluate(chosen, data, str(storage / "report"), num_shards, ("test",))
+        driver.evaluate(chosen, data_set, str(storage / "report"), num_shards=num_shards, splits=("test",))
         return num_images / (time.perf_counter() - begin)
 
     rounds = measure({f"{n} shards": lambda n=n: rate(n) for n in (1, 2)}, num_rounds, warm_up=True)
@@ -128,7 +131,7 @@ def main() -> None:
         if "scaling" in args.parts:
             for model in args.only:
                 keep(scaling(args, model, folder))
-        data, storage, overrides = f"{folder}/shapes", Path(folder, "runs"), config_overrides(args)
+        data, storage, overrides = f"{folder}/shapes", Path(folder, "runs"), given_settings(args)
         datasets.prepare(sources.shapes(100, args.num_images), data)
         for model in args.only:
             if "start-up" in args.parts:
@@ -138,6 +141,11 @@ def main() -> None:
         if "evaluation" in args.parts:
             for model in args.only:
                 keep(evaluation(model, data, storage, args.rounds, args.num_images))
+    show(results)
+    print(store("scaling", results, args.out))
+
+
+def show(results: list[dict[str, Any]]) -> None:
     rates = [
         (f"{r['part']}, {r['model']}", *(cell(s, 1) for s in r["images_per_second"].values()), cell(r["2 over 1"]))
         for r in results
@@ -148,7 +156,6 @@ def main() -> None:
     if starts := [r for r in results if r["part"] == "start-up"]:
         header = ("seconds", *(f"{r['model']}, {r['num_workers']} workers" for r in starts))
         print(table(header, [(phase, *(cell(r["seconds"][phase]) for r in starts)) for phase in starts[0]["seconds"]]))
-    print(store("scaling", results, args.out))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from job import Case, bare_rate
 from side_by_side import RESULTS, Rounds, cell, measure, ratio, store, summary, table
 
 from cifar_dist import models
-from cifar_dist.config import Parser
+from cifar_dist.command_line import Parser
 from cifar_dist.data import sources
 from cifar_dist.data import store as datasets
 from cifar_dist.environment import prepare_environment

@@ -1,7 +1,7 @@
-"""What makes a picture sound: DALI decodes it, as in training, to the pixels that Pillow shows upright.
+"""Checks pictures: a picture is sound if DALI, as in training, decodes it to the upright pixels that Pillow gives.
 
-DALI reads fewer kinds of files than Pillow, turns some of them otherwise, and a few files end its process by a signal.
-So the check runs DALI in a child process, which starts again after such a file.
+DALI reads fewer kinds of files than Pillow and rotates some differently. A few files crash its process with a signal.
+So the check runs DALI in a child process and restarts it after such a file.
 """
 
 import io
@@ -26,21 +26,21 @@ from cifar_dist.cpus import num_cpus
 from cifar_dist.errors import UserError
 
 BATCH_SIZE = 256  # pictures
-BATCH_BYTES = 32 << 20  # of files and pixels; a larger picture is a batch of its own
+BATCH_BYTES = 32 << 20  # of files and pixels; a larger picture is a batch by itself
 LIMIT_SECONDS = 120  # for the start of DALI, and for a batch
-BROKEN = (EOFError, OSError)  # what a connection raises when its other end is gone
+BROKEN = (EOFError, OSError)  # raised by a connection whose other end was closed
 
 
 def decoder(encoded: Any, gpu: bool = False) -> Any:
-    """DALI's decoder as training uses it. It is defined once, so that the check decodes as training does."""
+    """Returns DALI's decoder. Training and the check share this definition, so that both decode alike."""
     from nvidia.dali import fn, types  # noqa: PLC0415 - the process that prepares data must not hold DALI
 
     return fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
 
 
 def decode_pipeline(max_batch_size: int, num_threads: int) -> Any:
-    """A DALI pipeline from `images` (encoded bytes) to RGB pixels, on the CPU."""
-    from nvidia.dali import Pipeline, fn, types  # noqa: PLC0415 - as above
+    """Returns a DALI pipeline from `images` (encoded bytes) to RGB pixels, on the CPU."""
+    from nvidia.dali import Pipeline, fn, types  # noqa: PLC0415 - the process that prepares data must not hold DALI
 
     pipe = Pipeline(batch_size=max_batch_size, num_threads=num_threads, device_id=None, prefetch_queue_depth=1)
     with pipe:
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Picture(Generic[T]):
-    """`encoded` bytes of a file, and the uint8 [H, W, 3] `pixels` that they must decode to; None asks for no check."""
+    """A file's bytes `encoded`, and the `pixels`, uint8 [H, W, 3], that they must decode to. None: no check needed."""
 
     encoded: bytes
     pixels: np.ndarray | None
@@ -66,7 +66,7 @@ class Picture(Generic[T]):
 
 
 def batches(pictures: Iterable[Picture[T]]) -> Iterator[list[Picture[T]]]:
-    """The pictures in order, BATCH_SIZE of them or about BATCH_BYTES together."""
+    """Groups the pictures, in order, into batches of at most BATCH_SIZE pictures and about BATCH_BYTES."""
     batch: list[Picture[T]] = []
     num_bytes = 0
     for picture in pictures:
@@ -80,9 +80,9 @@ def batches(pictures: Iterable[Picture[T]]) -> Iterator[list[Picture[T]]]:
 
 
 class Checker:
-    """Asks a child process whether DALI decodes pictures right. The child starts with the first question.
+    """Asks a child process whether DALI decodes pictures correctly. The first request starts the child.
 
-    `module` is that of the function `serve` that the child runs.
+    `module`: the module of the function `serve` that the child runs.
     """
 
     def __init__(self, module: str = __name__) -> None:
@@ -92,12 +92,12 @@ class Checker:
         self._asking = False
 
     def stop(self) -> None:
-        """Ends the child; the next question starts another one."""
+        """Ends the child. The next request starts a new child."""
         self._connection, self._asking = None, False
         self._end()
 
     def checked(self, pictures: Iterable[Picture[T]]) -> Iterator[tuple[Picture[T], bool]]:
-        """The pictures in order, each with whether it is sound. DALI decodes a batch while the next one is made."""
+        """Yields the pictures in order, each with whether it is sound. DALI decodes while the next batch is made."""
         waiting: list[Picture[T]] = []
         try:
             for batch in batches(pictures):
@@ -107,7 +107,7 @@ class Checker:
                 yield from answered
             yield from self._answers(waiting)
         finally:
-            if self._asking:  # the caller has left early: the child's answer must not be taken for the next one
+            if self._asking:  # the caller left early: the child's answer must not count for the next request
                 self.stop()
 
     def _ask(self, batch: list[Picture[T]]) -> None:
@@ -124,7 +124,7 @@ class Checker:
     def _answers(self, batch: list[Picture[T]]) -> list[tuple[Picture[T], bool]]:
         asked = [picture for picture in batch if picture.pixels is not None]
         sound = self._receive(len(asked)) if asked else b""
-        if sound is None:  # one of them has ended the child: which one, each alone must tell
+        if sound is None:  # a picture has crashed the child: check each picture alone to find it
             self.stop()
             sound = bytes(self._alone(picture) for picture in asked)
         answers = iter(sound)
@@ -136,12 +136,12 @@ class Checker:
         sound = self._receive(1)
         if sound is None:
             self.stop()
-            if not is_new:  # a picture before it may have harmed the child, so it gets one of its own
+            if not is_new:  # an earlier picture may have damaged the child, so try in a new child
                 return self._alone(picture)
         return sound == b"\1"
 
     def _receive(self, num_pictures: int) -> bytes | None:
-        """A byte for each picture of the last question, or None if the child has died or hangs."""
+        """Returns a byte for each picture of the last request, or None if the child has died or hangs."""
         connection, self._asking = self._connection, False
         try:
             answer = connection.recv_bytes() if connection and connection.poll(LIMIT_SECONDS) else b""
@@ -150,15 +150,15 @@ class Checker:
         return answer if len(answer) == num_pictures else None
 
     def _start(self) -> Connection:
-        """Starts the child and waits until it has decoded a picture. Raises UserError if it cannot."""
-        ours, theirs = Pipe()
+        """Starts the child and waits until it has decoded a picture. Raises UserError if that fails."""
+        own_end, far_end = Pipe()
         output = tempfile.TemporaryFile()  # noqa: SIM115 - end_child closes it
-        # The parent's own modules by its own search path, in an interpreter that has none of its threads and state.
-        program = f"import sys; sys.path[:] = {sys.path!r}; from {self.module} import serve; serve({theirs.fileno()})"
-        with theirs:
+        # A new interpreter with the parent's search path, but without the parent's threads and state.
+        program = f"import sys; sys.path[:] = {sys.path!r}; from {self.module} import serve; serve({far_end.fileno()})"
+        with far_end:
             options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-            process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[theirs.fileno()], **options)
-        self._connection, self._end = ours, weakref.finalize(self, end_child, process, ours, output)
+            process = subprocess.Popen([sys.executable, "-c", program], pass_fds=[far_end.fileno()], **options)
+        self._connection, self._end = own_end, weakref.finalize(self, end_child, process, own_end, output)
         if self._receive(1) != b"\1":
             output.seek(0)
             said = output.read().decode(errors="replace").strip().splitlines() or ["it ended without a message"]
@@ -167,7 +167,7 @@ class Checker:
                 f"DALI, which decodes images in training, does not run on this machine ({said[-1]}); "
                 "install the project's packages again"
             )
-        return ours
+        return own_end
 
 
 def end_child(process: subprocess.Popen, connection: Connection, output: IO[bytes]) -> None:
@@ -178,7 +178,7 @@ def end_child(process: subprocess.Popen, connection: Connection, output: IO[byte
 
 
 def send(connection: Connection, pictures: list[Picture[Any]]) -> None:
-    """Sends the shapes of the pictures, then each one's file and pixels."""
+    """Sends the shapes of all pictures, then the file and the pixels of each picture."""
     pixels = [np.ascontiguousarray(picture.pixels) for picture in pictures]
     connection.send_bytes(json.dumps([array.shape for array in pixels]).encode())
     for picture, array in zip(pictures, pixels, strict=True):
@@ -187,7 +187,7 @@ def send(connection: Connection, pictures: list[Picture[Any]]) -> None:
 
 
 def receive(connection: Connection) -> list[Picture[None]]:
-    """What `send` has sent. Raises EOFError where the other end is closed."""
+    """Receives the pictures of a `send`. Raises EOFError if the other end was closed."""
     pictures = []
     for shape in json.loads(connection.recv_bytes()):
         encoded, pixels = connection.recv_bytes(), np.empty(shape, np.uint8)
@@ -197,15 +197,15 @@ def receive(connection: Connection) -> list[Picture[None]]:
 
 
 def serve(descriptor: int) -> None:
-    """The child: answers each list of pictures with a byte for each, 1 for a sound one, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes the connection
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump of a file that ends DALI
+    """Runs the child: answers each list of pictures with a byte per picture, 1 if sound, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and closes the connection
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump if a file crashes DALI
     decode = Decoder()
     connection = Connection(descriptor)
     file = io.BytesIO()
     Image.new("RGB", (8, 8), "white").save(file, "JPEG")
     connection.send_bytes(decode.sound([Picture(file.getvalue(), np.full((8, 8, 3), 255, np.uint8), None)]))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # remarks of the decoders' libraries on odd files
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides the decoder libraries' remarks on odd files
     while True:
         try:
             pictures = receive(connection)
@@ -219,18 +219,20 @@ def is_equal(decoded: np.ndarray, wanted: np.ndarray | None) -> bool:
 
 
 class Decoder:
-    """DALI in this process."""
+    """Decodes with DALI in this process."""
 
     def __init__(self) -> None:
         self.num_threads = num_cpus()
         self.pipe = decode_pipeline(BATCH_SIZE, self.num_threads)
 
     def sound(self, pictures: list[Picture[None]]) -> bytes:
-        """A byte for each picture: 1 if DALI decodes it to its pixels. A batch fails whole, and is then tried apart."""
+        """Returns a byte per picture: 1 if DALI decodes it to its pixels.
+
+        One bad picture fails its whole batch, so the pictures of a failed batch are then decoded one by one."""
         self.pipe.feed_input("images", [np.frombuffer(picture.encoded, np.uint8) for picture in pictures])
         try:
             (decoded,) = self.pipe.run()
             return bytes(is_equal(decoded.at(i), picture.pixels) for i, picture in enumerate(pictures))
         except RuntimeError:
-            self.pipe = decode_pipeline(BATCH_SIZE, self.num_threads)  # one that has failed runs no more
+            self.pipe = decode_pipeline(BATCH_SIZE, self.num_threads)  # a failed pipeline cannot run again
             return b"\0" if len(pictures) == 1 else b"".join(self.sound([picture]) for picture in pictures)

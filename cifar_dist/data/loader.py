@@ -1,4 +1,4 @@
-"""A split's batches for one rank: order + store + pipeline."""
+"""Reads a split's batches for one rank: staged files, decoded by the DALI pipeline in planned order."""
 
 import hashlib
 import math
@@ -10,23 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cifar_dist.data import order
-from cifar_dist.data.manifest import Manifest
-from cifar_dist.data.order import ImageSpec, Plan
+from cifar_dist.data.order import Augment, BatchPlan, ImageSpec
 from cifar_dist.data.pipeline import NORMALIZATION, ImagePipeline, decode
-from cifar_dist.data.staged import StagedSplit, Staging, once_per_node, stage, staging_area, use_decoded
+from cifar_dist.data.private import once_per_node
+from cifar_dist.data.staged import DataSet, StagedSplit, use_decoded
 from cifar_dist.errors import UserError
 
 DECODE_BATCH = 500
-DECODED_AGAIN = 64  # images by which decoded pixels that are there already are held against the split
+DECODED_AGAIN = 64  # images that are decoded again to check existing decoded pixels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """images: float32 [n, 3, S, S]; labels: int64 [n]; ids: int64 [n] on the host; augment: what was done to them.
-    stored, missing: where features are cached, those of all ids, and int64 positions of the ones that `images` are for.
+    """images: float32 [n, 3, S, S]; labels: int64 [n]; ids: int64 [n] on the host; augment: applied to the images.
+    stored: cached features of all ids; missing: int64 positions still to be computed from `images`.
 
-    All images count, or none: a rank for which a small last step has none works on another's, with `num_counted` 0.
+    All images count, or none. A small last step may have none for a rank. The rank then works on another rank's images,
+    with `num_counted` 0.
     """
 
     images: torch.Tensor
@@ -34,69 +34,69 @@ class Batch:
     ids: np.ndarray
     num_counted: int
     global_size: int
-    augment: order.Augment | None = None
+    augment: Augment | None = None
     stored: torch.Tensor | None = None
     missing: np.ndarray | None = None
+
+
+def planned_batch(plan: BatchPlan, images: torch.Tensor, labels: torch.Tensor) -> Batch:
+    return Batch(images=images, labels=labels, **plan._asdict())
 
 
 class Loader:
     """Reads batches of one split of a data set for one process.
 
-    Raises UserError for a data set that is damaged, an image that cannot be decoded (by its path), or a decoded
-    cache that was asked for and cannot be had. With `synthetic` every batch has the same random images and labels, the
-    rest is as planned: what the input costs is then missing.
+    Raises UserError if the data set is damaged, an image cannot be decoded (with its path), or a requested decoded
+    cache is impossible. With `synthetic` every batch has the same random images and labels, so reading costs no time;
+    the rest of the batch is as planned.
     """
 
     def __init__(
         self,
-        uri: str,
-        manifest: Manifest,
+        data: DataSet,
         split: str,
         spec: ImageSpec,
+        *,
         device: torch.device,
         num_threads: int,
         max_batch_size: int,
         cache: str = "auto",
         cache_budget_mib: int = 2048,
-        staging_folder: Path | str | None = None,
         synthetic: bool = False,
-        staging: Staging | None = None,
     ) -> None:
-        self.staged: StagedSplit = stage(uri, split, staging_folder, manifest, staging)
-        self.device, self.split = device, split
-        self.shape = shape = manifest.image_shape(split)
-        self.image_size = spec.image_size
+        self.data, self.split, self.spec, self.device = data, split, spec, device
+        self.staged: StagedSplit = data.stage(split)
+        self.shape = data.manifest.image_shape(split)
         self.decoded: np.ndarray | None = None
-        self.synthetic = synthetic_batch(spec, max_batch_size, manifest.num_classes, device) if synthetic else None
+        self.synthetic = None
         if synthetic:
+            self.synthetic = synthetic_batch(spec, max_batch_size, data.manifest.num_classes, device)
             return
-        if use_decoded(shape, len(self.staged), cache, cache_budget_mib):
-            file = staging_area(manifest, staging_folder) / f"{split}.decoded"
-            whole = (len(self.staged), *shape, 3)  # type: ignore[misc]
-            once_per_node(
-                file,
-                make=lambda path: self._decode_all(path, num_threads),
-                is_right=lambda path: self._is_decoded(path, whole, num_threads),
-                staging=staging,
-            )
-            self.decoded = np.memmap(file, np.uint8, "r", shape=whole)
-        resize = shape != (spec.image_size, spec.image_size)
+        if use_decoded(self.shape, len(self.staged), cache, cache_budget_mib):
+            self.decoded = self._open_decoded(num_threads)
+        resize = self.shape != (spec.image_size, spec.image_size)
         if self.decoded is not None and not resize:
-            num_threads = 1  # a few microseconds' work: further threads cost more than they do
-        self.pipeline = ImagePipeline(spec, max_batch_size, self.decoded is None, resize, device, num_threads)
+            num_threads = 1  # so little work that more threads cost more than they save
+        self.pipeline = ImagePipeline(
+            spec,
+            max_batch_size=max_batch_size,
+            encoded=self.decoded is None,
+            resize=resize,
+            device=device,
+            num_threads=num_threads,
+        )
 
-    def batches(self, plans: Iterable[Plan]) -> Iterator[Batch]:
-        """The planned batches in order; the next one is decoded while the caller works on this one."""
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """Yields the planned batches in order. The next batch is decoded while the caller works on this batch."""
         if self.synthetic:
             images, labels = self.synthetic
             for plan in plans:
-                n = len(plan.ids)
-                yield Batch(images[:n], labels[:n], plan.ids, plan.num_counted, plan.global_size, plan.augment)
+                yield planned_batch(plan, images[: len(plan.ids)], labels[: len(plan.ids)])
             return
-        waiting: Plan | None = None
+        waiting: BatchPlan | None = None
         try:
             for plan in plans:
-                # DALI is given no batch behind one that fails.
+                # Collect first: DALI must get no further batch after a failed batch.
                 batch = self._collect(waiting) if waiting else None
                 self._submit(plan)
                 waiting = plan
@@ -110,7 +110,7 @@ class Loader:
                 self._collect(waiting)
             raise
 
-    def _submit(self, plan: Plan) -> None:
+    def _submit(self, plan: BatchPlan) -> None:
         if not len(plan.ids):
             return
         if self.decoded is None:
@@ -118,23 +118,35 @@ class Loader:
         else:
             self.pipeline.submit(np.asarray(self.decoded)[plan.ids], plan.augment)
 
-    def _collect(self, plan: Plan) -> Batch:
+    def _collect(self, plan: BatchPlan) -> Batch:
         try:
             images = self.pipeline.collect() if len(plan.ids) else torch.empty(0)
-            if len(plan.ids) and images.shape[2:] != (self.image_size, self.image_size):
+            if len(plan.ids) and images.shape[2:] != (self.spec.image_size, self.spec.image_size):
                 raise RuntimeError(f"images of the shape {tuple(images.shape)}")
         except RuntimeError as error:
             raise self._named(plan.ids, error) from error
-        return Batch(images, self.labels(plan.ids), plan.ids, plan.num_counted, plan.global_size, plan.augment)
+        return planned_batch(plan, images, self.labels(plan.ids))
 
     def labels(self, ids: np.ndarray) -> torch.Tensor:
         labels = torch.from_numpy(self.staged.labels[ids])
-        if self.device.type == "cuda":  # from pinned memory the copy waits for nothing
+        if self.device.type == "cuda":  # the copy from pinned memory does not block
             labels = labels.pin_memory().to(self.device, non_blocking=True)
         return labels
 
+    def _open_decoded(self, num_threads: int) -> np.ndarray:
+        """Returns the pixels of all images, uint8 [n, H, W, 3], decoded once per node and memory-mapped."""
+        assert self.shape
+        file, full_shape = self.data.area / f"{self.split}.decoded", (len(self.staged), *self.shape, 3)
+        once_per_node(
+            file,
+            make=lambda path: self._decode_all(path, num_threads),
+            is_right=lambda path: self._is_decoded(path, full_shape, num_threads),
+            staging=self.data.staging,
+        )
+        return np.memmap(file, np.uint8, "r", shape=full_shape)
+
     def _decode_all(self, path: Path, num_threads: int) -> None:
-        """Writes the pixels of all images, and their SHA-256 behind them."""
+        """Writes the pixels of all images, followed by their SHA-256."""
         digest = hashlib.sha256()
         with open(path, "wb") as file:
             for pixels in self._decode(np.arange(len(self.staged)), num_threads):
@@ -143,7 +155,7 @@ class Loader:
             file.write(digest.digest())
 
     def _is_decoded(self, path: Path, shape: tuple[int, ...], num_threads: int) -> bool:
-        """Whether the file holds what was written, and that is what some images spread over the split decode to."""
+        """Whether the file matches its SHA-256, and images spread over the split decode to its pixels."""
         if path.stat().st_size != math.prod(shape) + 32:
             return False
         pixels = np.memmap(path, np.uint8, "r", shape=shape)
@@ -155,7 +167,7 @@ class Loader:
         return all(np.array_equal(part, pixels[rows]) for part in self._decode(rows, num_threads))
 
     def _decode(self, ids: np.ndarray, num_threads: int) -> Iterator[np.ndarray]:
-        """The images' pixels, some at a time."""
+        """Yields the images' pixels, uint8 [n, H, W, 3], in chunks."""
         chunks = np.array_split(ids, -(-len(ids) // DECODE_BATCH))
         done = iter(chunks)
         try:
@@ -170,8 +182,9 @@ class Loader:
             raise self._named(next(done), error) from error
 
     def _named(self, ids: np.ndarray, error: RuntimeError) -> Exception:
-        """DALI fails a whole batch without naming the image: decode one by one to find it, or the one of another size
-        than the manifest says."""
+        """Returns an error that names the bad image: DALI fails a whole batch without naming it.
+
+        Decodes the images one by one to find an image that fails or whose size differs from the manifest."""
         for i in ids:
             try:
                 (pixels,) = next(decode([[self.staged.encoded(i)]], 1, 1))
@@ -182,7 +195,7 @@ class Loader:
                         f"the manifest says {width} x {height}; prepare the data set again"
                     )
             except RuntimeError as reason:
-                # Behind a traceback of the pipeline's definition.
+                # DALI's message comes after a traceback of the pipeline's definition.
                 text = " ".join(str(reason).split("encountered:")[-1].split("Current pipeline object")[0].split())
                 return UserError(
                     f"image {self.staged.path(i)} (row {i} of {self.split}) cannot be decoded: DALI says {text!r}; "
@@ -194,7 +207,7 @@ class Loader:
 def synthetic_batch(
     spec: ImageSpec, batch_size: int, num_classes: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random images as the pipeline would hand them out, and labels (int64 [batch_size]); always the same ones."""
+    """Returns random images in the pipeline's format, and labels (int64 [batch_size]), the same in every call."""
     random, (mean, std) = torch.Generator().manual_seed(0), NORMALIZATION[spec.input_range]
     images = (torch.rand(batch_size, 3, spec.image_size, spec.image_size, generator=random) * 255 - mean) / std
     memory_format = torch.channels_last if spec.channels_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""The manifest of a data set: what a data set at rest holds, with the checksums of its files."""
+"""The manifest of a data set: its contents, with the checksums of its files."""
 
 import re
 from dataclasses import dataclass, fields
@@ -10,17 +10,17 @@ from cifar_dist.storage import Folder
 from cifar_dist.uris import join_uri
 
 FORMAT_VERSION = 2
-MANIFEST = "_manifest.json"  # Arrow and Spark, reading a whole folder, skip names that begin with _
+MANIFEST = "_manifest.json"  # Arrow and Spark skip names that begin with _ when they read a folder
 OLD_MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The data set's manifest file.
 
-    `splits[name]` holds num_rows, num_rows_per_class, encodings, the heights and widths [least, most] in pixels, and
-    the files with the number of their rows, their SHA-256 and that of the rows (rows_sha256); `sha256` is that of all
-    the rest.
+    `splits[name]` holds num_rows, num_rows_per_class, encodings, height and width ([least, most] in pixels), and
+    files. A file has its number of rows, its size in bytes, its SHA-256 and that of its rows (rows_sha256). `sha256` is
+    the checksum of all other fields.
     """
 
     format_version: int
@@ -44,7 +44,7 @@ class Manifest:
 
 
 def read_manifest(uri: str) -> Manifest:
-    """The data set's manifest. Raises UserError if there is none, or one that is damaged or of another version."""
+    """Returns the data set's manifest. Raises UserError if it is missing, damaged or of another version."""
     where = join_uri(uri, MANIFEST)
     try:
         values = from_json(Folder(uri).read(MANIFEST))
@@ -78,9 +78,9 @@ FILE_WORDS = {"name", "num_rows", "num_bytes", "sha256", "rows_sha256"}
 
 
 def check_words(manifest: Manifest) -> None:
-    """Raises ValueError, TypeError, KeyError or AttributeError for what prepare does not write, whoever sealed it.
+    """Raises ValueError, TypeError, KeyError or AttributeError for values that prepare does not write, even if sealed.
 
-    copy_split holds the numbers against the files.
+    copy_split compares the numbers with the files.
     """
     names = manifest.class_names
     if not is_texts(names) or not names:
@@ -91,22 +91,27 @@ def check_words(manifest: Manifest) -> None:
     if not {"train", "test"} <= splits.keys() <= {"train", "validation", "test"}:
         raise ValueError(f"its splits are {', '.join(splits)}, not train and test")
     for name, split in splits.items():
-        sizes, per_class = (split["height"], split["width"]), split["num_rows_per_class"]
-        for numbers, count in ((per_class, manifest.num_classes), *((size, 2) for size in sizes)):
-            if type(numbers) is not list or len(numbers) != count or not all(map(is_count, numbers)):
-                raise ValueError(f"num_rows_per_class, height or width of {name}")
-        if split.keys() != SPLIT_WORDS or not is_texts(split["encodings"]) or not all(0 < a <= b for a, b in sizes):
-            raise ValueError(f"the words of {name}")
-        for i, file in enumerate(split["files"]):
-            digests = file["sha256"], file["rows_sha256"]
-            if file.keys() != FILE_WORDS or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
-                raise ValueError(f"the files of {name}")
-            if file["name"] != f"{name}-{i:05d}.parquet":
-                raise ValueError(f"file {i} of {name} has the name {file['name']!r}")
-            if not all(is_count(file[key]) and file[key] for key in ("num_rows", "num_bytes")):
-                raise ValueError(f"num_rows or num_bytes of {file['name']}")
-        if not is_count(split["num_rows"]):
-            raise ValueError(f"num_rows of {name}")
+        check_split(name, split, manifest.num_classes)
+
+
+def check_split(name: str, split: dict[str, Any], num_classes: int) -> None:
+    """Checks one split like check_words."""
+    sizes = split["height"], split["width"]
+    for numbers, count in ((split["num_rows_per_class"], num_classes), *((size, 2) for size in sizes)):
+        if type(numbers) is not list or len(numbers) != count or not all(map(is_count, numbers)):
+            raise ValueError(f"num_rows_per_class, height or width of {name}")
+    if split.keys() != SPLIT_WORDS or not is_texts(split["encodings"]) or not all(0 < a <= b for a, b in sizes):
+        raise ValueError(f"the words of {name}")
+    for i, file in enumerate(split["files"]):
+        digests = file["sha256"], file["rows_sha256"]
+        if file.keys() != FILE_WORDS or not all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests):
+            raise ValueError(f"the files of {name}")
+        if file["name"] != f"{name}-{i:05d}.parquet":
+            raise ValueError(f"file {i} of {name} has the name {file['name']!r}")
+        if not all(is_count(file[key]) and file[key] for key in ("num_rows", "num_bytes")):
+            raise ValueError(f"num_rows or num_bytes of {file['name']}")
+    if not is_count(split["num_rows"]):
+        raise ValueError(f"num_rows of {name}")
 
 
 def is_count(value: object) -> bool:
@@ -114,8 +119,7 @@ def is_count(value: object) -> bool:
 
 
 def has_old_manifest(folder: Folder) -> bool:
-    """Whether the folder has a manifest under its earlier name. Other programs write files of that name too: the keys
-    tell."""
+    """Whether the folder has a manifest under its earlier name. The keys tell it from other programs' files."""
     try:
         found = from_json(folder.read(OLD_MANIFEST))
     except (FileNotFoundError, ValueError):

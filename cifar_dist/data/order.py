@@ -1,7 +1,7 @@
-"""Which sample goes where, flipped how: pure functions of (seed, epoch, step, rank, world).
+"""Decides which rank gets which images and how they are augmented: pure functions of (seed, epoch, step, rank, world).
 
 All draws come from one counter-based generator, the SplitMix64 finalizer (Steele, Lea, Flood: "Fast splittable
-pseudorandom number generators", 2014) over the key, so they depend on no state, no thread and no NumPy version.
+pseudorandom number generators", 2014) over the key. So they do not depend on state, threads or the NumPy version.
 """
 
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP, CROP, CUTOUT = range(8)  # what a draw is for: one stream each
-LEAST_PER_RANK = 2  # images of a step: BatchNorm over a single one has no variance
-STEPS_PER_DRAW = 32  # of augmentation: to draw for one step costs hardly less
-CHUNK = 1 << 16  # keys drawn at a time, which take a handful of temporary arrays
+ORDER, FLIPS, VALIDATION, SUBSET, TEST, STEP, CROP, CUTOUT = range(8)  # purposes of draws: a stream each
+LEAST_PER_RANK = 2  # images in a step: BatchNorm over a single image has no variance
+STEPS_PER_DRAW = 32  # steps per draw of augmentations: a draw for a single step costs hardly less
+CHUNK = 1 << 16  # keys per draw, to limit the size of temporary arrays
 
 
 def draws(counter: np.ndarray | int, *key: int) -> np.ndarray:
-    """Uniform uint64 draws, one per element of `counter` (any shape of integers), for the stream `key`."""
+    """Returns uniform uint64 draws, one per element of `counter` (integers of any shape), for the stream `key`."""
     with np.errstate(over="ignore"):
         state: Any = np.uint64(0)
         for word in (*key, np.asarray(counter)):
@@ -29,45 +29,51 @@ def draws(counter: np.ndarray | int, *key: int) -> np.ndarray:
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The permutation of range(n) for this epoch (int64)."""
+    """Returns the epoch's permutation of range(n), int64 [n]."""
     keys = np.empty(n, np.uint64)
     for start in range(0, n, CHUNK):
         keys[start : start + CHUNK] = draws(np.arange(start, min(start + CHUNK, n)), ORDER, seed, epoch)
-    return np.argsort(keys)  # no two are equal: the generator maps the counters one to one
+    return np.argsort(keys)  # no ties: the generator maps counters one to one
 
 
 def flips(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
-    """Bool [len(ids), 2]: flip horizontally, flip vertically; each with probability 1/2, independent."""
+    """Returns bool [len(ids), 2]: flip horizontally, flip vertically; each with probability 1/2, independently."""
     bits = draws(ids, FLIPS, seed, epoch)
     return np.stack([bits & np.uint64(1), bits >> np.uint64(1) & np.uint64(1)], axis=-1).astype(bool)
 
 
 def positions(seed: int, epoch: int, ids: np.ndarray, stream: int, num_positions: int) -> np.ndarray:
-    """int32 [len(ids), 2]: (y, x), uniform in range(num_positions); `stream` is CROP or CUTOUT."""
+    """Returns int32 [len(ids), 2]: (y, x), uniform in range(num_positions). `stream`: CROP or CUTOUT."""
     high = np.stack([draws(ids, stream, seed, epoch, axis) >> np.uint64(32) for axis in (0, 1)], axis=-1)
     return (high * np.uint64(num_positions) >> np.uint64(32)).astype(np.int32)
 
 
 class Augment(NamedTuple):
-    """What happens to each of n images. flips: bool [n, 2], horizontal and vertical. crop, hole: int32 [n, 2], (y, x)
-    of the crop's and of the cut-out square's upper left corner in the image."""
+    """The augmentation of n images. flips: bool [n, 2], horizontal and vertical.
+
+    crop, hole: int32 [n, 2], the (y, x) of the upper left corner of the crop and of the cut-out square in the image."""
 
     flips: np.ndarray
     crop: np.ndarray
     hole: np.ndarray
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What is drawn for training images of `image_size` pixels; by default nothing."""
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """The model's input: float32 [n, 3, image_size, image_size] in `input_range`, in memory as NHWC or NCHW.
+
+    `flips`, `crop_padding` and `cutout_size` define the augmentation of training images, by default none.
+    """
 
     image_size: int
+    input_range: str = "0..1"
+    channels_last: bool = False
     flips: str = "none"
     crop_padding: int = 0
     cutout_size: int = 0
 
     def draw(self, seed: int, epoch: int, ids: np.ndarray) -> Augment:
-        """A pure function of (seed, epoch, id). A hole's centre is anywhere in the image."""
+        """Draws augmentations: a pure function of (seed, epoch, id). A hole's centre may be anywhere in the image."""
         allowed = {"none": (False, False), "horizontal": (True, False), "both": (True, True)}[self.flips]
         _, crop, hole = no_augment(len(ids), self.image_size)
         if self.crop_padding:
@@ -78,23 +84,23 @@ class Augmentation:
 
 
 def no_augment(num_images: int, image_size: int) -> Augment:
-    """The images as they are: no flip, no shift, the hole outside."""
+    """Returns an Augment that changes nothing: no flip, no shift, the hole outside the image."""
     shape = (num_images, 2)
     return Augment(np.zeros(shape, bool), np.zeros(shape, np.int32), np.full(shape, image_size, np.int32))
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Seed of torch's generator for one step of one rank (dropout): it belongs to the cursor."""
+    """Returns the seed of torch's generator (for dropout) in one step of one rank. It depends only on the cursor."""
     return int(draws(rank, STEP, seed, epoch, step) >> np.uint64(1))
 
 
 def num_steps(n: int, global_batch_size: int) -> int:
-    """Steps per epoch; the last one may be smaller."""
+    """Returns the steps per epoch. The last step may be smaller."""
     return -(-n // global_batch_size)
 
 
 class RankPart(NamedTuple):
-    """One rank's contiguous positions of a global step of `size` images; where they do not `count`, another rank's."""
+    """One rank's contiguous positions in a global step of `size` images. Not `counts`: another rank counts them."""
 
     start: int
     stop: int
@@ -103,10 +109,10 @@ class RankPart(NamedTuple):
 
 
 def rank_part(step: int, n: int, global_batch_size: int, rank: int, world: int) -> RankPart:
-    """This rank's part of global step `step`. Parts differ by at most one image.
+    """Returns this rank's part of global step `step`. Parts differ by at most one image.
 
-    No part is a single image if the step has more than one: BatchNorm has no variance of a single value, and every
-    gradient behind it is 0. In a small last step fewer ranks have parts that count, and the others work on the same.
+    No part is a single image unless the step is: BatchNorm has no variance of a single value, and every gradient
+    behind it is 0. In a small last step fewer ranks have parts that count. The other ranks repeat these parts.
     """
     start = step * global_batch_size
     size = min(global_batch_size, n - start)
@@ -117,20 +123,20 @@ def rank_part(step: int, n: int, global_batch_size: int, rank: int, world: int) 
 
 
 def num_rank_parts(size: int, world: int) -> int:
-    """How many ranks have images that count in a step of `size` images."""
+    """Returns how many ranks have images that count in a step of `size` images."""
     return max(1, min(world, size // LEAST_PER_RANK))
 
 
 def fewest_per_micro_batch(global_batch_size: int, world: int, accumulation_steps: int) -> int:
-    """The fewest images that a rank works on at a time in a whole step."""
+    """Returns the smallest number of images in a micro-batch of any rank, in a full step."""
     part = global_batch_size // world
     return part // max(1, min(accumulation_steps, part))
 
 
 def stratified_split(labels: np.ndarray, fraction: float, key: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(rest, drawn): sorted int64 positions; of each class about `fraction` of its images are drawn.
+    """Returns (rest, drawn): sorted int64 positions. Draws about `fraction` of each class.
 
-    Every class of two or more images keeps at least one on either side.
+    Each class of two or more images has at least one image on both sides.
     """
     is_drawn = np.zeros(len(labels), bool)
     for label in np.flatnonzero(np.bincount(labels)):
@@ -143,10 +149,10 @@ def stratified_split(labels: np.ndarray, fraction: float, key: tuple[int, ...]) 
 def train_validation_ids(
     labels: np.ndarray, validation_fraction: float, train_images: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(train ids, validation ids): rows of the train split, the same on every rank, run and world size.
+    """Returns (train ids, validation ids): rows of the train split, the same for every rank, run and world size.
 
-    labels: int64 [n]. train_images > 0 keeps only that many train ids, evenly drawn by class; the validation
-    ids stay the same.
+    labels: int64 [n]. train_images > 0 keeps only that many train ids, drawn evenly by class. It does not affect the
+    validation ids.
     """
     train, validation = stratified_split(labels, validation_fraction, (VALIDATION, seed))
     if 0 < train_images < len(train):
@@ -159,23 +165,8 @@ def train_validation_ids(
     return train, validation
 
 
-@dataclass(frozen=True)
-class ImageSpec:
-    """What the model wants: float32 [n, 3, image_size, image_size], in `input_range`, NHWC in memory or not.
-
-    With `crop` images are shifted by the crop's corner; a `cutout_size` above 0 cuts a square of so many pixels out.
-    """
-
-    image_size: int
-    input_range: str
-    channels_last: bool
-    crop: bool = False
-    cutout_size: int = 0
-
-
-class Plan(NamedTuple):
-    """One batch before it is read: row ids, what happens to each image, how many of the ids count, and the global
-    batch's size."""
+class BatchPlan(NamedTuple):
+    """A batch before it is read: row ids, augmentation, the number of ids that count, and the global batch size."""
 
     ids: np.ndarray
     augment: Augment | None
@@ -185,34 +176,35 @@ class Plan(NamedTuple):
 
 def train_plans(
     ids: np.ndarray,
-    augmentation: Augmentation,
+    spec: ImageSpec,
+    *,
     seed: int,
     epoch: int,
     first_step: int,
     global_batch_size: int,
     rank: int,
     world: int,
-) -> Iterator[Plan]:
-    """This rank's part of every step of an epoch from `first_step` on."""
+) -> Iterator[BatchPlan]:
+    """Yields this rank's part of each step of an epoch, from `first_step` on."""
     shuffled = ids[epoch_order(seed, epoch, len(ids))]
     last = num_steps(len(ids), global_batch_size)
     for first in range(first_step, last, STEPS_PER_DRAW):
         steps = range(first, min(first + STEPS_PER_DRAW, last))
-        places = [rank_part(step, len(ids), global_batch_size, rank, world) for step in steps]
-        parts = [shuffled[place.start : place.stop] for place in places]
-        drawn = augmentation.draw(seed, epoch, np.concatenate(parts))
+        rank_parts = [rank_part(step, len(ids), global_batch_size, rank, world) for step in steps]
+        parts = [shuffled[p.start : p.stop] for p in rank_parts]
+        drawn = spec.draw(seed, epoch, np.concatenate(parts))
         ends = np.cumsum([len(part) for part in parts])[:-1]
         augments = map(Augment, *(np.split(values, ends) for values in drawn))
-        for place, part, augment in zip(places, parts, augments, strict=True):
-            yield Plan(part, augment, len(part) if place.counts else 0, place.size)
+        for p, part, augment in zip(rank_parts, parts, augments, strict=True):
+            yield BatchPlan(part, augment, len(part) if p.counts else 0, p.size)
 
 
-def eval_plans(ids: np.ndarray, batch_size: int, rank: int, world: int) -> Iterator[Plan]:
-    """Every id exactly once over all ranks: a fixed grid of batches, of which a rank takes a contiguous run.
+def eval_plans(ids: np.ndarray, batch_size: int, rank: int, world: int) -> Iterator[BatchPlan]:
+    """Yields each id exactly once over all ranks: each rank takes a contiguous run of a fixed sequence of batches.
 
-    The grid does not depend on the world size, so neither does any floating-point result.
+    The batches do not depend on the world size, so floating-point results do not either.
     """
     num_batches = num_steps(len(ids), batch_size)
     for b in range(rank * num_batches // world, (rank + 1) * num_batches // world):
         part = ids[b * batch_size : (b + 1) * batch_size]
-        yield Plan(part, None, len(part), len(part))
+        yield BatchPlan(part, None, len(part), len(part))

@@ -20,8 +20,10 @@ FILL = 127  # grey where a crop leaves the image and where a square is cut out: 
 
 @pipeline_def
 def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> Any:
-    """Flips and normalization commute with the resize, which is symmetric and has weights that sum to 1, and cost less
-    on the small image."""
+    """Decodes, flips, normalizes, resizes, crops and cuts out.
+
+    Flips and normalization come before the resize because they cost less on the small image. The result is the same,
+    since the resize is symmetric and its weights sum to 1."""
     mean, std = NORMALIZATION[spec.input_range]
     if encoded:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
@@ -39,7 +41,7 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> A
         size: Any = {"resize_x": spec.image_size, "resize_y": spec.image_size}
         images = fn.resize(images, **size, interp_type=types.INTERP_LINEAR, antialias=False)
     fill = (FILL - mean) / std
-    if spec.crop:
+    if spec.crop_padding:
         corner = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
         side = [spec.image_size] * 2
         images = fn.slice(images, corner, side, axes=axes, out_of_bounds_policy="pad", fill_values=fill)
@@ -51,10 +53,17 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> A
 
 
 class ImagePipeline:
-    """Batches through DALI, in order: `submit` the next one before you `collect` the last, so that DALI has work."""
+    """Runs batches through DALI in order. To keep DALI busy, `submit` a batch before the caller works on the last."""
 
     def __init__(
-        self, spec: ImageSpec, max_batch_size: int, encoded: bool, resize: bool, device: torch.device, num_threads: int
+        self,
+        spec: ImageSpec,
+        *,
+        max_batch_size: int,
+        encoded: bool,
+        resize: bool,
+        device: torch.device,
+        num_threads: int,
     ) -> None:
         self.spec, self.encoded, self.device = spec, encoded, device
         gpu = device.type == "cuda"
@@ -72,29 +81,30 @@ class ImagePipeline:
         self._pipe.build()
 
     def submit(self, images: Any, augment: Augment | None = None) -> None:
-        """Starts a batch: encoded bytes (a list of uint8 [num_bytes]) or pixels (uint8 [n, H, W, 3]), which it flips in
-        place."""
+        """Starts a batch of encoded bytes (a list of uint8 [num_bytes]) or of pixels (uint8 [n, H, W, 3]).
+
+        May flip pixels in place."""
         augment = augment or no_augment(len(images), self.spec.image_size)
         flip_x, flip_y = augment.flips.T
         if self.encoded:
             self._pipe.feed_input("flip_y", flip_y.astype(np.int32))
-        elif flip_y.any():  # cheaper here than as a step of DALI's
+        elif flip_y.any():  # cheaper here than as a DALI operator
             images[flip_y] = images[flip_y, ::-1]
         self._pipe.feed_input("images", images)
         self._pipe.feed_input("flip_x", flip_x.astype(np.int32))
-        if self.spec.crop:
+        if self.spec.crop_padding:
             self._pipe.feed_input("crop", augment.crop)
         if self.spec.cutout_size:
             self._pipe.feed_input("hole", augment.hole)
         self._pipe.schedule_run()
 
     def collect(self) -> torch.Tensor:
-        """The oldest submitted batch, the caller's to keep. Raises RuntimeError if an image cannot be decoded."""
+        """Returns the oldest submitted batch, which the caller may keep. Raises RuntimeError if decoding fails."""
         (output,) = self._pipe.share_outputs()
         output = output.as_tensor()
-        if self._stream is None:  # DALI's own memory, which its default executor leaves to whoever holds it
+        if self._stream is None:  # DALI's own memory, which its default executor does not reuse while it is referenced
             batch = torch.from_dlpack(output)
-        else:  # a copy in a stream of its own, so that neither it nor DALI's reuse waits for a training step
+        else:  # copied in a separate stream, so that neither copy nor DALI waits for training
             with torch.cuda.stream(self._stream):
                 batch = torch.empty(output.shape(), dtype=torch.float32, device=self.device)
                 feed_ndarray(output, batch, cuda_stream=self._stream)
@@ -105,7 +115,7 @@ class ImagePipeline:
 
 
 def decode(batches: Iterable[list[np.ndarray]], max_batch_size: int, num_threads: int) -> Iterator[np.ndarray]:
-    """Decodes batches of encoded bytes into uint8 [n, H, W, 3]; all images of a batch have one shape.
+    """Decodes batches of encoded bytes into uint8 [n, H, W, 3]. All images of a batch must have one shape.
 
     Raises RuntimeError if an image cannot be decoded.
     """

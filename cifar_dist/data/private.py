@@ -1,22 +1,28 @@
-"""Folders and files on a node that belong to this user alone, so that what lies in them can be trusted."""
+"""Folders and files on a node that only this user can write, so that their content can be trusted.
+
+The processes of a node make each file once."""
 
 import contextlib
 import os
+import re
+import shutil
 import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from cifar_dist.errors import UserError
 
-WORD_SECONDS = 5.0  # after which a wait for a lock is said
+WORD_SECONDS = 5.0  # longer waits for a lock are reported
 
 
 def default_folder() -> str:
-    """The folder for temporary files. Raises UserError if there is none that can be written to."""
+    """Returns the folder for temporary files. Raises UserError if none is writable."""
     try:
         return tempfile.gettempdir()
     except FileNotFoundError as error:
@@ -24,9 +30,9 @@ def default_folder() -> str:
 
 
 def user_folder(base: Path) -> Path:
-    """BASE/cifar_dist-staged-UID, readable and writable by this user alone.
+    """Returns the folder BASE/cifar_dist-staged-UID, which only this user can read and write.
 
-    Raises UserError if it is a link, or somebody else's: what lies in it may be forged.
+    Raises UserError if the path is a link or another user's folder, whose content may be forged.
     """
     path = base / f"cifar_dist-staged-{os.geteuid()}"
     try:
@@ -37,7 +43,7 @@ def user_folder(base: Path) -> Path:
 
 
 def private_folder(path: Path) -> Path:
-    """The folder, made with mode 0700 if it is not there. Raises UserError as user_folder does."""
+    """Returns the folder, created with mode 0700 if missing. Raises UserError like user_folder."""
     try:
         with contextlib.suppress(FileExistsError):
             path.mkdir(0o700)
@@ -56,7 +62,7 @@ def private_folder(path: Path) -> Path:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether it is a plain file of this user under this one name: no link, nobody else's."""
+    """Whether the path is a regular file of this user with a single name: no symbolic or hard link."""
     try:
         info = path.lstat()
     except FileNotFoundError:
@@ -65,7 +71,7 @@ def is_own_file(path: Path) -> bool:
 
 
 def keep_own(*paths: Path) -> None:
-    """Removes the paths that are not plain files of this user. A link is removed, its target is left alone."""
+    """Removes the paths that are not regular files of this user. Removes links, not their targets."""
     for path in paths:
         if not is_own_file(path):
             path.unlink(missing_ok=True)
@@ -75,10 +81,10 @@ def keep_own(*paths: Path) -> None:
 def one_at_a_time(
     path: Path, limit_seconds: float, say: Callable[[str], None], progress: Callable[[], object]
 ) -> Iterator[None]:
-    """Holds the lock PATH.lock, beside which PATH.holder names the process.
+    """Holds the lock PATH.lock, and names the holding process in PATH.holder.
 
-    A wait is said. Where `progress()` stays the same for `limit_seconds`, and the holder computes nothing, it is
-    stopped or hangs, and the caller goes on without the lock: it must write under names of its own.
+    Reports a longer wait. If for `limit_seconds` `progress()` does not change and the holder uses no CPU time, the
+    holder is stopped or hangs. The caller then continues without the lock, so it must write under unique names.
     """
     lock_file, holder_file = path.with_name(path.name + ".lock"), path.with_name(path.name + ".holder")
     keep_own(lock_file, holder_file)
@@ -111,13 +117,13 @@ def one_at_a_time(
 
 
 def holder_stat(holder_file: Path) -> tuple[int, list[str]]:
-    """(pid, the words of /proc/PID/stat behind the name) of the holder. Raises OSError or ValueError."""
+    """Returns (pid, fields of /proc/PID/stat after the name) of the holder. Raises OSError or ValueError."""
     pid = int(holder_file.read_text())
     return pid, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def cpu_ticks(holder_file: Path) -> int:
-    """CPU time that the holder has used, in clock ticks; 0 where that cannot be told."""
+    """Returns the CPU time that the holder has used, in clock ticks, or 0 if unknown."""
     try:
         _, words = holder_stat(holder_file)
         return int(words[11]) + int(words[12])
@@ -126,9 +132,80 @@ def cpu_ticks(holder_file: Path) -> int:
 
 
 def name_holder(holder_file: Path) -> str:
-    """'process 123 (stopped)', as far as it can be told."""
+    """Returns a text such as 'process 123 (stopped)', or 'another process' if the holder is unknown."""
     try:
         pid, words = holder_stat(holder_file)
     except (OSError, ValueError):
         return "another process"
     return f"process {pid}" + (" (stopped)" if words[0] in "Tt" else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staging:
+    """How and where a job stages data. `folder` None means the temporary folder.
+
+    Processes with the same `job` check a file once; with `job` '' each process checks it. `say` reports waits for
+    another process. Such a wait ends `limit_seconds` after the other process's last progress.
+    """
+
+    job: str = ""
+    folder: Path | str | None = None
+    say: Callable[[str], None] | None = None  # print
+    limit_seconds: float = 120.0
+
+
+def once_per_node(
+    path: Path, make: Callable[[Path], object], is_right: Callable[[Path], bool], staging: Staging | None = None
+) -> Path:
+    """Lets one process per node make a file in a private folder, and returns its path.
+
+    `make` writes to a temporary name, which is renamed when complete. An existing file is used if `is_right` accepts
+    it. NAME.sha256 records which job has accepted the file, and the file's identity then. Other processes of the job
+    then skip the check, which reads gigabytes.
+    """
+    staging = staging or Staging()
+    seen, part = path.with_name(path.name + ".sha256"), path.with_name(f"{path.name}.part-{os.getpid()}")
+
+    def progress() -> list[int]:
+        return [file.lstat().st_size for file in sorted(path.parent.glob(f"{path.name}.part-*"))]
+
+    try:
+        with one_at_a_time(path, staging.limit_seconds, staging.say or print, progress):
+            keep_own(path, seen, part)
+            known = seen.read_bytes() if seen.exists() else b""
+            if path.exists():
+                if staging.job and known == f"{staging.job} {identity(path)}".encode():
+                    return path
+                there = is_right(path)
+            else:
+                there = False
+            if not there:
+                remove_parts(path)
+                try:
+                    make(part)
+                    part.replace(path)
+                finally:
+                    part.unlink(missing_ok=True)
+            seen.write_text(f"{staging.job} {identity(path)}")
+            time.sleep(0.02)  # file times advance every few ms: a later write must get another time
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.exists() else 0
+        raise UserError(
+            f"cannot stage {path} on this node: {error} ({free} MiB free); make room or set --staging-folder"
+        ) from error
+    return path
+
+
+def remove_parts(path: Path) -> None:
+    """Removes incomplete files of processes that no longer exist."""
+    for part in path.parent.glob(f"{path.name}.part-*"):
+        pid = re.search(r"\.part-(\d+)", part.name)
+        if not pid or not Path(f"/proc/{pid[1]}").exists():
+            part.unlink(missing_ok=True)
+
+
+def identity(path: Path) -> str:
+    """Returns a fingerprint that changes when the file is written or the machine reboots, as a crash loses writes."""
+    boot, info = Path("/proc/sys/kernel/random/boot_id"), path.stat()
+    start = boot.read_text().strip() if boot.exists() else uuid.uuid4().hex  # unknown: a new value each time
+    return f"{start} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"

@@ -1,14 +1,9 @@
-"""A data set staged on a node: memory-mapped Arrow files, copied once per node and checked."""
+"""Stages a data set on a node: memory-mapped Arrow files, copied once per node and checked."""
 
 import bisect
 import hashlib
-import os
-import re
-import shutil
-import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifar_dist.data.manifest import Manifest, read_manifest
-from cifar_dist.data.private import default_folder, keep_own, one_at_a_time, private_folder, user_folder
+from cifar_dist.data.private import Staging, default_folder, once_per_node, private_folder, user_folder
 from cifar_dist.errors import UserError
 from cifar_dist.sealed_json import from_json
 from cifar_dist.storage import Folder
-from cifar_dist.uris import join_uri
+from cifar_dist.uris import absolute_uri, join_uri
 
-ROWS_PER_GROUP = 1_000  # also the rows of one Arrow batch: staging holds one in memory
+ROWS_PER_GROUP = 1_000  # of Parquet, and rows per Arrow batch: staging holds one batch in memory
 STAGED = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
 
 
 def use_decoded(shape: tuple[int, int] | None, num_images: int, cache: str, budget_mib: int) -> bool:
-    """Whether to keep decoded pixels: uint8, num_images x height x width x 3 bytes, against the budget in MiB."""
+    """Whether to keep decoded pixels, which take num_images x height x width x 3 bytes (uint8). Raises UserError."""
     if cache == "decoded" and shape is None:
         raise UserError("--cache decoded needs images of one size, these differ; use --cache auto or encoded")
     fits = shape is not None and num_images * shape[0] * shape[1] * 3 <= budget_mib << 20
@@ -36,7 +31,7 @@ def use_decoded(shape: tuple[int, int] | None, num_images: int, cache: str, budg
 
 
 class StagedSplit:
-    """One split as memory-mapped Arrow: `encoded(i)` is a zero-copy view of image i's bytes (uint8 [num_bytes])."""
+    """A split as memory-mapped Arrow. `encoded(i)` is a zero-copy view of image i's bytes (uint8 [num_bytes])."""
 
     def __init__(self, path: Path) -> None:
         self.file = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -63,121 +58,59 @@ class StagedSplit:
         return chunk, i - self._starts[chunk]
 
     def path(self, i: int) -> str:
-        """The image's path in its source, to name it in messages."""
+        """Returns the image's path in its source, for messages."""
         chunk, at = self._place(i)
         return self._paths[chunk][at].as_py()
 
 
 def default_staging_folder() -> Path:
-    """Where this user's staged data lies unless --staging-folder says otherwise."""
+    """Returns the folder of this user's staged data without --staging-folder."""
     return user_folder(Path(default_folder()))
 
 
 def staging_root(staging_folder: Path | str | None = None) -> Path:
-    """This user's own folder of staged data, in `staging_folder` or in the temporary folder."""
+    """Returns this user's folder of staged data, in `staging_folder` or in the temporary folder."""
     return user_folder(Path(staging_folder)) if staging_folder else default_staging_folder()
 
 
-def staging_area(manifest: Manifest, staging_folder: Path | str | None = None) -> Path:
-    """This user's local folder of this data set, named by its checksum: another data set never shares it."""
-    return private_folder(staging_root(staging_folder) / manifest.sha256[:16])
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A stored data set, and how this process stages it."""
 
+    uri: str
+    manifest: Manifest
+    staging: Staging = field(default_factory=Staging)
 
-@dataclass(frozen=True)
-class Staging:
-    """How a job stages. Processes with the same `job` check a file once; `job` '' checks it each time.
+    @staticmethod
+    def open(uri: str, staging: Staging | None = None) -> "DataSet":
+        """Opens the data set at `uri`. Raises UserError if it is missing or damaged."""
+        uri = absolute_uri(uri)
+        return DataSet(uri=uri, manifest=read_manifest(uri), staging=staging or Staging())
 
-    `say` is told of waits for another process, which last `limit_seconds` at most where that one makes no progress.
-    """
+    @property
+    def area(self) -> Path:
+        """This user's local folder of the data set, named by its checksum, so that data sets never share a folder."""
+        return private_folder(staging_root(self.staging.folder) / self.manifest.sha256[:16])
 
-    job: str = ""
-    say: Callable[[str], None] = print
-    limit_seconds: float = 120.0
+    def stage(self, split: str) -> StagedSplit:
+        """Stages the split: the first process on a node copies it under a file lock, the others wait and map it.
 
-
-def stage(
-    uri: str,
-    split: str,
-    staging_folder: Path | str | None = None,
-    manifest: Manifest | None = None,
-    staging: Staging | None = None,
-) -> StagedSplit:
-    """The split on this node, copied once: the first process under a file lock copies, the others wait and map.
-
-    A part is checked against the manifest's SHA-256 while it is copied. What is there already is held against the
-    manifest too, row by row, once in each job, and copied again if it differs.
-    """
-    manifest = manifest or read_manifest(uri)
-    path = staging_area(manifest, staging_folder) / f"{split}.arrow"
-    files = manifest.splits[split]["files"]
-    once_per_node(
-        path,
-        make=lambda part: copy_split(uri, split, manifest, part),
-        is_right=lambda there: has_rows(there, files),
-        staging=staging,
-    )
-    return StagedSplit(path)
-
-
-def once_per_node(
-    path: Path, make: Callable[[Path], object], is_right: Callable[[Path], bool], staging: Staging | None = None
-) -> Path:
-    """Lets one process per node make a file in a private folder; `make` gets a name of its own, renamed when it is
-    whole. What is there already is used if `is_right` says so.
-
-    NAME.sha256 beside it says which job has found it right, and what it was then (identity): to read gigabytes again
-    in every process of a job takes seconds each.
-    """
-    staging = staging or Staging()
-    seen, part = path.with_name(path.name + ".sha256"), path.with_name(f"{path.name}.part-{os.getpid()}")
-
-    def progress() -> list[int]:
-        return [file.lstat().st_size for file in sorted(path.parent.glob(f"{path.name}.part-*"))]
-
-    try:
-        with one_at_a_time(path, staging.limit_seconds, staging.say, progress):
-            keep_own(path, seen, part)
-            known = seen.read_bytes() if seen.exists() else b""
-            if path.exists():
-                if staging.job and known == f"{staging.job} {identity(path)}".encode():
-                    return path
-                there = is_right(path)
-            else:
-                there = False
-            if not there:
-                remove_parts(path)
-                try:
-                    make(part)
-                    part.replace(path)
-                finally:
-                    part.unlink(missing_ok=True)
-            seen.write_text(f"{staging.job} {identity(path)}")
-            time.sleep(0.02)  # a file system's clock ticks every few ms: a later write must find it further on
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.exists() else 0
-        raise UserError(
-            f"cannot stage {path} on this node: {error} ({free} MiB free); make room or set --staging-folder"
-        ) from error
-    return path
-
-
-def remove_parts(path: Path) -> None:
-    """Removes what processes that are no more have left half made."""
-    for part in path.parent.glob(f"{path.name}.part-*"):
-        pid = re.search(r"\.part-(\d+)", part.name)
-        if not pid or not Path(f"/proc/{pid[1]}").exists():
-            part.unlink(missing_ok=True)
-
-
-def identity(path: Path) -> str:
-    """What is another one after any write to a local file, and after a start of the machine: a crash loses writes."""
-    boot, info = Path("/proc/sys/kernel/random/boot_id"), path.stat()
-    start = boot.read_text().strip() if boot.exists() else uuid.uuid4().hex  # unknown: never the same again
-    return f"{start} {info.st_dev} {info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"
+        Copying checks each file against the manifest's SHA-256. Once per job, existing rows are compared with the
+        manifest, and copied again if they differ.
+        """
+        path = self.area / f"{split}.arrow"
+        files = self.manifest.splits[split]["files"]
+        once_per_node(
+            path,
+            make=lambda part: copy_split(self.uri, split, self.manifest, part),
+            is_right=lambda staged: has_rows(staged, files),
+            staging=self.staging,
+        )
+        return StagedSplit(path)
 
 
 def rows_sha256(batches: Iterable[pa.RecordBatch]) -> str:
-    """SHA-256 (hex) of rows in any number of batches with the columns bytes, path and label of STAGED."""
+    """Returns the SHA-256 (hex) of rows with STAGED's columns bytes, path and label, however split into batches."""
     digests = {name: hashlib.sha256() for name in ("label", "length", "bytes", "path length", "path")}
     for batch in batches:
         digests["label"].update(np.ascontiguousarray(batch["label"].to_numpy(), "<i8").data)
@@ -193,7 +126,7 @@ def rows_sha256(batches: Iterable[pa.RecordBatch]) -> str:
 
 
 def has_rows(path: Path, files: list[dict[str, Any]]) -> bool:
-    """Whether the staged file holds just the rows that the manifest's files have."""
+    """Whether the staged file holds exactly the rows of the manifest's files."""
     try:
         staged = pa.ipc.open_file(pa.memory_map(str(path)))
         if staged.schema != STAGED:
@@ -205,21 +138,21 @@ def has_rows(path: Path, files: list[dict[str, Any]]) -> bool:
                 return False
     except (pa.ArrowException, OSError, ValueError):
         return False
-    places = iter(batches)
+    remaining = iter(batches)
     for file in files:
-        mine: list[pa.RecordBatch] = []
-        while sum(map(len, mine)) < file["num_rows"]:
-            batch = next(places, None)
+        of_file: list[pa.RecordBatch] = []
+        while sum(map(len, of_file)) < file["num_rows"]:
+            batch = next(remaining, None)
             if batch is None:
                 return False
-            mine.append(batch)
-        if rows_sha256(mine) != file["rows_sha256"]:
+            of_file.append(batch)
+        if rows_sha256(of_file) != file["rows_sha256"]:
             return False
-    return next(places, None) is None
+    return next(remaining, None) is None
 
 
 def staged_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Batches of the Parquet files' columns, image and label, as STAGED has them."""
+    """Converts batches with the Parquet files' columns, image and label, to the schema STAGED."""
     for batch in batches:
         image = batch["image"]
         columns = [image.field("bytes").cast(pa.large_binary()), image.field("path"), batch["label"]]
@@ -227,9 +160,10 @@ def staged_batches(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch
 
 
 def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
-    """Parquet files -> one Arrow file of ROWS_PER_GROUP-row batches with columns bytes, path and label.
+    """Copies Parquet files into one Arrow file with the schema STAGED, in batches of ROWS_PER_GROUP rows.
 
-    What the manifest says of the files and their rows is held against them: it may have been edited and sealed again.
+    Compares files and rows with the manifest, which may have been edited and sealed again. Raises UserError if they
+    differ.
     """
     data = Folder(uri)
     local = path.with_name(path.name + ".parquet")
@@ -266,7 +200,7 @@ def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
 def written(
     batches: Iterable[pa.RecordBatch], writer: pa.RecordBatchFileWriter, per_class: np.ndarray, where: str
 ) -> Iterator[pa.RecordBatch]:
-    """The batches as they are written; counts their labels into `per_class` (int [num_classes])."""
+    """Writes the batches and yields them. Adds the counts of their labels to `per_class` (int [num_classes])."""
     for batch in batches:
         labels = batch["label"].to_numpy()
         if labels.min() < 0 or labels.max() >= len(per_class):
@@ -279,8 +213,10 @@ def written(
 def copy_rows(
     local: Path, where: str, writer: pa.RecordBatchFileWriter, per_class: np.ndarray
 ) -> tuple[str, int, list[str] | None]:
-    """Copies a Parquet file's rows; returns their SHA-256, their number and the class names in the file's Hugging Face
-    metadata, None if it has none. Raises UserError for another kind of file."""
+    """Copies a Parquet file's rows. Returns (their SHA-256, their number, class names).
+
+    The class names come from the file's Hugging Face metadata, None without metadata. Raises UserError if the file is
+    of another kind."""
     before = int(per_class.sum())
     try:
         file = pq.ParquetFile(local)
@@ -289,6 +225,6 @@ def copy_rows(
         names = from_json(metadata)["info"]["features"]["label"]["names"] if metadata else None
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # of this node: Arrow's own, of a damaged file, have no number
+            raise  # an error of this node: Arrow's errors about a damaged file have no errno
         raise UserError(f"{where} is no Parquet file of images and labels ({error}); prepare it again") from error
     return digest, int(per_class.sum()) - before, names

@@ -1,4 +1,4 @@
-"""A data set at rest: Parquet files and a manifest, written once, whole or not at all."""
+"""Writes a data set, Parquet files and a manifest, completely or not at all."""
 
 import contextlib
 import hashlib
@@ -26,11 +26,12 @@ from cifar_dist.uris import join_uri
 ROWS_PER_FILE = 10_000
 BYTES_PER_FILE = 256 << 20
 PREPARING = ".cifar_dist-preparing"
-REPLACED = "_manifest.json.replaced"  # in PREPARING, the manifest of the data set that is being replaced
+REPLACED = "_manifest.json.replaced"  # in PREPARING: the manifest of the data set that is being replaced
 DATA_FILE = re.compile(r"(train|validation|test)-\d{5}\.parquet")
 UNFINISHED = re.compile(  # in PREPARING
     rf"({DATA_FILE.pattern}|_manifest\.json(\.replaced)?|start-[0-9a-f]{{8}})(\.[0-9a-f]{{8}}\.tmp)?"
 )
+Progress = Callable[[Iterable[Row], str, int], Iterable[Row]]  # shows that rows of a split pass, of so many
 
 
 def prepare(
@@ -38,40 +39,27 @@ def prepare(
     uri: str,
     skip_bad: bool = False,
     overwrite: bool = False,
-    progress: Callable[[Iterable[Row], str, int], Iterable[Row]] = lambda rows, _split, _total: rows,
+    progress: Progress = lambda rows, _split, _total: rows,
 ) -> tuple[Manifest, bool]:
-    """Writes the source as a data set; returns its manifest and whether anything was written.
+    """Writes the source as a data set. Returns its manifest and whether anything was written.
 
-    All is written in a folder PREPARING and moved when it is whole, the manifest last. A data set that is already
-    there is left alone if it is equal and whole, and replaced by another only with `overwrite`, as are files of the
-    same names that no manifest names.
+    Files are written into a folder PREPARING and moved when complete, the manifest last. An existing data set is left
+    alone if it is equal and complete. Another data set, and files of the same names that no manifest names, are
+    replaced only with `overwrite`; without it they raise UserError.
     """
     folder = Folder(uri)
-    try:
-        old_name = has_old_manifest(folder)
-        has_manifest = folder.exists(MANIFEST) or old_name
-        old = read_manifest(uri) if has_manifest and not overwrite else None
-    except UserError as error:
-        raise UserError(f"{error} with --overwrite") from error
+    old, has_old_name = old_manifest(folder, overwrite)
     clear_unfinished(folder)
-    if not overwrite and (strange := [name for name in data_files(folder) if name not in file_names(old)]):
-        raise UserError(
-            f"{join_uri(uri, strange[0])} is in the way: no data set of this program names it, so it is left alone; "
-            "use another --out, or --overwrite to replace such files"
-        )
+    if not overwrite:
+        refuse_foreign(folder, old)
     folder.create(PREPARING)
     mine = f"{PREPARING}/start-{uuid.uuid4().hex[:8]}"
     folder.write(mine, b"")
     seen = folder.exists(MANIFEST), data_files(folder)
     source.forget()
-    moving = False
+    is_moving = False
     try:
-        splits = {}
-        for split in source.splits:
-            rows = progress(source.rows(split, skip_bad), split, len(source.splits[split]))
-            splits[split] = write_split(folder, split, iter(rows), source.class_names)
-        manifest = Manifest(FORMAT_VERSION, source.name, source.class_names, splits, len(source.skipped))
-        manifest = Manifest(**seal(asdict(manifest)))
+        manifest = write_splits(folder, source, skip_bad, progress)
         same = old is not None and old.sha256 == manifest.sha256
         if same and is_whole(folder, manifest):
             return manifest, False
@@ -80,28 +68,71 @@ def prepare(
         replaced = data_files(folder)
         if not folder.exists(mine) or seen != (folder.exists(MANIFEST), replaced):
             raise UserError(f"another job has written to {uri} meanwhile; run the same command again")
-        folder.write(f"{PREPARING}/{MANIFEST}", to_json(asdict(manifest)))  # clear_unfinished goes by it
-        moving = True
-        for name in [MANIFEST, *[OLD_MANIFEST] * old_name]:
-            if folder.exists(name):
-                folder.move(name, f"{PREPARING}/{REPLACED}")
-        for name in replaced:
-            folder.delete(name)
-        for name in file_names(manifest):
-            folder.move(f"{PREPARING}/{name}", name)
-        folder.write(MANIFEST, to_json(asdict(manifest)))
-        moving = False
+        folder.write(f"{PREPARING}/{MANIFEST}", to_json(asdict(manifest)))  # clear_unfinished reads it
+        is_moving = True
+        publish(folder, manifest, replaced, has_old_name)
+        is_moving = False
         return manifest, True
     except FileNotFoundError as error:
         raise UserError(f"{error} while {uri} was written; is another job preparing the same folder?") from error
     finally:
         source.checker.stop()
-        if not moving and folder.exists(mine):  # else it is another job's by now
+        if not is_moving and folder.exists(mine):  # else PREPARING belongs to another job
             folder.delete(PREPARING)
 
 
+def write_splits(folder: Folder, source: Source, skip_bad: bool, progress: Progress) -> Manifest:
+    """Writes all splits into PREPARING; returns the manifest of what was written."""
+    splits = {}
+    for split in source.splits:
+        rows = progress(source.rows(split, skip_bad), split, len(source.splits[split]))
+        splits[split] = write_split(folder, split, iter(rows), source.class_names)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        source=source.name,
+        class_names=source.class_names,
+        splits=splits,
+        num_skipped=len(source.skipped),
+    )
+    return Manifest(**seal(asdict(manifest)))
+
+
+def old_manifest(folder: Folder, overwrite: bool) -> tuple[Manifest | None, bool]:
+    """Returns (manifest of the existing data set, whether its file has the earlier name).
+
+    The manifest is None if there is no data set, and if it is to be overwritten.
+    """
+    try:
+        has_old_name = has_old_manifest(folder)
+        has_manifest = folder.exists(MANIFEST) or has_old_name
+        return (read_manifest(folder.uri) if has_manifest and not overwrite else None), has_old_name
+    except UserError as error:
+        raise UserError(f"{error} with --overwrite") from error
+
+
+def refuse_foreign(folder: Folder, old: Manifest | None) -> None:
+    """Raises UserError for files that have names of data files but are not in the manifest `old`."""
+    if foreign := [name for name in data_files(folder) if name not in file_names(old)]:
+        raise UserError(
+            f"{join_uri(folder.uri, foreign[0])} is in the way: no data set of this program names it, so it is left "
+            "alone; use another --out, or --overwrite to replace such files"
+        )
+
+
+def publish(folder: Folder, manifest: Manifest, replaced: list[str], has_old_name: bool) -> None:
+    """Replaces the old files by the new files in PREPARING, the manifest last."""
+    for name in [MANIFEST, *[OLD_MANIFEST] * has_old_name]:
+        if folder.exists(name):
+            folder.move(name, f"{PREPARING}/{REPLACED}")
+    for name in replaced:
+        folder.delete(name)
+    for name in file_names(manifest):
+        folder.move(f"{PREPARING}/{name}", name)
+    folder.write(MANIFEST, to_json(asdict(manifest)))
+
+
 def data_files(folder: Folder) -> list[str]:
-    """What in the folder has the name of a data set's file."""
+    """Returns the entries of the folder whose names are those of data files."""
     return [name for name in folder.names() if DATA_FILE.fullmatch(name)]
 
 
@@ -110,9 +141,9 @@ def file_names(manifest: Manifest | None) -> list[str]:
 
 
 def clear_unfinished(folder: Folder) -> None:
-    """Removes what an earlier prepare that was cut off has left: PREPARING, and the files that it had moved out of it.
+    """Removes the leftovers of an interrupted prepare: PREPARING, and files already moved out of it.
 
-    Raises UserError where PREPARING holds what prepare does not write.
+    Raises UserError if PREPARING holds files that prepare does not write.
     """
     inside = folder.names(PREPARING)
     if strange := [n for n in inside if not UNFINISHED.fullmatch(n)]:
@@ -120,7 +151,7 @@ def clear_unfinished(folder: Folder) -> None:
             f"{join_uri(folder.uri, PREPARING, strange[0])} is in the way: this program did not write it; remove it, "
             "or use another --out"
         )
-    if MANIFEST in inside and not folder.exists(MANIFEST):  # it was moving
+    if MANIFEST in inside and not folder.exists(MANIFEST):  # interrupted while moving files
         known = {sha256 for name in {MANIFEST, REPLACED} & set(inside) for sha256 in checksums(folder, name)}
         for name in data_files(folder):
             if sha256_of(folder, name) in known:
@@ -129,7 +160,7 @@ def clear_unfinished(folder: Folder) -> None:
 
 
 def checksums(folder: Folder, name: str) -> set[str]:
-    """The SHA-256 of each file that a manifest in PREPARING names; empty if the manifest is damaged."""
+    """Returns the SHA-256 of the files that a manifest in PREPARING names, empty if it is damaged."""
     try:
         splits = from_json(folder.read(f"{PREPARING}/{name}"))["splits"]
         return {file["sha256"] for split in splits.values() for file in split["files"]}
@@ -138,7 +169,7 @@ def checksums(folder: Folder, name: str) -> set[str]:
 
 
 def whole(uri: str, source: str) -> Manifest | None:
-    """The manifest of the data set that was prepared from a source of that name, if it is there and whole."""
+    """Returns the manifest of a complete data set prepared from a source of that name, else None."""
     folder = Folder(uri)
     if not folder.exists(MANIFEST):
         return None
@@ -147,23 +178,23 @@ def whole(uri: str, source: str) -> Manifest | None:
 
 
 def is_whole(folder: Folder, manifest: Manifest) -> bool:
-    """Whether every file that the manifest names is there with its checksum."""
+    """Whether each file that the manifest names exists and has its checksum."""
     files = [file for split in manifest.splits.values() for file in split["files"]]
-    there = set(folder.names())
-    return all(f["name"] in there and sha256_of(folder, f["name"]) == f["sha256"] for f in files)
+    existing = set(folder.names())
+    return all(f["name"] in existing and sha256_of(folder, f["name"]) == f["sha256"] for f in files)
 
 
 def sha256_of(folder: Folder, name: str) -> str:
-    """SHA-256 of a file of the data set (hex), empty for a link that leads nowhere."""
+    """Returns the SHA-256 of a file of the data set (hex), or '' for a broken link."""
     with contextlib.suppress(FileNotFoundError):
-        if folder.is_local:  # without holding it in memory
+        if folder.is_local:  # without reading the whole file into memory
             return folder.tried("read", name, lambda: file_sha256(Path(folder.at(name))))
         return hashlib.sha256(folder.read(name)).hexdigest()
     return ""
 
 
 def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: list[str]) -> dict[str, Any]:
-    """Writes PREPARING/SPLIT-*.parquet in the Hugging Face layout; returns the split's part of the manifest."""
+    """Writes PREPARING/SPLIT-*.parquet in the Hugging Face layout. Returns the split's part of the manifest."""
     features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
     schema = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
@@ -203,7 +234,7 @@ def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: li
 
 
 def file_chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """The rows of one file each: ROWS_PER_FILE, or fewer where images are large."""
+    """Yields the rows of one file at a time: ROWS_PER_FILE rows, or fewer if images are large."""
     chunk: list[Row] = []
     num_bytes = 0
     for row in rows:

@@ -1,4 +1,4 @@
-"""Evaluates runs in retriable Ray tasks, merges the shards and checks that every image came exactly once."""
+"""Evaluates runs in retriable Ray tasks, merges the shards and checks that each image has exactly one prediction."""
 
 import functools
 import operator
@@ -13,104 +13,91 @@ import ray
 from tqdm import tqdm
 
 from cifar_dist.config import Config
-from cifar_dist.data.manifest import Manifest, read_manifest
-from cifar_dist.data.staged import Staging, stage
+from cifar_dist.data.manifest import Manifest
+from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.outputs import predictions_name
 from cifar_dist.evaluate.scores import Counts
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, check_checkpoint, evaluate_shard, ids_of, stored_split
 from cifar_dist.run.checkpoint import Checkpoint
-from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.folder import Run
 from cifar_dist.storage import Folder
-from cifar_dist.uris import absolute_uri
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """One run's best checkpoint over the splits: predictions in id order, and counts."""
+    """The evaluation of a run's best checkpoint: predictions in id order, and counts, by split."""
 
-    name: str
-    run_uri: str
+    run: Run
     checkpoint: Checkpoint
     predictions: dict[str, pa.Table]
     counts: dict[str, Counts]
 
 
-def run_name(run_uri: str) -> str:
-    return run_uri.partition("?")[0].rstrip("/").rsplit("/", 1)[-1]
+def choose(run_uris: list[str], data: DataSet) -> list[tuple[Run, Checkpoint]]:
+    """Returns each run with its best checkpoint.
 
-
-def choose(run_uris: list[str], data_uri: str) -> dict[str, tuple[str, Checkpoint]]:
-    """Name -> (URI, best checkpoint) of each run.
-
-    Raises UserError for a run without a checkpoint or one of another data set, and for runs of the same name.
+    Raises UserError for a run without a checkpoint or with another data set, and for runs of the same name.
     """
-    run_uris = [absolute_uri(uri) for uri in run_uris]
-    names = [run_name(uri) for uri in run_uris]
+    runs = [Run(uri) for uri in run_uris]
+    names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"the runs must differ in name, these do not: {', '.join(names)}")
-    manifest = read_manifest(absolute_uri(data_uri))
-    chosen = {}
-    for name, uri in zip(names, run_uris, strict=True):
-        checkpoints = Checkpoints(uri)
-        best = checkpoints.best()
+    chosen = []
+    for run in runs:
+        best = run.best()
         if best is None:
-            raise UserError(f"{uri} has no checkpoint to evaluate; train it first, or check the path")
-        checkpoints.check_version(best)
-        check_checkpoint(best, manifest, uri)
-        chosen[name] = uri, best
+            raise UserError(f"{run.uri} has no checkpoint to evaluate; train it first, or check the path")
+        run.checkpoints.check_version(best)
+        check_checkpoint(best, data.manifest, run)
+        chosen.append((run, best))
     return chosen
 
 
 def evaluate(
-    chosen: dict[str, tuple[str, Checkpoint]],
-    data_uri: str,
+    chosen: list[tuple[Run, Checkpoint]],
+    data: DataSet,
     out_uri: str,
+    *,
     num_shards: int,
     splits: tuple[str, ...] = SPLITS,
     gpu: bool = False,
-    staging_folder: str | None = None,
     flip_tta: bool = False,
-    job: str = "",
 ) -> list[Evaluation]:
     """Evaluates each chosen run on the connected cluster and writes OUT/predictions/RUN-SPLIT.parquet.
 
-    Processes with the same `job` check a staged file once. With `flip_tta` each split comes a second time, as
-    SPLIT+flip, with flip test-time augmentation.
+    With `flip_tta` it also evaluates each split with flip test-time augmentation, as SPLIT+flip.
 
-    Raises UserError for predictions that are not exactly one per image.
+    Raises UserError unless each image has exactly one prediction.
     """
     if num_shards < 1:
         raise UserError(f"--shards must be 1 or more, not {num_shards}")
-    data_uri = absolute_uri(data_uri)
-    manifest = read_manifest(data_uri)
     task = ray.remote(evaluate_shard).options(num_cpus=1, num_gpus=int(gpu), max_retries=3)
-    options: dict[str, Any] = {"gpu": gpu, "staging_folder": staging_folder, "flip_tta": flip_tta, "job": job}
-    shards = {
-        name: [task.remote(Shard(uri, best, data_uri, splits, i, num_shards, **options)) for i in range(num_shards)]
-        for name, (uri, best) in chosen.items()
-    }
-    labels = {
-        stored: stage(data_uri, stored, staging_folder, manifest, Staging(job)).labels
-        for stored in {stored_split(split) for split in splits}
-    }
-    splits = with_flipped(splits, flip_tta)
+
+    def start(run: Run, best: Checkpoint) -> list[Any]:
+        settings: dict[str, Any] = {"splits": splits, "num_shards": num_shards, "gpu": gpu, "flip_tta": flip_tta}
+        shards = [Shard(run=run, checkpoint=best, data=data, index=i, **settings) for i in range(num_shards)]
+        return [task.remote(shard) for shard in shards]
+
+    tasks = [start(run, best) for run, best in chosen]
+    labels = {stored: data.stage(stored).labels for stored in {stored_split(split) for split in splits}}
     folder = Folder(out_uri)
     folder.create("predictions")
     evaluations = []
-    for name, (uri, best) in chosen.items():
-        merged = merge(results_of(shards[name], name), best, splits, labels, manifest)
+    for (run, best), started in zip(chosen, tasks, strict=True):
+        parts = results_of(started, run.name)
+        merged = merge(parts, best, with_flipped(splits, flip_tta), labels, data.manifest)
         for split, (table, _) in merged.items():
             buffer = pa.BufferOutputStream()
             pq.write_table(table, buffer)
-            folder.write(predictions_name(name, split), buffer.getvalue().to_pybytes())
+            folder.write(predictions_name(run.name, split), buffer.getvalue().to_pybytes())
         tables, counts = {s: t for s, (t, _) in merged.items()}, {s: c for s, (_, c) in merged.items()}
-        evaluations.append(Evaluation(name, uri, best, tables, counts))
+        evaluations.append(Evaluation(run=run, checkpoint=best, predictions=tables, counts=counts))
     return evaluations
 
 
 def with_flipped(splits: tuple[str, ...], flip_tta: bool) -> tuple[str, ...]:
-    """The splits that are scored: with flip test-time augmentation each comes a second time."""
+    """Returns the names of the scored splits: with flip test-time augmentation also SPLIT+flip for each split."""
     return tuple(name for split in splits for name in (split, split + FLIPPED)) if flip_tta else splits
 
 
@@ -137,7 +124,9 @@ def merge(
     labels: dict[str, np.ndarray],
     manifest: Manifest,
 ) -> dict[str, tuple[pa.Table, Counts]]:
-    """The shards' tables in id order and the sum of their counts; every id of the split must be there exactly once."""
+    """Returns the shards' merged tables, in id order, and the sum of their counts, by split.
+
+    Raises UserError unless each id of a split occurs exactly once."""
     config, merged = Config.from_dict(checkpoint.meta["config"]), {}
     for split in splits:
         table = pa.concat_tables([part[split][0] for part in parts]).sort_by("id")

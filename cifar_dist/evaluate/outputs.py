@@ -1,4 +1,4 @@
-"""The files that an evaluation writes, and whether what lies in their place is an evaluation's."""
+"""Names the files that an evaluation writes, and refuses to replace files that no evaluation wrote."""
 
 import io
 

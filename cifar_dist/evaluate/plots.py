@@ -1,4 +1,4 @@
-"""The report's plots, as SVG text."""
+"""Draws the report's plots as SVG text."""
 
 import io
 from typing import Any
@@ -20,7 +20,7 @@ def svg(figure: Figure) -> str:
 
 
 def curves(lines: list[dict[str, Any]]) -> str:
-    """Loss and accuracy over the optimizer steps, from metrics.jsonl: training as it ran, validation per epoch."""
+    """Plots loss and accuracy over optimizer steps, from lines of metrics.jsonl. Validation is per epoch."""
     figure = Figure(figsize=(9, 3))
     steps = [line for line in lines if line["kind"] == "step"]
     epochs = [line for line in lines if line["kind"] == "epoch"]
@@ -41,7 +41,7 @@ def curves(lines: list[dict[str, Any]]) -> str:
 
 
 def confusion(matrix: np.ndarray, class_names: list[str]) -> str:
-    """Confusion matrix [C, C], rows labels; shaded by the share of the row, with numbers up to 20 classes."""
+    """Plots the confusion matrix [C, C], rows are labels. Shade: the share of the row. Numbers: up to 20 classes."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     n = len(class_names)
     figure = Figure(figsize=(5.5, 5))
@@ -57,7 +57,7 @@ def confusion(matrix: np.ndarray, class_names: list[str]) -> str:
 
 
 def calibration(bins: np.ndarray) -> str:
-    """Reliability diagram from the [NUM_BINS, 3] counts: accuracy over mean confidence, point size by images."""
+    """Plots a reliability diagram from counts [NUM_BINS, 3]: accuracy over mean confidence, point size by images."""
     filled = bins[bins[:, 0] > 0].astype(float)
     confidence, accuracy = filled[:, 2] / MICRO / filled[:, 0], filled[:, 1] / filled[:, 0]
     figure = Figure(figsize=(5, 5))

@@ -1,4 +1,4 @@
-"""The report: report.json and one self-contained report.html."""
+"""Writes the report: report.json and a self-contained report.html."""
 
 import base64
 import io
@@ -11,23 +11,24 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cifar_dist.config import Config
-from cifar_dist.data.manifest import Manifest, read_manifest
+from cifar_dist.data.manifest import Manifest
 from cifar_dist.data.sources.picture import encode_png
-from cifar_dist.data.staged import StagedSplit, Staging, stage
+from cifar_dist.data.staged import DataSet, StagedSplit
 from cifar_dist.deck import DECK, choices, differences
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import plots
 from cifar_dist.evaluate.driver import Evaluation
 from cifar_dist.evaluate.scores import scores
-from cifar_dist.run.log import LOG, read_lines
+from cifar_dist.run.folder import Run
+from cifar_dist.run.log import LOG
 from cifar_dist.run.network import weights_notice
 from cifar_dist.sealed_json import to_json
 from cifar_dist.storage import Folder
-from cifar_dist.uris import absolute_uri, join_uri
+from cifar_dist.uris import join_uri
 
-CIFAR10_COUNTS, CIFAR10_SIDE = {"train": 5000, "test": 1000}, 32  # images per class, pixels a side
+CIFAR10_COUNTS, CIFAR10_SIDE = {"train": 5000, "test": 1000}, 32  # images per class, side in pixels
 # The mean pixel of each class of CIFAR-10's test split, 0 to 255: red, green, blue of the upper, then the lower half.
-# Computed from the images saved as JPEG, of which the mean over all differs from the original's by 0.03.
+# Computed from images saved as JPEG, whose overall mean differs from the original's by 0.03.
 CIFAR10_MEANS = (
     (142.5, 155.3, 168.0, 129.7, 136.3, 140.9),  # airplane
     (130.2, 128.4, 127.0, 109.8, 103.4, 101.6),  # automobile
@@ -40,22 +41,18 @@ CIFAR10_MEANS = (
     (142.0, 153.3, 163.8, 110.2, 114.2, 118.2),  # ship
     (145.4, 146.0, 147.5, 112.1, 103.9, 99.8),  # truck
 )
-CIFAR10_TOLERANCE = 0.6  # grey levels, for what lossy encodings change
+CIFAR10_TOLERANCE = 0.6  # of 255, for the changes by lossy encodings
 NUM_MISTAKES = 24
 THUMBNAIL_SIDE = 192
 
 
-def write_report(
-    evaluations: list[Evaluation], data_uri: str, out_uri: str, staging_folder: str | None = None, job: str = ""
-) -> str:
-    """Writes OUT/report.json and OUT/report.html; returns the page's URI."""
-    data_uri = absolute_uri(data_uri)
-    manifest = read_manifest(data_uri)
-    test = stage(data_uri, "test", staging_folder, manifest, Staging(job))
+def write_report(evaluations: list[Evaluation], data: DataSet, out_uri: str) -> str:
+    """Writes OUT/report.json and OUT/report.html. Returns the URI of report.html."""
+    manifest, test = data.manifest, data.stage("test")
     runs = [run_report(e, manifest.class_names) for e in evaluations]
     compared = is_cifar10(manifest, test)
-    data = {
-        "uri": data_uri,
+    card = {
+        "uri": data.uri,
         "source": manifest.source,
         "sha256": manifest.sha256,
         "class_names": manifest.class_names,
@@ -64,7 +61,7 @@ def write_report(
         "is_cifar10": compared,
     }
     deck = {name: asdict(stated) for name, stated in DECK.items()} if compared else None
-    report = {"format_version": 2, "data": data, "deck": deck, "runs": runs}
+    report = {"format_version": 2, "data": card, "deck": deck, "runs": runs}
     folder = Folder(out_uri)
     folder.write("report.json", to_json(report))
     figures = [run_figures(e, test) for e in evaluations]
@@ -77,9 +74,9 @@ def write_report(
 
 
 def is_cifar10(manifest: Manifest, test: StagedSplit) -> bool:
-    """Whether the data set is CIFAR-10: by the counts and sizes of both splits and the mean pixels of each test class.
+    """Whether the data set is CIFAR-10, by the counts and sizes of both splits and the mean pixels of each test class.
 
-    The names of the classes do not matter, nor the order in which they are numbered.
+    The names and the numbering of the classes do not matter.
     """
     for split, count in CIFAR10_COUNTS.items():
         counted = manifest.splits[split]["num_rows_per_class"] == [count] * len(CIFAR10_MEANS)
@@ -87,19 +84,19 @@ def is_cifar10(manifest: Manifest, test: StagedSplit) -> bool:
             return False
     halves = np.array([half_means(test.encoded(i)) for i in range(len(test))])
     found = [halves[test.labels == label].mean(0) for label in range(len(CIFAR10_MEANS))]
-    # The expected rows are far apart, so that each finds a class of its own.
+    # The expected rows are far apart, so no two rows can match the same class.
     distances = [[np.abs(row - mean).max() for mean in found] for row in np.array(CIFAR10_MEANS)]
     return bool(max(min(row) for row in distances) <= CIFAR10_TOLERANCE)
 
 
 def half_means(encoded: np.ndarray) -> np.ndarray:
-    """Float64 [6]: the mean red, green and blue of the image's upper half, then of its lower half."""
+    """Returns float64 [6]: the mean red, green and blue of the image's upper half, then of its lower half."""
     pixels = np.asarray(upright_image(encoded))
     middle = len(pixels) // 2
     return np.concatenate([part.mean((0, 1)) for part in (pixels[:middle], pixels[middle:])])
 
 
-# What is read of a line of metrics.jsonl, by its kind; losses and accuracies are null where they were not finite.
+# The fields of metrics.jsonl that the report reads, by kind of line. Losses and accuracies are null if not finite.
 NUMBER: tuple[type, ...] = (int, float)
 RATES = dict.fromkeys(("seconds", "images_per_second", "data_wait_share"), NUMBER)
 TRAINED = dict.fromkeys(("train_loss", "train_accuracy"), (*NUMBER, type(None)))
@@ -108,22 +105,21 @@ TEXT: tuple[type, ...] = (str,)
 READ = {"step": TRAINED, "epoch": {**TRAINED, **VALIDATED, **RATES}, "warning": {"message": TEXT}}
 
 
-def lines_of(run_uri: str) -> list[dict[str, Any]]:
-    """The run's lines. Raises UserError for one that lacks what is read of its kind."""
-    lines = read_lines(Folder(run_uri))
+def lines_of(run: Run) -> list[dict[str, Any]]:
+    """Returns the lines of the run's log. Raises UserError if a line lacks a field that the report reads."""
+    lines = run.lines()
     for line in lines:
         for name, types in READ.get(line["kind"], {}).items():
             if name not in line or type(line[name]) not in types:
                 raise UserError(
-                    f"{join_uri(run_uri, LOG)} is damaged (a line of the kind {line['kind']} has no {name}); mend or "
-                    "remove it"
+                    f"{run.at(LOG)} is damaged (a line of the kind {line['kind']} has no {name}); mend or remove it"
                 )
     return lines
 
 
 def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]:
-    """One run's part of report.json: scores and raw counts per split, epochs, throughput, warnings, run card."""
-    lines, meta = lines_of(evaluation.run_uri), evaluation.checkpoint.meta
+    """Returns a run's part of report.json: scores and counts by split, epochs, throughput, warnings, run card."""
+    lines, meta = lines_of(evaluation.run), evaluation.checkpoint.meta
     epochs = [line for line in lines if line["kind"] == "epoch"]
     config = Config.from_dict(meta["config"])
     notice = weights_notice(config, meta["weights"])
@@ -133,7 +129,7 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
         for name in ("images_per_second", "data_wait_share")
     )
     return {
-        "name": evaluation.name,
+        "name": evaluation.run.name,
         "model": meta["model"],
         "checkpoint": evaluation.checkpoint.name,
         "weights": meta["weights"],
@@ -146,7 +142,7 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
         "throughput": {
             "images_per_second": rate,
             "data_wait_share": wait,
-            # Not the logged seconds: an epoch that was continued logs its last part only.
+            # Not the logged seconds: a resumed epoch logs only its last part.
             "seconds_per_epoch": meta["num_train"] / rate if rate else 0.0,
         },
         "differs_from_deck": differences(config, meta["weights"]),
@@ -158,12 +154,12 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
 
 
 def run_figures(evaluation: Evaluation, test: StagedSplit) -> dict[str, Any]:
-    """The page's plots and pictures of one run, for its test split (or the last one that was evaluated)."""
+    """Returns a run's plots and pictures for the page, from the test split if evaluated, else from the last split."""
     split = "test" if "test" in evaluation.counts else list(evaluation.counts)[-1]
     counts, names = evaluation.counts[split], evaluation.checkpoint.meta["class_names"]
     return {
         "split": split,
-        "curves": plots.curves(lines_of(evaluation.run_uri)),
+        "curves": plots.curves(lines_of(evaluation.run)),
         "confusion": plots.confusion(counts.confusion, names),
         "calibration": plots.calibration(counts.bins),
         "mistakes": worst_mistakes(evaluation, test, names) if split == "test" else [],
@@ -171,7 +167,7 @@ def run_figures(evaluation: Evaluation, test: StagedSplit) -> dict[str, Any]:
 
 
 def worst_mistakes(evaluation: Evaluation, test: StagedSplit, class_names: list[str]) -> list[dict[str, Any]]:
-    """The test images that the model got wrong with the most confidence, with their pictures as data URIs."""
+    """Returns the NUM_MISTAKES test images with the most confident wrong predictions, with pictures as data URIs."""
     table = evaluation.predictions["test"].to_pydict()
     wrong = np.flatnonzero(np.array(table["prediction_1"]) != np.array(table["label"]))
     order = wrong[np.argsort(-np.array(table["probability_1"])[wrong], kind="stable")][:NUM_MISTAKES]
@@ -194,7 +190,7 @@ def upright_image(encoded: np.ndarray) -> Image.Image:
 
 
 def thumbnail(encoded: np.ndarray) -> str:
-    """The image as a data URI: a PNG of at most THUMBNAIL_SIDE pixels a side."""
+    """Returns the image as a data URI: a PNG of at most THUMBNAIL_SIDE pixels a side."""
     upright = upright_image(encoded)
     upright.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     return f"data:image/png;base64,{base64.b64encode(encode_png(upright)).decode()}"

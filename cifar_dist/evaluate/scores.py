@@ -1,4 +1,4 @@
-"""Integer counts that merge by addition, and the scores that follow from them."""
+"""Integer counts that merge by addition, and scores computed from the counts."""
 
 import math
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-NUM_BINS = 15  # of confidence, for the calibration (Guo et al. 2017 use 15)
+NUM_BINS = 15  # of confidence, for the calibration error (15 as in Guo et al. 2017)
 MICRO = 1_000_000
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a set of predictions adds up to; all int64, so sums are exact in any order.
+    """Counts of a set of predictions, all int64, so that sums are exact in any order.
 
     confusion [C, C]: rows are labels, columns predictions. top_k [K]: labels among the first 1..K predictions.
-    bins [NUM_BINS, 3]: per confidence bin the images, the correct ones and the confidence in millionths.
-    loss_micro: cross-entropy in millionths of a nat.
+    bins [NUM_BINS, 3]: by confidence bin, the images, the correct images and the summed confidence in millionths.
+    loss_micro: summed cross-entropy in millionths of a nat.
     """
 
     confusion: np.ndarray
@@ -48,8 +48,9 @@ class Counts:
 def count(
     labels: np.ndarray, predictions: np.ndarray, confidence: np.ndarray, loss: np.ndarray, num_classes: int
 ) -> Counts:
-    """Counts of n predictions: labels int64 [n], predictions int64 [n, K] best first, confidence of the first one
-    float [n] in 0..1, loss float [n] in nats."""
+    """Returns the counts of n predictions. labels: int64 [n]. predictions: int64 [n, K], best first.
+
+    confidence: float [n] in 0..1, of the first predictions. loss: float [n] in nats."""
     confusion = np.bincount(labels * num_classes + predictions[:, 0], minlength=num_classes**2)
     hits = (predictions == labels[:, None]).cumsum(1) > 0
     at = np.minimum((confidence * NUM_BINS).astype(np.int64), NUM_BINS - 1)
@@ -62,7 +63,7 @@ def count(
 
 
 def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
-    """95% confidence interval of a share (Wilson 1927, z = 1.96)."""
+    """Returns the 95% confidence interval of a proportion (Wilson 1927, z = 1.96)."""
     z, share = 1.959964, num_correct / n
     centre = share + z * z / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -70,7 +71,7 @@ def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
 
 
 def scores(counts: Counts, class_names: list[str]) -> dict[str, Any]:
-    """Accuracy with its interval, top-k, loss, per-class precision, recall and F1, and the calibration error (ECE)."""
+    """Returns accuracy with interval, top-k, loss, calibration error (ECE), and precision, recall and F1 by class."""
     n, confusion = counts.num_images, counts.confusion
     correct = confusion.diagonal()
     per_class: list[dict[str, Any]] = []

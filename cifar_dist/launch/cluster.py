@@ -1,4 +1,4 @@
-"""A Ray cluster: connecting to it, what it has, and checks of its nodes. Ray Train and torch are not imported."""
+"""Connects to a Ray cluster, counts its resources and checks its nodes. Does not import Ray Train or torch."""
 
 import logging
 import os
@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import uuid
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -17,13 +18,12 @@ from cifar_dist.environment import job_config_fault, uses_tls
 from cifar_dist.errors import UserError, first_line
 from cifar_dist.launch import preflight, ray_private
 from cifar_dist.launch.local_cluster import start
-from cifar_dist.storage import Folder
 from cifar_dist.train.job import Plan
 
 CONNECT_SECONDS = 5  # for a host to answer
-JOIN_SECONDS = 30  # for a cluster to take the driver in; Ray itself tries for a quarter of an hour
+JOIN_SECONDS = 30  # to join a cluster; Ray itself tries for 15 minutes
 HOST_AND_PORT = re.compile(r"([^:/\s]+|\[.+\]):(\d{1,5})")
-# What a client of HTTP/2 sends first: a fixed text, and a frame of 0 settings; and the type of a server's first frame.
+# The first bytes of an HTTP/2 client (fixed text, empty SETTINGS frame), and the type of a server's first frame.
 HTTP2_PREFACE, HTTP2_SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), b"\4"
 
 
@@ -35,19 +35,19 @@ def connect(address: str | None, num_workers: int) -> None:
         start(num_workers)
     else:
         join(str(address))
-    stopping.listen()  # ray.init() has put handlers of its own in place
+    stopping.listen()  # again, because ray.init() installs its own handlers
 
 
 def join(address: str) -> None:
-    """Connects to a running cluster. Raises UserError within seconds where there is none."""
+    """Connects to a running cluster. Raises UserError within seconds if no cluster runs at the address."""
     check_address(address)
     if fault := job_config_fault():
         raise UserError(fault)
-    watch = threading.Timer(JOIN_SECONDS, give_up, [address])  # names that no server resolves take long, too
+    watch = threading.Timer(JOIN_SECONDS, give_up, [address])  # a DNS lookup that fails can take long too
     watch.daemon = True
     watch.start()
     try:
-        if address == "auto":  # the cluster that Ray's file in the temporary folder names, or one that runs here
+        if address == "auto":  # the cluster named in Ray's temporary folder, or one that runs on this machine
             address = ray_private.address_of_auto()
         if (match := HOST_AND_PORT.fullmatch(address)) and not uses_tls():
             check_port(match[1].strip("[]"), int(match[2]))
@@ -73,7 +73,7 @@ def refusal(address: str, reason: str) -> str:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises OSError unless a gRPC server answers, as a Ray cluster's is; Ray itself would try for minutes."""
+    """Raises OSError unless a gRPC server answers, as in a Ray cluster. Ray itself would try for minutes."""
     with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as connection:
         connection.sendall(HTTP2_PREFACE)
         answer = b""
@@ -84,7 +84,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_address(address: str) -> None:
-    """Raises UserError for an address of another kind than HOST:PORT or auto."""
+    """Raises UserError unless the address is HOST:PORT or auto."""
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"{address} is the address of a dashboard, which `ray job submit --address` takes; --address and "
@@ -102,13 +102,13 @@ def check_address(address: str) -> None:
 
 
 def give_up(address: str) -> None:
-    """Ends the process: ray.init() cannot be called back."""
+    """Prints an error and ends the process, because ray.init() cannot be cancelled."""
     print(f"error: {refusal(address, f'nothing has come of it in {JOIN_SECONDS} s')}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def count_resource(name: str) -> int:
-    """CPUs or GPUs of the connected cluster."""
+    """Returns the number of CPUs or GPUs of the connected cluster."""
     return int(ray.cluster_resources().get(name, 0))
 
 
@@ -125,67 +125,75 @@ NODE_SECONDS = 60.0  # for a node to answer preflight's questions
 
 
 def resources_per_worker(plan: Plan) -> dict[str, float]:
-    """CPUs (as many as fit evenly) and GPUs for each worker. Raises UserError if the cluster cannot hold them."""
+    """Returns the CPUs (as many as fit evenly) and GPUs of each worker. Raises UserError if workers do not fit."""
     launch = plan.launch
     nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
     least = launch.min_workers or launch.num_workers
     gpu = uses_gpu(launch.device, least)
 
-    def places(cpus: int) -> int:
+    def slots(cpus: int) -> int:
         return sum(min(int(n.get("CPU", 0)) // cpus, int(n.get("GPU", 0)) if gpu else 1 << 20) for n in nodes)
 
-    most = max((int(n.get("CPU", 0)) for n in nodes), default=0)
-    for wanted in range(launch.num_workers, least - 1, -1):  # all of them if they fit, else as many as do
-        for cpus in range(most, 0, -1):
-            if places(cpus) >= wanted:
+    max_cpus = max((int(n.get("CPU", 0)) for n in nodes), default=0)
+    for wanted in range(launch.num_workers, least - 1, -1):  # all workers if they fit, else as many as fit
+        for cpus in range(max_cpus, 0, -1):
+            if slots(cpus) >= wanted:
                 return {"CPU": cpus, **({"GPU": 1} if gpu else {})}
     total = sum(int(n.get("CPU", 0)) for n in nodes)
     raise UserError(f"{least} workers need a CPU each, the cluster has {total} on {len(nodes)} nodes; lower --workers")
 
 
 def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
-    """Preflight on every node that can hold a worker: here at once on a cluster of our own, else by a task on each."""
-    launch, run, token = plan.launch, Folder(plan.launch.run_uri), uuid.uuid4().hex
-    mine = f"{preflight.FOLDER}/{token}"  # another start of the run may be looking too
-    run.create(mine)
-    run.write(f"{mine}/token", token.encode())
-    needs = ("CPU", "GPU") if use_gpu else ("CPU",)
-    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and all(n["Resources"].get(name) for name in needs)]
-    where = launch.run_uri, plan.data_uri, launch.staging_folder, token
-    seen, silent = [], []
+    """Runs preflight on every node that can hold a worker."""
+    run, token = plan.run.folder, uuid.uuid4().hex
+    own_folder = f"{preflight.FOLDER}/{token}"  # another job of the run may run preflight at the same time
+    run.create(own_folder)
+    run.write(f"{own_folder}/token", token.encode())
     try:
-        if launch.address is None:
-            seen = [preflight.look(node, *where) for node in nodes]
-        else:
-            look = ray.remote(num_cpus=0)(preflight.look)
-            pins = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
-            tasks = [look.options(scheduling_strategy=p).remote(n, *where) for n, p in zip(nodes, pins, strict=True)]
-            ray.wait(tasks, num_returns=len(tasks), timeout=NODE_SECONDS)
-            for node, task in zip(nodes, tasks, strict=True):
-                try:
-                    seen.append(ray.get(task, timeout=0))
-                except ray.exceptions.RayError as error:
-                    silent.append(preflight.Finding("answers", node, "warning", str(error).splitlines()[0]))
-            if silent and (not launch.min_workers or not seen):  # else the run goes on with the others
-                raise UserError(
-                    f"a node of the cluster does not answer preflight's questions: {silent[0].text}; with --workers "
-                    "MIN:MAX the run begins without it"
-                )
-        written = run.names(mine)
+        seen, unreachable = ask_nodes(plan, use_gpu, token)
+        written = run.names(own_folder)
     finally:
-        run.delete(mine)
+        run.delete(own_folder)
         run.delete_empty(preflight.FOLDER)
         run.delete_empty("")
-    data = plan.config.data
-    decoded = use_decoded(
-        plan.manifest.image_shape("train"), plan.manifest.num_rows("train"), data.cache, data.cache_budget_mib
-    )
-    return [*silent, *preflight.judge(seen, plan.manifest, token, decoded, use_gpu, written)]
+    cache, manifest = plan.config.data, plan.data.manifest
+    shape, num_rows = manifest.image_shape("train"), manifest.num_rows("train")
+    decoded = use_decoded(shape, num_rows, cache.cache, cache.cache_budget_mib)
+    found = preflight.assess(seen, manifest, token=token, decoded=decoded, use_gpu=use_gpu, written=written)
+    return [*unreachable, *found]
+
+
+def ask_nodes(plan: Plan, use_gpu: bool, token: str) -> tuple[list[dict[str, Any]], list[preflight.Finding]]:
+    """Returns (facts of each node, findings for nodes that do not answer).
+
+    On the job's own cluster it gathers facts in this process, else by a task on each node. Raises UserError if a node
+    does not answer and the run needs it."""
+    launch, needs = plan.launch, ("CPU", "GPU") if use_gpu else ("CPU",)
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and all(n["Resources"].get(name) for name in needs)]
+    where = plan.run.uri, plan.data.uri, launch.staging_folder, token
+    if launch.cluster is None:
+        return [preflight.gather_facts(node, *where) for node in nodes], []
+    seen, unreachable = [], []
+    ask = ray.remote(num_cpus=0)(preflight.gather_facts)
+    pins = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    tasks = [ask.options(scheduling_strategy=p).remote(n, *where) for n, p in zip(nodes, pins, strict=True)]
+    ray.wait(tasks, num_returns=len(tasks), timeout=NODE_SECONDS)
+    for node, task in zip(nodes, tasks, strict=True):
+        try:
+            seen.append(ray.get(task, timeout=0))
+        except ray.exceptions.RayError as error:
+            unreachable.append(preflight.Finding("answers", node, "warning", str(error).splitlines()[0]))
+    if unreachable and (not launch.min_workers or not seen):  # else the run starts without these nodes
+        raise UserError(
+            f"a node of the cluster does not answer preflight's questions: {unreachable[0].text}; with --workers "
+            "MIN:MAX the run begins without it"
+        )
+    return seen, unreachable
 
 
 def check_cluster(plan: Plan) -> tuple[dict[str, float], list[preflight.Finding]]:
-    """Connects; returns each worker's resources and preflight's findings. Raises UserError if workers do not fit."""
-    connect(plan.launch.address, plan.launch.num_workers)
+    """Connects; returns each worker's resources and the preflight findings. Raises UserError if workers do not fit."""
+    connect(plan.launch.cluster, plan.launch.num_workers)
     resources = resources_per_worker(plan)
     text = f"{plan.launch.num_workers} of " + ", ".join(f"{v:g} {k}" for k, v in resources.items())
     fits = preflight.Finding("workers", "cluster", "ok", text)

@@ -1,4 +1,4 @@
-"""What follows a failure of workers: another start, or the end of the run with one sentence."""
+"""Handles failures of workers: another start, or the end of the run with a one-sentence reason."""
 
 import contextlib
 import math
@@ -8,12 +8,12 @@ from typing import Any
 import ray
 from ray.train import UserCallback
 
-from cifar_dist.config import Launch
 from cifar_dist.errors import UserError
+from cifar_dist.job_settings import Launch
 from cifar_dist.launch.ray_private import look_for_nodes
 
-QUICK_SECONDS = 30.0  # after a failure: another one then waits before the workers are started again
-RETRY_SECONDS, MOST_RETRY_SECONDS = 5.0, 30.0  # the first such wait, which doubles, and the longest
+QUICK_SECONDS = 30.0  # a failure this soon after another failure delays the next start
+RETRY_SECONDS, MOST_RETRY_SECONDS = 5.0, 30.0  # first delay, which doubles with each failure, and longest delay
 
 
 class StopOnUserError(UserCallback):
@@ -21,17 +21,17 @@ class StopOnUserError(UserCallback):
 
     def __init__(self, progress: Any) -> None:
         self.progress = progress
-        self.num_quick = 0  # failures in a row, each soon after the one before, with nothing logged in between
+        self.num_quick = 0  # consecutive failures within QUICK_SECONDS of each other, with nothing logged in between
         self.num_updates, self.failed_at = 0, -math.inf
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Ends the run at an error that would come again; waits before a retry where failures follow each other."""
+        """Ends the run at a UserError, which a retry would raise again. Delays the retry after repeated failures."""
         for error in worker_exceptions.values():
             if isinstance(error, UserError):
                 raise error
         has_moved, is_soon = self.has_moved(), time.monotonic() - self.failed_at < QUICK_SECONDS
         self.num_quick = self.num_quick + 1 if is_soon and not has_moved else 0
-        if self.num_quick:  # what the machine lacks, memory say, others may give back
+        if self.num_quick:  # other processes may free what is short, such as memory
             time.sleep(min(RETRY_SECONDS * 2 ** (self.num_quick - 1), MOST_RETRY_SECONDS))
         self.failed_at = time.monotonic()
         look_for_nodes()
@@ -45,7 +45,7 @@ class StopOnUserError(UserCallback):
 
 
 def why_failed(error: Exception, launch: Launch) -> str:
-    """The sentence for a run that Ray Train has given up."""
+    """Returns a sentence that explains why Ray Train gave up the run."""
     cause, kept = getattr(error, "controller_failure", None), "what was stored is kept, run the same command to go on"
     if isinstance(cause, UserError):
         return str(cause)
@@ -61,7 +61,7 @@ def why_failed(error: Exception, launch: Launch) -> str:
 
 
 def first_cause(error: Exception) -> str:
-    """The last line of what the first failed worker said, or of the error itself."""
+    """Returns the last line of the error of the lowest failed rank, or of `error` itself."""
     failures = getattr(error, "worker_failures", None)
     rank, cause = min(failures.items()) if failures else (None, error)
     lines = [line for line in str(cause).strip().splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine that ends with the job and that no other machine reaches."""
+"""Starts a Ray cluster on this machine that ends with the job and that other machines cannot reach."""
 
 import atexit
 import contextlib
@@ -24,11 +24,11 @@ from cifar_dist.environment import MARK, ray_folder, set_up_local_cluster, witho
 from cifar_dist.errors import UserError, first_line
 from cifar_dist.launch import ray_private
 
-# Ray's longest socket behind its temporary folder, and the longest path of a socket on Linux.
+# Ray's longest socket path below its temporary folder, and the longest socket path on Linux.
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 LONGEST_SOCKET = 107
-# Once the driver has ended, however that came, kills the processes whose environment holds argv[1], which only those of
-# its cluster do: Ray's agents outlive a driver that was killed. Gives up on one that argv[2] seconds do not end.
+# Ray's agents outlive a driver that was killed. After the driver's end, this script kills the processes of its cluster:
+# those with argv[1] in their environment. It gives up after argv[2] seconds.
 GUARDIAN = """
 import os, signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -53,7 +53,7 @@ guardians: list[subprocess.Popen] = []
 
 
 def start(num_workers: int) -> None:
-    """Starts a cluster on this machine that nobody else can reach and that ends with this process.
+    """Starts a cluster on this machine that only this user can reach and that ends with this process.
 
     Raises UserError if Ray cannot start here.
     """
@@ -61,16 +61,16 @@ def start(num_workers: int) -> None:
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     start_guardian(mark)
     set_up_local_cluster(mark, secrets.token_hex(32), loopback)
-    ray_private.forget_token()  # of a cluster that this process had before
+    ray_private.forget_token()  # of an earlier cluster of this process
     ray_private.stay_on_loopback()
-    # Ray's processes take seconds to start, torch takes one to import, and both are needed next.
+    # Ray's processes take seconds to start. Importing torch, which is needed next, takes one, so do both at once.
     torch_import = threading.Thread(target=importlib.import_module, args=("torch",))
     torch_import.start()
     try:
         with no_sigterm(), ray_private.own_handlers():
             ray.init(
                 address="local",
-                num_cpus=max(num_cpus(), num_workers),  # more workers than cores is slow but sound: a rehearsal
+                num_cpus=max(num_cpus(), num_workers),  # more workers than cores are slow, but allowed for trials
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -83,13 +83,15 @@ def start(num_workers: int) -> None:
     finally:
         torch_import.join()
     ray_private.trim_own_cluster()
-    atexit.register(ray.shutdown)  # before Ray's own, which first sleeps half a second
+    atexit.register(ray.shutdown)  # runs before Ray's own exit handler, which first sleeps half a second
 
 
 @contextmanager
 def no_sigterm() -> Iterator[None]:
-    """Processes that are started in here never get SIGTERM: where all processes of a job get it at once, as from
-    systemd or Slurm, the workers store a checkpoint first, and end with the driver."""
+    """Blocks SIGTERM in the processes that are started within the context.
+
+    systemd and Slurm send SIGTERM to all processes of a job at once. The workers can then still store a checkpoint;
+    they end with the driver."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -98,7 +100,7 @@ def no_sigterm() -> Iterator[None]:
 
 
 def start_guardian(mark: str) -> None:
-    """A process that waits for this one to end, and then ends what it has started."""
+    """Starts a process that waits for this process to end, and then kills the processes of its cluster."""
     guardian = subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", GUARDIAN, f"{MARK}={mark}", str(GUARDIAN_SECONDS)],
         stdin=subprocess.PIPE,  # closed by the kernel when this process ends
@@ -108,13 +110,13 @@ def start_guardian(mark: str) -> None:
         cwd="/",
         env=without_mark(),
     )
-    guardians.append(guardian)  # as long as this process: what would be collected would close the pipe
+    guardians.append(guardian)  # keeps the pipe open: garbage collection would close it
 
 
 def temporary_folder() -> str:
-    """Where Ray keeps its sockets and logs: in a folder of this user alone, with a path that is short enough.
+    """Returns a folder for Ray's sockets and logs, which only this user can open and whose path is short enough.
 
-    Ray opens its own folder to every user, so it lies inside one that is closed.
+    Ray makes its own folder accessible to every user, so the parent folder is private.
     """
     bases = [ray_folder() or default_folder(), "/tmp", "/var/tmp", "/dev/shm"]
     for base in bases:
@@ -123,7 +125,7 @@ def temporary_folder() -> str:
         # Ray splits its processes' command lines at spaces.
         fits = len(os.fsencode(path + SOCKET)) <= LONGEST_SOCKET and re.fullmatch(r"[!-~]+", path)
         if fits and os.access(base, os.W_OK | os.X_OK):
-            with contextlib.suppress(UserError):  # a link, or somebody else's
+            with contextlib.suppress(UserError):  # the folder is a link, or belongs to another user
                 private_folder(folder)
                 return path
     longest = LONGEST_SOCKET - len(path + SOCKET) + len(base)

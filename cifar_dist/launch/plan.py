@@ -1,63 +1,69 @@
-"""What a run is to do: where and how it is launched, held against its settings, its data and what is stored.
+"""Makes the plan of a run: checks settings, data and a stored run of the same name against each other.
 
-Nothing is written here. Torch takes seconds to import, so that only what needs it imports it: a fault in the settings
-is said at once.
+This module writes nothing. Functions import torch only where they need it, because that takes seconds, and a fault in
+the settings must be reported at once.
 """
 
 from typing import Any
 
 import numpy as np
 
-from cifar_dist.config import FREE_ON_RESUME, Config, Launch
+from cifar_dist.config import FREE_ON_RESUME, Config
 from cifar_dist.data import order
-from cifar_dist.data.manifest import Manifest, read_manifest
-from cifar_dist.data.staged import use_decoded
+from cifar_dist.data.manifest import Manifest
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet, use_decoded
 from cifar_dist.deck import choices
 from cifar_dist.errors import UserError
-from cifar_dist.run.checkpoints import Checkpoints
-from cifar_dist.run.ownership import Attempts
-from cifar_dist.sealed_json import from_json, is_sealed
-from cifar_dist.storage import Folder
+from cifar_dist.job_settings import Launch
+from cifar_dist.run.folder import Run
 from cifar_dist.train.job import Plan
 from cifar_dist.uris import absolute_uri
 
 
 def make_plan(config: Config, launch: Launch) -> Plan:
-    """Raises UserError for settings, data or a stored run that do not fit each other."""
-    data_uri = absolute_uri(launch.data_uri)
+    """Returns the plan. Raises UserError if settings, data and the stored run do not fit each other."""
+    data = DataSet.open(launch.data, Staging(folder=launch.staging_folder))
+    run = Run(launch.run_uri)
     if config.model.weights:
         config = config.replace(weights=absolute_uri(config.model.weights))
-    manifest = read_manifest(data_uri)
-    check_data(config, launch, manifest)
-    weights = None
-    if config.model.weights:  # into a network of its own: what does not fit is found before anything is stored
-        import torch  # noqa: PLC0415
-
-        from cifar_dist.run.network import build_model, image_spec, load_start_weights  # noqa: PLC0415
-
-        cpu = torch.device("cpu")
-        weights = load_start_weights(config, build_model(config, manifest.num_classes, image_spec(config, cpu), cpu))
+    check_data(config, launch, data.manifest)
+    weights = describe_weights(config, data.manifest)
     card = {
         "config": config.to_dict(),
-        "manifest_sha256": manifest.sha256,
+        "manifest_sha256": data.manifest.sha256,
         "weights": weights,
         "recipe": launch.recipe,
-        "data_uri": launch.data_uri,
+        "data_uri": launch.data,
         "num_workers": launch.num_workers,
         "chosen_where_the_deck_is_silent": choices(config),
     }
-    checkpoints = Checkpoints(launch.run_uri)
-    found: Any = checkpoints.latest()
-    if found and found.meta["model"] == config.model.model:  # load() refuses another model
-        checkpoints.check_version(found)
-    check_stored(card, launch, config.model.weights)
-    if found and found.cursor.epoch >= config.loop.epochs:
+    latest = run.checkpoints.latest()
+    if latest and latest.meta["model"] == config.model.model:  # load() refuses another model
+        run.checkpoints.check_version(latest)
+    check_stored(card, run, config.model.weights)
+    is_finished = False
+    if latest and latest.cursor.epoch >= config.loop.epochs:
         from cifar_dist.run.network import expected_of  # noqa: PLC0415
 
-        # If that one is damaged there is something to do.
-        found, _ = checkpoints.load_newest(expected_of(config, manifest)) or (None, None)
-    is_finished = bool(found) and found.cursor.epoch >= config.loop.epochs
-    return Plan(config, launch, data_uri, manifest, weights, card, is_finished)
+        # If the latest checkpoint is damaged, the run is not finished.
+        found = run.checkpoints.load_newest(expected_of(config, data.manifest))
+        is_finished = found is not None and found[0].cursor.epoch >= config.loop.epochs
+    return Plan(config=config, launch=launch, run=run, data=data, weights=weights, card=card, is_finished=is_finished)
+
+
+def describe_weights(config: Config, manifest: Manifest) -> dict[str, Any] | None:
+    """Returns facts about the --weights file, or None without that option.
+
+    Loads the file into a separate network, so that a file that does not fit is found before anything is stored."""
+    if not config.model.weights:
+        return None
+    import torch  # noqa: PLC0415
+
+    from cifar_dist.run.network import build_model, image_spec, load_start_weights  # noqa: PLC0415
+
+    cpu = torch.device("cpu")
+    return load_start_weights(config, build_model(config, manifest.num_classes, image_spec(config, cpu), cpu))
 
 
 def check_data(config: Config, launch: Launch, manifest: Manifest) -> None:
@@ -65,11 +71,11 @@ def check_data(config: Config, launch: Launch, manifest: Manifest) -> None:
     if batch < launch.num_workers:
         raise UserError(f"--global-batch-size {batch} is less than one image for each of {launch.num_workers} workers")
     num_train = manifest.num_rows("train")
-    # As the split does: the labels alone decide how many images validate.
+    # Only the labels decide the size of the validation split, so their order does not matter here.
     labels = np.repeat(np.arange(manifest.num_classes), manifest.splits["train"]["num_rows_per_class"])
     rest, validation = (len(ids) for ids in order.train_validation_ids(labels, config.data.validation_fraction, 0, 0))
     if not validation:
-        raise UserError(f"no class of {launch.data_uri} has the 2 train images that a validation split needs")
+        raise UserError(f"no class of {launch.data} has the 2 train images that a validation split needs")
     if config.data.train_images > rest:
         raise UserError(
             f"--train-images is {config.data.train_images}, the data set has {num_train} train images, of which "
@@ -85,67 +91,72 @@ def check_data(config: Config, launch: Launch, manifest: Manifest) -> None:
     use_decoded(manifest.image_shape("train"), num_train, config.data.cache, config.data.cache_budget_mib)
 
 
-def check_stored(card: dict[str, Any], launch: Launch, weights_uri: str) -> None:
-    """Holds the card against the one of the stored run of this name, if there is one."""
+def check_stored(card: dict[str, Any], run: Run, weights_uri: str) -> None:
+    """Compares the card with that of a stored run of this name. Raises UserError if they do not fit."""
     try:
-        try:
-            stored = from_json(Folder(launch.run_uri).read("config.json"))
-            if not is_sealed(stored):
-                raise ValueError("it does not match its own checksum")
-        except FileNotFoundError:
-            latest = Checkpoints(launch.run_uri).latest()
-            if latest is None:
-                refuse_foreign(launch)
-                return
-            stored = latest.meta  # it says the same
+        stored = stored_card(run)
+        if stored is None:
+            refuse_foreign(run)
+            return
         old_data, weights = stored["manifest_sha256"], stored.get("weights") or {}
         old_start, old_sha = weights.get("uri", "random weights"), weights.get("sha256")
-        # A setting that an earlier version did not have was at its default.
-        default = {name: value for section in Config().to_dict().values() for name, value in section.items()}
-        old_values = default | {n: value for section in stored["config"].values() for n, value in section.items()}
+        # Settings that an earlier version did not have count as defaults.
+        old_values = Config().values() | flat(stored["config"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{launch.run_uri}/config.json is damaged ({error}); use another --name, or, if the run "
+            f"{run.uri}/config.json is damaged ({error}); use another --name, or, if the run "
             "has a checkpoint, remove that file: checkpoints say the same"
         ) from error
     if old_data != card["manifest_sha256"]:
-        raise UserError(f"the run {launch.name} was started on another data set; use another --name")
+        raise UserError(f"the run {run.name} was started on another data set; use another --name")
     if old_sha != (card["weights"] or {}).get("sha256"):
         raise UserError(
-            f"the run {launch.name} was started from {old_start}, which --weights "
+            f"the run {run.name} was started from {old_start}, which --weights "
             f"{weights_uri or 'that is not given'} is not; name the same file, or use another --name"
         )
-    for name, value in [item for section in card["config"].values() for item in section.items()]:
+    for name, value in flat(card["config"]).items():
         old = old_values.get(name)
         if old != value and name not in FREE_ON_RESUME:
             raise UserError(
-                f"the run {launch.name} was started with {name}={old}, not {value}; use the same setting to "
+                f"the run {run.name} was started with {name}={old}, not {value}; use the same setting to "
                 "continue it, or another --name"
             )
 
 
-def refuse_foreign(launch: Launch) -> None:
-    """Raises UserError where a new run's folder holds what no run writes before its card."""
-    if others := sorted({*Folder(launch.run_uri).names()} - {"attempts", "preflight", "checkpoints"}):
+def stored_card(run: Run) -> dict[str, Any] | None:
+    """Returns the card of a stored run, or its latest meta.json, which holds the same facts. None for a new run."""
+    try:
+        return run.read_card()
+    except FileNotFoundError:
+        latest = run.checkpoints.latest()
+        return latest.meta if latest else None
+
+
+def flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for section in sections.values() for name, value in section.items()}
+
+
+def refuse_foreign(run: Run) -> None:
+    """Raises UserError if a new run's folder holds files that no run writes before its card."""
+    if others := sorted({*run.folder.names()} - {"attempts", "preflight", "checkpoints"}):
         raise UserError(
-            f"{launch.run_uri} is no run: it has no config.json and no checkpoint, but {others[0]}, which is left "
+            f"{run.uri} is no run: it has no config.json and no checkpoint, but {others[0]}, which is left "
             "alone; use another --name"
         )
 
 
 def explain_resume(plan: Plan) -> str:
-    """What the run would load and why, as lines; reads and verifies as a resume does."""
+    """Returns lines that tell what the run would load and why. Reads and verifies checkpoints as a resume does."""
     from cifar_dist.run.network import expected_of  # noqa: PLC0415
 
-    run_uri, config = plan.launch.run_uri, plan.config
-    checkpoints = Checkpoints(run_uri)
-    number, _ = Attempts(Folder(run_uri), "").newest()
-    lines = [f"run {run_uri}: {number} attempts so far, {config.loop.epochs} epochs wanted"]
+    config, checkpoints = plan.config, plan.run.checkpoints
+    number, _ = plan.run.attempts().newest()
+    lines = [f"run {plan.run.uri}: {number} attempts so far, {config.loop.epochs} epochs wanted"]
 
     def note(name: str, fault: str) -> None:
         lines.append(f"  {name}: {'PASSED OVER: ' + fault if fault else 'whole, the newest that can be read'}")
 
-    found = checkpoints.load_newest(expected_of(config, plan.manifest), note)
+    found = checkpoints.load_newest(expected_of(config, plan.data.manifest), note)
     if found is None:
         return "\n".join([*lines, "would start from the beginning: there is no checkpoint"])
     checkpoint, _ = found

@@ -1,4 +1,4 @@
-"""The progress of a run: from rank 0 to the driver's terminal, and to Prometheus."""
+"""Carries the progress of a run from rank 0 to the driver's terminal and to Prometheus."""
 
 import sys
 import threading
@@ -11,7 +11,7 @@ from ray.util.metrics import Gauge
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
-QUIET_SECONDS = 60.0  # without a word from the workers, which usually start in a third of it
+QUIET_SECONDS = 60.0  # without an event from the workers; they usually start within 20 s
 
 
 def format_line(values: dict[str, Any]) -> str:
@@ -21,15 +21,15 @@ def format_line(values: dict[str, Any]) -> str:
 
 
 class Display:
-    """Shows the events that `poll` returns (step values, epoch summaries, messages), in a thread until it is closed.
+    """Shows the events that `poll` returns (step values, epoch summaries, messages) in a thread, until closed.
 
-    Where nothing comes for QUIET_SECONDS it shows what `why_quiet` has to say, if anything.
+    After QUIET_SECONDS without an event it shows the text of `idle_reason`, unless that is empty.
     """
 
     def __init__(
-        self, poll: Callable[[], list[dict[str, Any]]], num_epochs: int, why_quiet: Callable[[], str] = lambda: ""
+        self, poll: Callable[[], list[dict[str, Any]]], num_epochs: int, idle_reason: Callable[[], str] = lambda: ""
     ) -> None:
-        self._poll, self._num_epochs, self._why_quiet = poll, num_epochs, why_quiet
+        self._poll, self._num_epochs, self._idle_reason = poll, num_epochs, idle_reason
         self._bar = tqdm(total=0, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self._plain_at = 0.0
         self._started: tuple[float, int] | None = None
@@ -55,8 +55,8 @@ class Display:
             if time.monotonic() > quiet_until:
                 quiet_until = time.monotonic() + QUIET_SECONDS
                 busy = "" if has_started else "no worker has started yet: is the cluster busy with other jobs?"
-                if why := self._why_quiet() or busy:
-                    self._print(why)
+                if reason := self._idle_reason() or busy:
+                    self._print(reason)
 
     def _show(self, values: dict[str, Any]) -> None:
         if "message" in values:
@@ -97,7 +97,7 @@ class Display:
             self._bar.write(text)
 
 
-# The gauge ray_cifar_dist_NAME (Ray adds the `ray_`) -> what it says. The first ones are values of metrics.jsonl.
+# Gauge ray_cifar_dist_NAME (Ray adds the `ray_`) -> its help text. The first gauges are values of metrics.jsonl.
 GAUGES = {
     "images_per_second": "Images trained per second by all workers together, since the epoch's start",
     "train_loss": "Mean training loss of this epoch so far",
@@ -116,7 +116,7 @@ GAUGES = {
 
 
 class Telemetry:
-    """The gauges of one run, by its name and network; they are there as long as the process that set them."""
+    """The gauges of one run, tagged with its name and network. They exist as long as the process that set them."""
 
     def __init__(self, run: str, model: str) -> None:
         tags = {"run": run, "model": model}
@@ -125,7 +125,7 @@ class Telemetry:
         }
 
     def set(self, values: dict[str, Any]) -> None:
-        """Sets the gauges that `values` (as in a line of metrics.jsonl) has a number for."""
+        """Sets the gauges that have a number in `values`, which has the keys of a line of metrics.jsonl."""
         if values.get("seconds"):
             values = {**values, "communication_share": values["communication_seconds"] / values["seconds"]}
         for name in GAUGES.keys() & values.keys():
@@ -134,7 +134,7 @@ class Telemetry:
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """A mailbox between rank 0 and the driver, beside which it lives; what is measured goes on to Prometheus."""
+    """A mailbox between rank 0 and the driver, on the driver's node. It exports metrics to Prometheus."""
 
     def __init__(self, run: str, model: str) -> None:
         self.events: list[dict[str, Any]] = []
@@ -143,7 +143,7 @@ class Progress:
         self.telemetry = Telemetry(run, model)
 
     def measured(self, values: dict[str, Any]) -> None:
-        """What is not shown."""
+        """Exports metrics that the display does not show."""
         self.telemetry.set(values)
 
     def update(self, values: dict[str, Any]) -> None:
@@ -155,20 +155,20 @@ class Progress:
         self.events.append({"message": message})
 
     def started(self) -> int:
-        """How often workers were started under this driver, this time included."""
+        """Counts a start of the workers. Returns the number of starts under this driver."""
         self.num_starts += 1
         return self.num_starts
 
     def updates(self) -> int:
-        """How many steps and epochs were logged."""
+        """Returns the number of steps and epochs logged."""
         return self.num_updates
 
     def trains(self) -> None:
-        """Rank 0 says that there is something to store."""
+        """Notes that training has begun, so that a stop can store a checkpoint."""
         self.is_training = True
 
     def stop(self) -> bool:
-        """Asks the workers to store a checkpoint and to end; returns whether there is anything to store."""
+        """Asks the workers to store a checkpoint and to end. Returns whether training has begun."""
         self.is_stopping = True
         return self.is_training
 

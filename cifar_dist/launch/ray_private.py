@@ -1,7 +1,7 @@
-"""Every private API of Ray that a job uses, each with its reason and with what happens where it is missing.
+"""Every private API of Ray that a job uses, with its reason and the effect if a release of Ray lacks it.
 
-The job runs with Ray's public API alone: it is then slower, or less protected. So another release of Ray is a warning
-and no ImportError. tests/unit/test_ray_private.py fails where a release of Ray changes one of them.
+A job also runs with Ray's public API alone, but slower or less protected. So with another release of Ray the job warns
+and raises no ImportError. tests/unit/test_ray_private.py fails if a release of Ray changes one of these APIs.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from cifar_dist.environment import uses_private_ray
 
 
 class PrivateAPI(NamedTuple):
-    """`path`: MODULE:NAME, or MODULE:NAME.ATTRIBUTE. `without`: what the user loses where Ray does not have it."""
+    """`path`: MODULE:NAME, or MODULE:NAME.ATTRIBUTE. `without`: what the user loses if Ray lacks it."""
 
     path: str
     reason: str
     without: str
 
 
-DOCUMENTED = inspect.getdoc(ray.init) or ""  # it names the settings that begin with _
+DOCUMENTED = inspect.getdoc(ray.init) or ""  # names ray.init()'s settings that begin with _
 OPEN_PORTS = "the job's own cluster can be reached from other machines"
 SLOW_RECOVERY = "a failure of workers takes up to half a minute longer"
 MORE_PROCESSES = "helper processes take some CPU time from training"
@@ -112,7 +112,7 @@ API = {
 
 
 def get(name: str) -> Any:
-    """What API[name] names; None where this Ray does not have it, or where only public APIs are to be used."""
+    """Returns the object of API[name], or None if Ray lacks it or if only public APIs may be used."""
     if not uses_private_ray():
         return None
     module, _, path = API[name].path.partition(":")
@@ -126,8 +126,8 @@ def get(name: str) -> Any:
 
 
 def warning() -> str | None:
-    """What the job loses with the Ray that is installed, in one sentence; None if nothing."""
-    # The global node is None before a cluster is started: only its name is looked for.
+    """Returns one sentence on what the job loses with the installed Ray, or None if it loses nothing."""
+    # has(), not get(): the global node is None until a cluster is started.
     missing = [name for name in API if not has(name)]
     if not missing:
         return None
@@ -136,7 +136,7 @@ def warning() -> str | None:
 
 
 def has(name: str) -> bool:
-    """Whether the Ray that is installed has API[name], whatever its value is at the moment."""
+    """Whether the installed Ray has API[name], even if its current value is None."""
     module, _, path = API[name].path.partition(":")
     owner, _, attribute = path.rpartition(".")
     try:
@@ -149,68 +149,70 @@ def has(name: str) -> bool:
 
 
 def stay_on_loopback() -> None:
-    """Has ray.init() keep the address 127.0.0.1."""
+    """Makes ray.init() keep the address 127.0.0.1."""
     if get("constants") is not None:
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def forget_token() -> None:
-    """Has Ray read the token of the cluster anew."""
+    """Makes Ray read the cluster's token again."""
     if instance := get("token"):
         instance().reset_cache()
 
 
 def own_cluster_settings(folder: str) -> dict[str, Any]:
-    """Settings of ray.init() for a cluster on the loopback interface whose files lie in `folder`; those it knows."""
+    """Returns settings of ray.init() for a cluster on the loopback interface with its files in `folder`.
+
+    Leaves out settings that the installed Ray does not document."""
     wanted = {"_node_ip_address": "127.0.0.1", "_temp_dir": folder}
     return {name: value for name, value in wanted.items() if name in DOCUMENTED and uses_private_ray()}
 
 
 def trim_own_cluster() -> None:
-    """Ends the log monitor of the cluster that this process has started, and makes its end quick."""
+    """Ends the log monitor of the cluster that this process has started, and makes ray.shutdown() quick."""
     if node := get("worker"):
         with contextlib.suppress(AttributeError):
             node.kill_log_monitor()
-            # ray.shutdown() sends SIGTERM, which the processes never get, and waits a second for each of them.
+            # ray.shutdown() sends SIGTERM, which the processes have blocked, and waits a second for each of them.
             end_processes = node.kill_all_processes
             node.kill_all_processes = lambda **_: end_processes(check_alive=False, allow_graceful=False)
 
 
 def session_folder() -> str | None:
-    """The folder of Ray's session, which ends with the cluster. Any process of the cluster may ask for it."""
+    """Returns the folder of Ray's session, which ends with the cluster, or None. Works in any cluster process."""
     node = get("worker")
     return node.get_session_dir_path() if node else None
 
 
 @contextmanager
 def own_handlers() -> Iterator[None]:
-    """In here ray.init() leaves this process's handler of SIGTERM alone: its own would exit with 15, without a word."""
+    """Keeps this process's SIGTERM handler during ray.init(). Ray's handler would exit with 15 and no message."""
     if not get("sigterm"):
         yield
         return
-    rays = ray._private.utils.set_sigterm_handler
+    set_handler = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda _: None
     try:
         yield
     finally:
-        ray._private.utils.set_sigterm_handler = rays
+        ray._private.utils.set_sigterm_handler = set_handler
 
 
 def address_of_auto() -> str:
-    """HOST:PORT of the cluster that `auto` means; 'auto' where that is not known."""
+    """Returns HOST:PORT of the cluster that `auto` means, or 'auto' if the address is unknown."""
     canonicalize = get("address")
     return (canonicalize("auto") if canonicalize else None) or "auto"
 
 
 def look_for_nodes() -> None:
-    """Has Ray's elastic policy count the nodes now. See API["coordinator"]."""
+    """Makes Ray's elastic policy count the nodes now; for the reason see API["coordinator"]."""
     if find := get("coordinator"):
-        with contextlib.suppress(ray.exceptions.RayError):  # then it is as slow as without
+        with contextlib.suppress(ray.exceptions.RayError):  # then recovery is merely slow
             ray.get(find().get_reserved_resources.remote("", recompute=True), timeout=5)
 
 
 def a_node_is_leaving() -> bool:
-    """Whether Ray has told this worker that the node of some worker is about to be taken away."""
+    """Whether Ray has told this worker that a node with a worker is about to be taken away."""
     context = get("context")
     return context is not None and context().preemption_context.preemption_info is not None
 

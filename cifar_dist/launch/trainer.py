@@ -1,7 +1,7 @@
 """Ray Train's trainer, without the helper processes and the open ports that a run does not need.
 
-A helper process wakes up over 100 times a second. Where all cores compute, each time costs the thread that it
-interrupts, and the threads that wait for that one.
+A helper process wakes up over 100 times a second. If all cores are busy, each wake-up delays the thread that it
+interrupts, and all threads that wait for the interrupted thread.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cifar_dist.launch import ray_private
 
-LEAVE_SECONDS = 3.0  # for the ranks to leave the process group before they are ended
+LEAVE_SECONDS = 3.0  # for the ranks to leave the process group before they are killed
 TorchBackend: Any = ray_private.get("backend") or object
 WorkerGroupCallback: Any = ray_private.get("group_callback") or object
 FixedScalingPolicy: Any = ray_private.get("fixed_scaling") or object
-# Without these two Ray's own backend is used.
+# Without these two private APIs, Ray's own backend is used.
 HAS_OWN_BACKEND = all(ray_private.get(name) for name in ("backend", "leave_group"))
 HAS_LOCAL_BACKEND = HAS_OWN_BACKEND and bool(ray_private.get("set_variables"))
 
 
 def join_group(backend: str, path: str, rank: int, *, world: int, timeout_seconds: int) -> None:
-    """Makes torch's process group on a worker; the ranks find each other by the file at `path`."""
+    """Creates torch's process group on a worker. The ranks find each other through the file at `path`."""
     timeout = timedelta(seconds=timeout_seconds)
     store = dist.FileStore(path, world)
     store.set_timeout(timeout)
@@ -37,24 +37,25 @@ def join_group(backend: str, path: str, rank: int, *, world: int, timeout_second
 
 
 class Backend(TorchBackend):
-    """Ray's own, which waits half a minute for a rank that hangs to leave the process group, before it is killed."""
+    """Ray's backend with a shorter shutdown. Ray waits half a minute for a hanging rank to leave the process group."""
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:  # noqa: ARG002
-        """Called in the controller before workers are stopped."""
+        """Makes the ranks leave the group. Ray Train's controller calls this before it stops the workers."""
         leave = ray_private.get("leave_group")
         tasks = worker_group.execute_async(leave, destroy_process_group=len(worker_group) > 1)
-        with contextlib.suppress(ray.exceptions.RayError):  # a rank that is dead or hangs: it is ended next
+        with contextlib.suppress(ray.exceptions.RayError):  # a rank is dead or hangs; Ray kills it next
             ray.get(tasks, timeout=LEAVE_SECONDS)
 
 
 class LocalBackend(Backend):
-    """For workers on one machine. Ray's own has them meet at a port of rank 0 that every network reaches and that asks
-    for no password; here it is a file that only this user reads, new for each start of the workers."""
+    """Backend for workers on one machine, where ranks meet through a file that only this user can read.
+
+    Ray's backend opens a port of rank 0 to every network, without a password. The file is new for each start."""
 
     folder: tempfile.TemporaryDirectory | None = None
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Called in the controller when workers have started."""
+        """Creates the process group. Ray Train's controller calls this when workers have started."""
         session = ray_private.session_folder()
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-", dir=session, ignore_cleanup_errors=True)
         group, world = f"{self.folder.name}/group", len(worker_group)
@@ -67,7 +68,7 @@ class LocalBackend(Backend):
         ray.get(tasks)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """Called in the controller before workers are stopped."""
+        """Also deletes the file. Ray Train's controller calls this before it stops the workers."""
         super().on_shutdown(worker_group, backend_config)
         if self.folder:
             self.folder.cleanup()
@@ -92,7 +93,9 @@ class LocalTorchConfig(TorchConfig):
 
 
 def torch_config(*, owns_cluster: bool, backend: str, limit_seconds: int) -> TorchConfig:
-    """`owns_cluster`: all workers are on this machine. `backend`: nccl or gloo. `limit_seconds`: of collectives."""
+    """Returns the TorchConfig of a run.
+
+    `owns_cluster`: all workers are on this machine. `backend`: nccl or gloo. `limit_seconds`: of collectives."""
     kind = TorchConfig
     if HAS_OWN_BACKEND:
         kind = LocalTorchConfig if owns_cluster and HAS_LOCAL_BACKEND else GroupConfig
@@ -100,9 +103,9 @@ def torch_config(*, owns_cluster: bool, backend: str, limit_seconds: int) -> Tor
 
 
 class StartLimit(WorkerGroupCallback):
-    """Ends the workers of a group that has not started after so many seconds, so that Ray Train starts another one.
+    """Kills the workers of a group that has not started after `limit_seconds`. Ray Train then starts a new group.
 
-    Its controller waits for their first answers without a limit, and so for a process that was stopped.
+    Ray Train's controller waits without a limit for the first answers of workers, even for a stopped process.
     """
 
     def __init__(self, limit_seconds: float) -> None:
@@ -110,7 +113,7 @@ class StartLimit(WorkerGroupCallback):
 
     @contextmanager
     def on_worker_group_start(self) -> Iterator[None]:
-        """Called in the controller, around the start of the workers."""
+        """Limits the start of the workers. Ray Train's controller enters this context around the start."""
         watch = threading.Timer(self.limit_seconds, ray_private.end_workers)
         watch.daemon = True
         watch.start()
@@ -121,15 +124,15 @@ class StartLimit(WorkerGroupCallback):
 
 
 def start_limits(limit_seconds: float) -> list[Any]:
-    """The callbacks that limit the start of workers; none where Ray takes no such callback."""
+    """Returns the callbacks that limit the start of workers, none if Ray has no such callback."""
     return [StartLimit(limit_seconds)] if ray_private.get("group_callback") else []
 
 
 class FixedScaling(FixedScalingPolicy):
-    """Without Ray's autoscaling coordinator: for a cluster that no autoscaler grows."""
+    """Scaling policy that does not call Ray's autoscaling coordinator, for a cluster without an autoscaler."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Asks for no resources."""
+        """Requests no resources."""
 
     def _maybe_send_resource_request(self) -> None:
         pass
@@ -138,8 +141,8 @@ class FixedScaling(FixedScalingPolicy):
 class Trainer(TorchTrainer):
     """TorchTrainer for train functions that use no Ray data sets.
 
-    `owns_cluster`: the cluster was started here and ends with this process. Then nothing has to look after the workers'
-    placement group when the controller dies, and a fixed number of workers is asked of no autoscaler.
+    `owns_cluster`: this process started the cluster, which ends with the process. Then no helper has to remove the
+    workers' placement group if the controller dies, and a fixed number of workers needs no autoscaler.
     """
 
     def __init__(self, *args: Any, owns_cluster: bool, **settings: Any) -> None:
@@ -155,6 +158,6 @@ class Trainer(TorchTrainer):
         if self._owns_cluster and is_fixed and ray_private.get("fixed_scaling"):
             parts["scaling_policy"] = FixedScaling(self.scaling_config)
         elif find := ray_private.get("coordinator"):
-            find()  # the controller needs this actor and waits for it: they may as well start side by side
+            find()  # starts the actor in parallel with the controller, which waits for it
         parts["callbacks"] = [c for c in parts["callbacks"] if not isinstance(c, kinds)]
         return super()._initialize_and_run_controller(**parts)  # type: ignore[misc]

@@ -1,8 +1,8 @@
-"""What a checkpoint holds; write, verify, load, keep.
+"""The contents of a checkpoint, and functions that check, write and read its files.
 
-A checkpoint is the folder RUN/checkpoints/epoch-EEEE-step-SSSSSS-attempt-AAAA: model.safetensors (average.safetensors
-beside it), ranks.safetensors (what each rank has of its own), optimizer.pt and, written last, meta.json, which names
-the SHA-256 of the others, of itself, and of the run's log up to here. A folder without meta.json is no checkpoint.
+A checkpoint is the folder RUN/checkpoints/epoch-EEEE-step-SSSSSS-attempt-AAAA. It holds model.safetensors, if averaged
+average.safetensors, ranks.safetensors (each rank's BatchNorm statistics) and optimizer.pt. meta.json, written last,
+holds the SHA-256 of these files, of itself and of the run's log so far. A folder without meta.json is no checkpoint.
 """
 
 import errno
@@ -18,29 +18,29 @@ from cifar_dist.errors import UserError
 from cifar_dist.sealed_json import is_texts
 from cifar_dist.storage import file_sha256, sync
 
-if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait for torch
+if TYPE_CHECKING:  # the driver's plan reads only meta.json and need not wait for torch
     import torch
 
 
 FORMAT_VERSION = 4
-NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-attempt-(\d{4,}))?")  # format 2 had no attempt
+NAME = re.compile(r"epoch-\d{4,}-step-\d{6,}(-attempt-(\d{4,}))?")  # format 2 had no attempt number
 NEEDED = {"model.safetensors", "optimizer.pt"}
 FILES = NEEDED | {"average.safetensors", "ranks.safetensors"}
 
 
 class Damaged(UserError):
-    """A checkpoint that cannot be read; the one before it may be."""
+    """A checkpoint that cannot be read. An earlier checkpoint may be readable."""
 
 
 class Mark(NamedTuple):
-    """A place in the run's log: its bytes so far and their SHA-256 (hex)."""
+    """A position in the run's log: the number of bytes before it and their SHA-256 (hex)."""
 
     num_bytes: int
     sha256: str
 
 
 class Cursor(NamedTuple):
-    """The position in the data stream: epochs completed and steps completed in the current one."""
+    """The position in the data stream: epochs completed, and steps completed in the current epoch."""
 
     epoch: int
     step: int
@@ -48,7 +48,7 @@ class Cursor(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint at rest. `meta` is its meta.json."""
+    """A complete stored checkpoint. `meta` is its meta.json."""
 
     name: str
     meta: dict[str, Any]
@@ -59,26 +59,26 @@ class Checkpoint:
 
     @property
     def age(self) -> tuple[int, Cursor]:
-        """Newer ones are greater: a later attempt has gone on from what was whole when it started."""
+        """Sort key. A later attempt is newer, because it resumed from the newest complete checkpoint."""
         return self.meta["attempt"], self.cursor
 
     @property
     def score(self) -> tuple[float, float]:
-        """For `best`: validation accuracy, then the lower loss. Checkpoints inside an epoch have none."""
+        """Sort key of `best`: (validation accuracy, minus validation loss). Checkpoints within an epoch rank low."""
         metrics = self.meta["metrics"]
         if not metrics:
             return -1.0, 0.0
         accuracy, loss = metrics["validation_accuracy"], metrics["validation_loss"]
-        if accuracy is None or loss is None:  # it was not finite: worse than anything
+        if accuracy is None or loss is None:  # not finite: ranks lowest
             return -math.inf, -math.inf
         return accuracy, -loss
 
 
-@dataclass(frozen=True)
-class State:
-    """What a checkpoint holds beside meta.json, on any device.
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """The contents of a checkpoint without meta.json, on any device.
 
-    ranks: [world, n] each, by the name of the model that the rows belong to. log: the place in the run's log.
+    ranks: the ranks' moving statistics, [world, n], by model name. log: the position in the run's log.
     """
 
     model: Mapping[str, "torch.Tensor"]
@@ -93,7 +93,7 @@ def name_of(cursor: Cursor, attempt: int) -> str:
 
 
 def check_meta(meta: dict[str, Any]) -> None:
-    """Raises ValueError, TypeError or KeyError for a meta.json that no job wrote, whoever sealed it."""
+    """Raises ValueError, TypeError or KeyError for a meta.json that no job wrote, even if its checksum is right."""
 
     def is_number(value: Any) -> bool:
         return type(value) in (int, float)
@@ -122,7 +122,7 @@ def check_meta(meta: dict[str, Any]) -> None:
 
 
 def check_optimizer(state: Any) -> None:
-    """Raises an exception for what is no state of optimizers."""
+    """Raises an exception if `state` is no state of optimizers."""
     if state.keys() != {"optimizers", "scaler"} or type(state["optimizers"]) is not list:
         raise ValueError("optimizers")
     if not all(type(one) is dict for one in (state["scaler"], *state["optimizers"])):
@@ -133,8 +133,8 @@ def best_first(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     return sorted(checkpoints, key=lambda c: (c.score, c.age), reverse=True)
 
 
-def write_files(state: State, folder: Path) -> dict[str, str]:
-    """Writes the state's files; returns their SHA-256 by name. Raises OSError, with the number where it is known."""
+def write_files(state: CheckpointState, folder: Path) -> dict[str, str]:
+    """Writes the state's files; returns their SHA-256 by name. Raises OSError, with its errno if known."""
     import torch  # noqa: PLC0415
     from safetensors import SafetensorError  # noqa: PLC0415
     from safetensors.torch import save_file  # noqa: PLC0415
@@ -149,9 +149,9 @@ def write_files(state: State, folder: Path) -> dict[str, str]:
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EINVAL, str(error)) from error
     try:
-        with open(folder / "optimizer.pt", "wb") as file:  # of Python: torch's own does not say what went wrong
+        with open(folder / "optimizer.pt", "wb") as file:  # a Python file: torch's own files do not report the OSError
             torch.save(state.optimizer, file)
-    except RuntimeError as error:  # torch's complaint that the file is not whole
+    except RuntimeError as error:  # torch reports an incomplete file and hides the OSError
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     names.append("optimizer.pt")
     for name in names:
@@ -165,6 +165,6 @@ def read_state_file(path: Path) -> Any:
 
     if path.suffix == ".safetensors":
         return load_file(path)
-    with warnings.catch_warnings():  # of the pickle's protocol: what is not ours is refused in our own words
+    with warnings.catch_warnings():  # torch.load warns about foreign pickles; our own error follows anyway
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)

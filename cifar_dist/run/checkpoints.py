@@ -5,24 +5,18 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cifar_dist.errors import UserError
-from cifar_dist.sealed_json import from_json, is_sealed, seal, to_json
-from cifar_dist.storage import Folder, here
-from cifar_dist.uris import join_uri
-from cifar_dist.versions import MODEL_CHANGES, MODEL_VERSIONS, package_versions
-
-if TYPE_CHECKING:  # the driver's plan reads meta.json only, and does not wait for torch
-    pass
+from cifar_dist.models.spec import MODELS
 from cifar_dist.run.checkpoint import (
     FORMAT_VERSION,
     NAME,
     Checkpoint,
+    CheckpointState,
     Cursor,
     Damaged,
     Mark,
-    State,
     best_first,
     check_meta,
     check_optimizer,
@@ -30,6 +24,10 @@ from cifar_dist.run.checkpoint import (
     read_state_file,
     write_files,
 )
+from cifar_dist.sealed_json import from_json, is_sealed, seal, to_json
+from cifar_dist.storage import Folder, here
+from cifar_dist.uris import join_uri
+from cifar_dist.versions import package_versions
 
 
 class Checkpoints:
@@ -39,11 +37,11 @@ class Checkpoints:
         self.folder = Folder(join_uri(run_uri, "checkpoints"), retry_seconds)
 
     def _names(self) -> list[str]:
-        """The folders that write() made; other things beside them are nobody's business here."""
+        """Returns the names of folders that write() made, and ignores other entries."""
         return [name for name in self.folder.names() if NAME.fullmatch(name)]
 
     def scan(self) -> tuple[list[Checkpoint], dict[str, Damaged]]:
-        """(every whole checkpoint, oldest first; name -> what is wrong with it). What was cut off is neither."""
+        """Returns (complete checkpoints, oldest first; faults by name). Interrupted writes are in neither."""
         found, damaged = [], {}
         for name in self._names():
             where = self.where(name)
@@ -54,7 +52,7 @@ class Checkpoints:
                     damaged[name] = Damaged(f"{where} has {version}; use another --name, or that program")
                     continue
                 checkpoint = Checkpoint(name, meta)
-                check_meta(meta)  # an error here, not later
+                check_meta(meta)  # before anything uses the fields
                 if not is_sealed(meta):
                     damaged[name] = Damaged(f"{where}/meta.json does not match its own checksum; remove that folder")
                     continue
@@ -62,13 +60,13 @@ class Checkpoints:
                     raise KeyError("epoch, step or attempt")
                 found.append(checkpoint)
             except FileNotFoundError:
-                continue  # cut off while it was written
+                continue  # the write was interrupted
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 damaged[name] = Damaged(f"{where}/meta.json is damaged ({error!r}); remove that folder")
         return sorted(found, key=lambda c: c.age), damaged
 
     def all(self) -> list[Checkpoint]:
-        """Every whole checkpoint, oldest first. Raises Damaged if there are none but damaged ones."""
+        """Returns complete checkpoints, oldest first. Raises Damaged if all checkpoints are damaged."""
         found, damaged = self.scan()
         if damaged and not found:
             raise next(iter(damaged.values()))
@@ -78,34 +76,39 @@ class Checkpoints:
         return next(reversed(self.all()), None)
 
     def best(self) -> Checkpoint | None:
-        """The one with the best validation accuracy; the latest if none was validated."""
+        """Returns the checkpoint with the best validation accuracy, or the latest if none was validated."""
         return next(iter(best_first(self.all())), None)
 
     def where(self, name: str) -> str:
         return join_uri(self.folder.uri, name)
 
     def check_version(self, checkpoint: Checkpoint) -> None:
-        """Raises UserError for weights of another version of the network, with which this one would compute another
-        function."""
+        """Raises UserError if the weights belong to another version of the network, which computes another function."""
         model = checkpoint.meta["model"]
-        made, own = checkpoint.meta.get("model_version", 1), MODEL_VERSIONS.get(model)
+        made, spec = checkpoint.meta.get("model_version", 1), MODELS.get(model)
+        own, change = (spec.version, spec.change) if spec else (None, "")
         if made != own:
             raise UserError(
                 f"{self.where(checkpoint.name)} holds version {made} of the network {model}, this program computes "
-                f"version {own}{MODEL_CHANGES.get(model, '')}: the weights do not belong to it; train it again under "
+                f"version {own}{change}: the weights do not belong to it; train it again under "
                 "another --name"
             )
 
     def write(
-        self, cursor: Cursor, attempt: int, state: State, meta: dict[str, Any], fence: Callable[[], None] = lambda: None
+        self,
+        cursor: Cursor,
+        attempt: int,
+        state: CheckpointState,
+        meta: dict[str, Any],
+        fence: Callable[[], None] = lambda: None,
     ) -> Checkpoint:
-        """Writes a checkpoint; it exists from the moment its meta.json does. `fence` raises where it must not."""
+        """Writes a checkpoint, which exists once its meta.json does. `fence` raises if the run was taken over."""
         name = name_of(cursor, attempt)
         fence()
         self.folder.delete(f"{name}/meta.json")
         self.folder.create(name)
         with tempfile.TemporaryDirectory() as temporary:
-            # On a local file system straight into the checkpoint's folder, elsewhere by way of a local file.
+            # A local file system is written directly, other storage by uploading a local file.
             target = Path(self.folder.at(name)) if self.folder.is_local else Path(temporary)
             try:
                 if self.folder.is_local:
@@ -114,7 +117,7 @@ class Checkpoints:
                     with here(target / name):
                         hashes = write_files(state, target)
             except UserError:
-                with contextlib.suppress(UserError):  # what is left goes with the next checkpoint
+                with contextlib.suppress(UserError):  # the next checkpoint deletes what is left
                     self.folder.delete(name)
                 raise
             if not self.folder.is_local:
@@ -123,7 +126,7 @@ class Checkpoints:
         fence()
         whole = {
             "format_version": FORMAT_VERSION,
-            "model_version": MODEL_VERSIONS.get(meta["model"]),
+            "model_version": MODELS[meta["model"]].version if meta["model"] in MODELS else None,
             "epoch": cursor.epoch,
             "step": cursor.step,
             "attempt": attempt,
@@ -132,31 +135,31 @@ class Checkpoints:
             "log": state.log._asdict() if state.log else None,
             **meta,
         }
-        whole = json.loads(to_json(seal(whole)))  # as it will be read
+        whole = json.loads(to_json(seal(whole)))  # the values that a reader gets
         self.folder.write(f"{name}/meta.json", to_json(whole))
         return Checkpoint(name, whole)
 
     def keep(self, num_newest: int, attempt: int) -> None:
-        """Deletes all but the newest ones and the best one, and what attempts up to `attempt` left unfinished.
+        """Deletes all checkpoints but the `num_newest` and the best, and unfinished ones of attempts up to `attempt`.
 
-        Damaged ones, and those of another version of this program, are left to whoever can read them.
+        Keeps damaged checkpoints and those of other versions of this program.
         """
         found, damaged = self.scan()
         names = {c.name for c in [*found[-num_newest:], *best_first(found)[:1]]} | damaged.keys()
         for name in self._names():
             match = NAME.fullmatch(name)
             if match and name not in names and int(match[2] or 0) <= attempt:
-                if not self.folder.is_link(name):  # what a link leads to is another run's
+                if not self.folder.is_link(name):  # the target of a link belongs to another run
                     self.folder.delete(f"{name}/meta.json")
                 self.folder.delete(name)
 
     def load_newest(
         self, expect: Mapping[str, Any], note: Callable[[str, str], None] = lambda *_: None
-    ) -> tuple[Checkpoint, State] | None:
-        """The newest checkpoint that can be read; None if there are none at all.
+    ) -> tuple[Checkpoint, CheckpointState] | None:
+        """Loads the newest checkpoint that can be read. Returns None if the run has no checkpoints.
 
-        `note` is told (name, what is wrong) of those passed over and (name, '') of the one that is loaded. Raises
-        Damaged if none can be read, UserError for one of another model or data set.
+        Calls `note` with (name, fault) for each checkpoint passed over and (name, '') for the loaded checkpoint.
+        Raises Damaged if no checkpoint can be read, and UserError for a checkpoint of another model or data set.
         """
         found, damaged = self.scan()
         for name, error in damaged.items():
@@ -175,12 +178,14 @@ class Checkpoints:
             raise Damaged(f"no checkpoint of the run can be read: {last}, or use another --name to start again")
         return None
 
-    def load(self, checkpoint: Checkpoint, expect: Mapping[str, Any] | None = None, optimizer: bool = True) -> State:
-        """The checkpoint's tensors, on the CPU, verified.
+    def load(
+        self, checkpoint: Checkpoint, expect: Mapping[str, Any] | None = None, optimizer: bool = True
+    ) -> CheckpointState:
+        """Returns the checkpoint's verified contents, with tensors on the CPU.
 
-        Raises Damaged if a file is missing, does not match its SHA-256 or was not written by this program, and
-        UserError if meta.json differs from `expect` (the model, the data set) or names another version of the network.
-        Nothing is unpickled but tensors and plain values, and only after its checksum held.
+        Raises Damaged if a file is missing, does not match its SHA-256 or was not written by this program. Raises
+        UserError if meta.json differs from `expect` (model, data set) or names another version of the network.
+        Unpickles only tensors and plain values, and only from files whose SHA-256 matches.
         """
         where = self.where(checkpoint.name)
         for key, value in (expect or {}).items():
@@ -208,10 +213,10 @@ class Checkpoints:
                         check_optimizer(loaded["optimizer"])
                 except OSError:
                     raise
-                except Exception as error:  # a forged file makes the unpickler fail in any way
+                except Exception as error:  # a forged file can make the unpickler raise anything
                     raise Damaged(
                         f"{file} of the checkpoint {where} was not written by this program; remove that folder"
                     ) from error
                 path.unlink()
         log = checkpoint.meta.get("log")
-        return State(**loaded, log=Mark(**log) if log else None)
+        return CheckpointState(**loaded, log=Mark(**log) if log else None)

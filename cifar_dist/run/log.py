@@ -1,7 +1,7 @@
-"""A run's record: metrics.jsonl and TensorBoard events, to which is only ever appended.
+"""A run's log: metrics.jsonl and TensorBoard events, both append-only.
 
-A checkpoint holds the log's Mark, the length and SHA-256 that it had by then: a resume cuts the log there, so that it
-fits the weights. On object stores, which cannot append, a file goes on in others beside it: metrics-OFFSET.jsonl.
+A checkpoint holds the log's Mark: its length and SHA-256 at that time. A resume cuts the log at the Mark, so that log
+and weights match. Object stores cannot append, so there the log continues in further files: metrics-OFFSET.jsonl.
 """
 
 import hashlib
@@ -15,10 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
-
 from cifar_dist.errors import UserError
 from cifar_dist.run.checkpoint import Mark
 from cifar_dist.sealed_json import finite, from_json
@@ -27,13 +23,13 @@ from cifar_dist.uris import join_uri
 
 LOG = "metrics.jsonl"
 PART = re.compile(r"metrics-(\d{15})\.jsonl")
-PART_BYTES = 4 << 20  # on object stores, of what is written again with each flush
+PART_BYTES = 4 << 20  # on object stores, the most that a flush writes again
 FLUSH_SECONDS = 10.0
 WARNING = b'"kind": "warning"'
 
 
 class Taken(NamedTuple):
-    """What has come since the last take, to be stored in any thread, and the place behind it."""
+    """The lines and events since the last take, which any thread may store, and the log's Mark after them."""
 
     lines: bytes
     events: bytes
@@ -41,10 +37,11 @@ class Taken(NamedTuple):
 
 
 class Appended:
-    """A file of a run that grows. `name_of(offset)` names the part from this byte on; a local file has one part."""
+    """An append-only file of a run. `name_of(offset)` names the part that starts at that byte. Local files have one
+    part."""
 
     def __init__(self, run: Folder, name_of: Callable[[int], str], content: bytes = b"") -> None:
-        """Begins with `content` in a new file: a process that still has an older one open cannot write into it."""
+        """Starts a new file with `content`, so that a process with the old file open cannot write into it."""
         self.run, self.name_of = run, name_of
         self.file: int | None = None
         self.num_before, self.part = 0, b""
@@ -56,7 +53,7 @@ class Appended:
             self.append(content)
 
     def append(self, content: bytes) -> None:
-        """Stores more; a write that is tried again writes the same bytes to the same place."""
+        """Appends `content`. A retried write puts the same bytes at the same offset."""
         if self.file is None:
             if self.part and len(self.part) + len(content) > PART_BYTES:
                 self.num_before, self.part = self.num_before + len(self.part), b""
@@ -79,36 +76,39 @@ class Appended:
 
 
 class RunLog:
-    """Lines of a run that goes on at `global_step` behind `mark`, that of the checkpoint from which it resumes.
+    """The log of a run that resumes at `global_step`. `mark`: from the checkpoint that it resumes from, else None.
 
-    Each line is a JSON object with `kind` (step, epoch, warning or samples), `epoch`, `global_step` and what was
-    measured. `lost` says what is wrong with the stored log where it is not the one that the mark means: then it is put
-    aside, and a new one begins. `warnings` are the kinds that the log holds.
+    Each line is a JSON object with `kind` (step, epoch, warning or samples), `epoch`, `global_step` and measured
+    values. If the stored log does not match the mark, it is kept under another name, and a new log begins. `lost` then
+    holds the reason. `warnings`: the kinds of warnings in the log.
     """
 
-    def __init__(self, run_uri: str, global_step: int, mark: Mark | None = None, retry_seconds: float = 0.0) -> None:
-        self.run = Folder(run_uri, retry_seconds)
+    def __init__(self, run: Folder, global_step: int, mark: Mark | None = None) -> None:
+        self.run = run
         self.run.create("tensorboard")
         content, self.lost = self._restored(mark)
         self._digest, self._num_bytes, self._lines = hashlib.sha256(content), len(content), bytearray()
         self.warnings = {json.loads(line)["warning"] for line in content.splitlines() if WARNING in line}
         parts = [name for name in self.run.names() if PART.fullmatch(name)]
         self._log = Appended(self.run, part_name, content)
-        for name in parts:  # all that is kept of them is in the first file now
+        for name in parts:  # the first file now holds their content
             self.run.delete(name)
         with tempfile.TemporaryDirectory(prefix="cifar_dist-events-") as folder:
-            # Not SummaryWriter: it writes from a thread, and its flush does not wait for that.
+            from tensorboardX.event_file_writer import EventsWriter  # noqa: PLC0415 - imports torch, which readers need not
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: PLC0415
+
+            # Not SummaryWriter: it writes in a thread, and its flush does not wait for the thread.
             self._writer = EventsWriter(f"{folder}/events", f".{global_step}")
             self._writer.write_event(Event(step=global_step + 1, session_log=SessionLog(status=SessionLog.START)))
             self._writer.flush()
             (path,) = Path(folder).iterdir()
-            self._written = path.open("rb")  # without a name from here on, so that a killed process leaves nothing
+            self._written = path.open("rb")  # the name is deleted next, so that a killed process leaves no file
         name = f"tensorboard/{path.name}.{uuid.uuid4().hex[:8]}"
         self._events = Appended(self.run, lambda offset: f"{name}.{offset:015d}" if offset else name)
         self._taken_at = time.monotonic()
 
     def _restored(self, mark: Mark | None) -> tuple[bytes, str]:
-        """(the log up to the mark, what is wrong with it)."""
+        """Returns (the stored log up to the mark, the fault of the stored log or '')."""
         content = read_log(self.run)
         kept = content[: mark.num_bytes] if mark else b""
         fault = ""
@@ -131,6 +131,9 @@ class RunLog:
         self._lines += content
         if kind == "warning":
             self.warnings.add(values["warning"])
+        from tensorboardX.proto.event_pb2 import Event  # noqa: PLC0415 - as in __init__
+        from tensorboardX.summary import scalar  # noqa: PLC0415
+
         for name, value in values.items():
             if isinstance(value, int | float):
                 summary = scalar(f"{kind}/{name}", value)
@@ -138,11 +141,11 @@ class RunLog:
 
     @property
     def is_due(self) -> bool:
-        """Whether the lines were last taken FLUSH_SECONDS ago."""
+        """Whether the last take was more than FLUSH_SECONDS ago."""
         return time.monotonic() - self._taken_at > FLUSH_SECONDS
 
     def take(self) -> Taken:
-        """The lines and events since the last time: all that is taken must be stored, in that order."""
+        """Returns the lines and events since the last take. The caller must store all takes, in order."""
         self._writer.flush()
         self._taken_at = time.monotonic()
         taken = Taken(bytes(self._lines), self._written.read(), Mark(self._num_bytes, self._digest.hexdigest()))
@@ -150,12 +153,12 @@ class RunLog:
         return taken
 
     def store(self, taken: Taken) -> None:
-        """Appends what was taken."""
+        """Appends the lines and events of a take."""
         self._log.append(taken.lines)
         self._events.append(taken.events)
 
     def close(self) -> None:
-        """Closes the files, and with them the local copy of the events."""
+        """Closes the files, including the local copy of the events."""
         self._writer.close()
         self._written.close()
         self._log.close()
@@ -167,26 +170,26 @@ def part_name(offset: int) -> str:
 
 
 def read_log(run: Folder) -> bytes:
-    """The whole log, empty if there is none."""
+    """Returns the whole log, empty if the run has none."""
     try:
         content = run.read(LOG)
     except FileNotFoundError:
         return b""
     for name in run.names():
         match = PART.fullmatch(name)
-        if match and int(match[1]) <= len(content):  # else a resume that was cut off has left it
+        if match and int(match[1]) <= len(content):  # else left over from an interrupted resume
             content = content[: int(match[1])] + run.read(name)
     return content
 
 
 def read_lines(run: Folder) -> list[dict[str, Any]]:
-    """The lines of a run's log; none if there is no such file. Raises UserError for a damaged one.
+    """Returns the lines of a run's log, none if the run has no log. Raises UserError if the log is damaged.
 
-    What is behind the last line's end was cut off while it was written, and is left out.
+    Leaves out an incomplete last line, which an interrupted write left.
     """
-    whole, _, _ = read_log(run).rpartition(b"\n")
+    complete, _, _ = read_log(run).rpartition(b"\n")
     try:
-        lines = [from_json(line) for line in whole.split(b"\n") if line]
+        lines = [from_json(line) for line in complete.split(b"\n") if line]
         if not all(type(line.get("kind")) is str and type(line.get("global_step")) is int for line in lines):
             raise ValueError("a line lacks its kind or global_step")
         return lines

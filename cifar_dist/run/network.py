@@ -1,4 +1,4 @@
-"""The network of a run: input, model, start weights, precision and ids that its settings mean."""
+"""Builds a run's network from its settings: input, model, start weights, precision and image ids."""
 
 import hashlib
 import tempfile
@@ -15,31 +15,34 @@ from cifar_dist.data.manifest import Manifest
 from cifar_dist.data.order import ImageSpec
 from cifar_dist.errors import UserError
 from cifar_dist.models import keras_weights
+from cifar_dist.models.published import PUBLISHED_MD5
+from cifar_dist.models.spec import MODELS
 from cifar_dist.storage import Folder
 
 
 def image_spec(config: Config, device: torch.device) -> ImageSpec:
-    """What the configured model wants. `auto` takes channels_last on a GPU, in bf16 and for resnet50v2; on a CPU
-    benchmarks/step.py compares the layouts, on a GPU nobody has yet."""
+    """Returns the input specification of the configured model.
+
+    `auto` means channels_last on a GPU, in bf16 and for resnet50v2, else contiguous. benchmarks/step.py compares both
+    layouts on a CPU; on a GPU nobody has compared them yet."""
     chosen = config.loop.memory_format
     if chosen == "auto":
-        pays = device.type == "cuda" or config.model.model == "resnet50v2"
+        pays = device.type == "cuda" or MODELS[config.model.model].channels_last_on_cpu
         pays = pays or Precision(config.loop.precision, device).name == "bf16"
         chosen = "channels_last" if pays else "contiguous"
     data = config.data
     return ImageSpec(
-        data.image_size, data.input_range, chosen == "channels_last", data.crop_padding > 0, data.cutout_size
+        image_size=data.image_size,
+        input_range=data.input_range,
+        channels_last=chosen == "channels_last",
+        flips=data.flips,
+        crop_padding=data.crop_padding,
+        cutout_size=data.cutout_size,
     )
 
 
-def augmentation(config: Config) -> order.Augmentation:
-    """What happens to training images."""
-    data = config.data
-    return order.Augmentation(data.image_size, data.flips, data.crop_padding, data.cutout_size)
-
-
 def build_model(config: Config, num_classes: int, spec: ImageSpec, device: torch.device) -> torch.nn.Module:
-    """The configured network with its initial weights on `device`."""
+    """Returns the configured network with its initial weights, on `device`."""
     model = models.build(
         config.model.model,
         num_classes,
@@ -52,14 +55,14 @@ def build_model(config: Config, num_classes: int, spec: ImageSpec, device: torch
 
 
 def expected_of(config: Config, manifest: Manifest) -> dict[str, Any]:
-    """What the meta.json of a checkpoint must say for a run to go on from it."""
+    """Returns the meta.json fields that a checkpoint must have for a run to resume from it."""
     return {"model": config.model.model, "num_classes": manifest.num_classes, "manifest_sha256": manifest.sha256}
 
 
 def load_start_weights(config: Config, model: torch.nn.Module) -> dict[str, Any] | None:
-    """Loads the weights that the run starts from into `model`; returns what its run card says of them, None if random.
+    """Loads the run's start weights into `model`. Returns the run card's entry for them, or None if they are random.
 
-    Raises UserError for a file that is not there or does not fit.
+    Raises UserError if the file does not exist or does not fit.
     """
     uri = config.model.weights
     if not uri:
@@ -76,27 +79,28 @@ def load_start_weights(config: Config, model: torch.nn.Module) -> dict[str, Any]
             keras_weights.load_keras_weights(model, path)
         except UserError as error:
             raise UserError(str(error).replace(str(path), uri)) from error
-    return {"uri": uri, "sha256": sha256, "is_imagenet": md5 == keras_weights.PUBLISHED_MD5}
+    return {"uri": uri, "sha256": sha256, "is_imagenet": md5 == PUBLISHED_MD5}
 
 
 def weights_notice(config: Config, weights: dict[str, Any] | None) -> str | None:
-    """What must be said of a network that the deck starts from ImageNet weights and the run from others."""
-    if config.model.model != "resnet50v2" or (weights and weights["is_imagenet"]):
+    """Returns a warning if the deck starts the network from ImageNet weights and the run does not, else None."""
+    name = config.model.model
+    if not MODELS[name].has_base or (weights and weights["is_imagenet"]):
         return None
     if weights:
         return (
-            f"resnet50v2 starts from {weights['uri']}, which is not the published file of ImageNet weights; if it has "
+            f"{name} starts from {weights['uri']}, which is not the published file of ImageNet weights; if it has "
             "a head and does not describe its layers (.weights.h5), nothing says that the head has the deck's ReLU"
         )
     base = "" if config.model.finetune else "its frozen base is random too, "
     return (
-        f"resnet50v2 starts from RANDOM weights, not ImageNet's: {base}so it cannot be held against the deck "
+        f"{name} starts from RANDOM weights, not ImageNet's: {base}so it cannot be held against the deck "
         "(jobs/weights.py fetches the weights, --weights names them)"
     )
 
 
 def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(train ids, validation ids): the configured rows of the train split, whose labels are int64 [n]."""
+    """Returns (train ids, validation ids): the configured rows of the train split. `labels`: int64 [n], of all rows."""
     return order.train_validation_ids(
         labels, config.data.validation_fraction, config.data.train_images, config.data.split_seed
     )
@@ -105,9 +109,9 @@ def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
 class Precision:
     """The resolved precision of a run on a device: fp32, bf16 or fp16.
 
-    auto is bf16 on a GPU that has it and fp16 on an older one; on a CPU bf16 where it has instructions for it (AMX,
-    AVX-512 BF16), else fp32. Without AMX bf16 may be slower (docs/performance.md). fp16 scales the loss, others do not
-    need it.
+    On a GPU, auto means bf16 if the hardware supports it, else fp16. On a CPU, auto means bf16 if the CPU has
+    instructions for it (AMX, AVX-512 BF16), else fp32. Without AMX, bf16 may be slower than fp32
+    (docs/performance.md). Only fp16 needs loss scaling.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""Which start of a run owns it: every start claims a higher number, and an older one may publish nothing any more.
+"""Run ownership: each start (attempt) claims the next number, and earlier attempts may no longer write.
 
-A claim is the file RUN/attempts/NNNNNN-DRIVER.json. No storage needs locks for it: whoever has the highest (number,
-driver) is the owner, and a claimant looks again after it has written.
+A claim is the file RUN/attempts/NNNNNN-DRIVER.json. The storage needs no locks: the highest (number, driver) is the
+owner, and a claimant lists the claims again after writing its own.
 """
 
 import os
@@ -28,12 +28,13 @@ class Attempts:
     driver: str
 
     def newest(self) -> tuple[int, str]:
-        """(number, driver) of the owner; (0, '') before the first."""
+        """Returns (number, driver) of the owner, or (0, '') if the run has no claim."""
         found = [match for name in self.run.names("attempts") if (match := CLAIM.fullmatch(name))]
         return max(((int(match[1]), match[2]) for match in found), default=(0, ""))
 
     def claim(self, takeover: bool) -> int:
-        """The number of a new attempt. Raises UserError where another driver owns the run, unless `takeover`."""
+        """Claims the run; returns the new attempt's number. Raises UserError if another driver owns it, unless
+        `takeover`."""
         while True:
             number, owner = self.newest()
             if owner != self.driver and not takeover:
@@ -49,7 +50,7 @@ class Attempts:
             mine = [name for name in self.run.names("attempts") if name.startswith(f"{number:06d}-")]
             if len(mine) == 1 and self.newest() == (number, self.driver):
                 return number
-            time.sleep(random.random() / 5)  # another driver claims at the same time: one of the two comes first
+            time.sleep(random.random() / 5)  # another driver claimed the same number: retry after a random delay
 
     def check(self, number: int) -> None:
         """Raises UserError unless attempt `number` still owns the run."""
@@ -57,7 +58,7 @@ class Attempts:
             self.refuse()
 
     def check_driver(self) -> None:
-        """Raises UserError if another driver owns the run now."""
+        """Raises UserError if another driver owns the run."""
         if self.newest()[1] not in ("", self.driver):
             self.refuse()
 

@@ -1,4 +1,4 @@
-"""The exchange of gradients between workers: as what and in which type, and for how long training waits for it."""
+"""How workers exchange gradients (all-reduce or factors, fp32 or bf16), and the time that training waits for it."""
 
 import time
 from typing import Any
@@ -14,11 +14,11 @@ BUCKET_BYTES = 25 << 20  # DistributedDataParallel's default: a larger gradient 
 
 
 class Communication:
-    """Measures, in every step, from the last gradient of the backward pass to the end of the exchange.
+    """Measures the time from the last gradient of each backward pass to the end of the gradient exchange.
 
-    What overlaps with the backward pass costs no time and is not counted; waiting for a slower worker is. On a GPU
-    two events in the stream that computes, which `seconds` reads. `num_rows`: the most images that any rank has in
-    this step.
+    Communication that overlaps with the backward pass costs no time and is not counted. Waiting for a slower worker
+    is counted. On a GPU, `seconds` reads two events recorded in the compute stream. `num_rows` is the largest number
+    of images of any rank in this step.
     """
 
     num_rows = 1
@@ -46,7 +46,7 @@ class Communication:
         return self.exchange(group, bucket)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, k] on each rank -> [world * num_rows, k], all ranks' rows, each rank's filled up with zeros."""
+        """[n, k] on each rank -> [world * num_rows, k]: the rows of all ranks, zero-padded to `num_rows` a rank."""
         start = self._now()
         padded = F.pad(rows, (0, 0, 0, self.num_rows - len(rows))).contiguous()
         every = padded.new_empty(dist.get_world_size() * self.num_rows, rows.shape[1])
@@ -55,11 +55,11 @@ class Communication:
         return every
 
     def end(self) -> None:
-        """After the backward pass that exchanged gradients."""
+        """Ends the measurement of a step. Call it after the backward pass that exchanged gradients."""
         self._pairs.append((self._last, self._now()))
 
     def seconds(self) -> float:
-        """Since the reset, all steps together; on a GPU it waits for the device."""
+        """Returns the seconds of all steps since the last reset. On a GPU it waits for the device."""
         for start, end in self._pairs:
             if self.on_gpu:
                 end.synchronize()
@@ -69,8 +69,9 @@ class Communication:
 
 
 class Factored(torch.autograd.Function):
-    """F.linear(x [n, i], weight [o, i], bias [o]) -> [n, o], whose backward pass returns the mean over ranks of the
-    weight's and the bias's gradient."""
+    """F.linear(x [n, i], weight [o, i], bias [o]) -> [n, o].
+
+    The backward pass returns the gradients of weight and bias as means over ranks."""
 
     @staticmethod
     def forward(
@@ -92,8 +93,9 @@ class Factored(torch.autograd.Function):
 
 
 class FactoredLinear(nn.Linear):
-    """A Dense layer whose ranks exchange the two factors of its weight's gradient, inputs and output gradients of the
-    images, and multiply them all themselves (sufficient factors: Xie et al., arXiv:1511.08486)."""
+    """A Dense layer whose ranks exchange the two factors of the weight gradient: inputs and output gradients.
+
+    Each rank multiplies the factors of all ranks itself (sufficient factors: Xie et al., arXiv:1511.08486)."""
 
     communication: Communication
 
@@ -105,12 +107,12 @@ class FactoredLinear(nn.Linear):
 
 
 def factor_layers(model: nn.Module, num_rows: int, dtype: torch.dtype) -> list[FactoredLinear]:
-    """Makes FactoredLinear of those Dense layers whose factors, of `num_rows` images in `dtype`, are at most a
-    quarter of what passes when their gradient is exchanged: once to be summed, once to be handed out.
+    """Makes the Dense layers FactoredLinear for which factors are cheaper to send. Returns these layers.
 
-    With more of them the products of all ranks' images cost what the exchange saves. Only layers of more than
-    BUCKET_BYTES: each collective has its price. None where the ranks' processors differ: each would multiply in its own
-    way, and their weights would drift apart.
+    A layer is chosen if its factors, for `num_rows` images in `dtype`, take at most a quarter of an all-reduce, which
+    moves the gradient twice. Larger factors need more multiplication than the exchange saves. The gradient must also
+    exceed BUCKET_BYTES, since each collective has a fixed cost. If the ranks' processors differ, no layer is chosen:
+    the ranks would round products differently, and their weights would drift apart.
     """
     found = []
     for layer in model.modules():
@@ -127,20 +129,20 @@ def factor_layers(model: nn.Module, num_rows: int, dtype: torch.dtype) -> list[F
     for layer in found:
         layer.__class__ = FactoredLinear
         for parameter in layer.parameters():
-            dist.broadcast(parameter.detach(), 0)  # as DistributedDataParallel does with what it has
+            dist.broadcast(parameter.detach(), 0)  # as DistributedDataParallel does with its own parameters
     return found  # type: ignore[return-value]
 
 
 def parallel(
     model: nn.Module, device: torch.device, gradient_dtype: str, factors: tuple[int, torch.dtype] | None = None
 ) -> tuple[DistributedDataParallel, Communication]:
-    """The model (compiled or not) in DistributedDataParallel; its moving statistics are left to each rank.
+    """Wraps the model (compiled or not) in DistributedDataParallel. Each rank keeps its own moving statistics.
 
-    `factors`: a step's images on all ranks and the type they are computed in, where `factor_layers` may choose.
+    `factors`: the images of a step on all ranks and their compute dtype, for `factor_layers`. None: no factors.
     """
     layers = factor_layers(model, *factors) if factors else []
-    theirs = {parameter for layer in layers for parameter in layer.parameters()}
-    model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if p in theirs]  # type: ignore[assignment]
+    factored = {parameter for layer in layers for parameter in layer.parameters()}
+    model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if p in factored]  # type: ignore[assignment]
     devices = [device] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
     communication = Communication(wrapped, gradient_dtype, device)

@@ -1,4 +1,4 @@
-"""The frozen base's features of each batch: computed, or kept on the node's disk once per image and variant."""
+"""Computes the frozen base's features of each batch, or caches them on the node's disk by image and variant."""
 
 import hashlib
 import math
@@ -15,22 +15,21 @@ import torch
 
 from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch, Loader
-from cifar_dist.data.manifest import Manifest
-from cifar_dist.data.order import Augment, Plan
+from cifar_dist.data.order import Augment, BatchPlan
 from cifar_dist.data.private import keep_own, one_at_a_time
-from cifar_dist.data.staged import staging_area
+from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import FrozenBase
 
-LOCK_SECONDS = 120.0  # for another process to make the files
+LOCK_SECONDS = 120.0  # to wait for another process that creates the files
 
 
 class FeatureCache:
-    """Features of a split's images in one sparse file, which the processes of a node share and the next run finds.
+    """Features of a split's images in one sparse file. The processes of a node share it, and later runs reuse it.
 
-    Row id * num_variants + variant holds one image's features as NHWC; a variant is a flip. A second file has each
-    row's CRC-32, written after it: 0 says that it is not there. What a crash or the disk spoiled is computed again.
-    Raises UserError where `num_bytes`, which are still to come, do not fit on the disk.
+    Row id * num_variants + variant holds one image's features as NHWC; a variant is a flip. A second file holds each
+    row's CRC-32, written after the row; 0 means that the row is missing. Rows with a wrong CRC are computed again.
+    Raises UserError if `num_bytes`, the expected size of the rows, do not fit on the disk.
     """
 
     def __init__(
@@ -62,28 +61,30 @@ class FeatureCache:
         self.file = os.open(path, os.O_RDWR)
 
     def rows(self, ids: np.ndarray, augment: Augment | None) -> np.ndarray:
-        """The row of each image as it is flipped."""
+        """Returns the row number of each image, given its flips."""
         variants = 0 if augment is None else augment.flips @ np.array([1, 2])
         return ids * self.num_variants + variants
 
     def take(self, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """(features [n, C, side, side] of the rows that are there, on the CPU; bool [n]: which they are)."""
+        """Returns (features [n, C, side, side] on the CPU, bool [n]: which rows are stored and valid).
+
+        The features of other rows are undefined."""
         content = np.empty((len(rows), self.row_bytes), np.uint8)
-        there = self.checks[rows] != 0
-        for i in np.flatnonzero(there):
+        is_stored = self.checks[rows] != 0
+        for i in np.flatnonzero(is_stored):
             num_read = os.preadv(self.file, [content[i]], int(rows[i]) * self.row_bytes)
-            there[i] = num_read == self.row_bytes and check(content[i]) == self.checks[rows[i]]
+            is_stored[i] = num_read == self.row_bytes and check(content[i]) == self.checks[rows[i]]
         shape = len(rows), self.side, self.side, -1
-        return torch.from_numpy(content).view(self.dtype).view(shape).permute(0, 3, 1, 2), there
+        return torch.from_numpy(content).view(self.dtype).view(shape).permute(0, 3, 1, 2), is_stored
 
     def put(self, rows: np.ndarray, features: torch.Tensor) -> None:
-        """Keeps features [n, C, side, side]. Raises UserError if the disk is full."""
+        """Stores features [n, C, side, side]. Raises UserError if the disk is full."""
         images = features.permute(0, 2, 3, 1).contiguous().cpu().flatten(1).view(torch.uint8).numpy()
         try:
             for row, content in zip(rows, images, strict=True):
                 written = os.pwrite(self.file, content, int(row) * self.row_bytes)
                 if written < self.row_bytes:
-                    raise OSError(28, "no space is left")  # as the next write would say
+                    raise OSError(28, "no space is left")  # the error that another write would raise
                 self.checks[row] = check(content)
         except OSError as error:
             raise UserError(
@@ -97,7 +98,7 @@ def check(content: np.ndarray) -> int:
 
 
 def cache_key(base: FrozenBase, *settings: object) -> str:
-    """Names all that features depend on: the base's weights, and the settings of its input."""
+    """Returns a hash of everything that features depend on: the base's weights and the input settings."""
     digest = hashlib.sha256(repr((base.dtype, *settings)).encode())
     for tensor in base.base.state_dict().values():
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -105,64 +106,61 @@ def cache_key(base: FrozenBase, *settings: object) -> str:
 
 
 def expected_bytes(
-    num_train: int, num_validation: int, num_variants: int, epochs: int, image_size: int, itemsize: int = 4
+    num_train: int, num_validation: int, num_variants: int, epochs: int, image_size: int, *, itemsize: int = 4
 ) -> int:
-    """Bytes on disk after `epochs`: of V equally likely variants, V * (1 - (1 - 1/V)^epochs) have come up."""
+    """Returns the expected bytes on disk after `epochs`.
+
+    Of V equally likely variants, an image takes on average V * (1 - (1 - 1/V)^epochs) in that time."""
     seen = num_variants * (1 - (1 - 1 / num_variants) ** epochs)
     row_bytes = math.ceil(image_size / 32) ** 2 * FrozenBase.num_features * itemsize
     return round((num_train * seen + num_validation) * row_bytes)
 
 
 def open_cache(
-    config: Config,
-    manifest: Manifest,
-    base: FrozenBase,
-    num_images: int,
-    num_used: tuple[int, int],
-    staging_folder: str | None,
+    config: Config, data_set: DataSet, base: FrozenBase, *, num_images: int, num_used: tuple[int, int]
 ) -> FeatureCache:
-    """This node's cache for a split of `num_images`, of which (train, validation) images are used."""
+    """Opens this node's cache for a split of `num_images`. `num_used`: (train, validation) images that the run uses."""
     data = config.data
     num_variants = {"none": 1, "horizontal": 2, "both": 4}[data.flips]
     itemsize = base.dtype.itemsize
-    num_bytes = expected_bytes(*num_used, num_variants, config.loop.epochs, data.image_size, itemsize)
+    num_bytes = expected_bytes(*num_used, num_variants, config.loop.epochs, data.image_size, itemsize=itemsize)
     key = cache_key(base, data.image_size, data.input_range, num_variants)
-    path = staging_area(manifest, staging_folder) / f"features-{key}.bin"
+    path = data_set.area / f"features-{key}.bin"
     side = math.ceil(data.image_size / 32)
     return FeatureCache(path, num_images, num_variants, base, side, num_bytes)
 
 
 class Features:
-    """What a network with a frozen base is trained on: `batches` as the loader's, and the features of each.
+    """The training input over a frozen base: `batches` replaces the loader's, a call computes a batch's features.
 
-    With a cache, what is there is read in `batches`, and only the other images are decoded.
+    With a cache, `batches` reads the stored features, and only images without stored features are decoded.
     """
 
     def __init__(self, loader: Loader, base: FrozenBase, cache: FeatureCache | None = None) -> None:
         self.loader, self.base, self.cache = loader, base, cache
 
-    def batches(self, plans: Iterable[Plan]) -> Iterator[Batch]:
-        """The planned batches; with a cache `images` are those whose features are `missing`."""
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """Yields the planned batches. With a cache, `images` holds only the images whose features are `missing`."""
         if self.cache is None:
             yield from self.loader.batches(plans)
             return
-        taken: deque[tuple[Plan, torch.Tensor, np.ndarray]] = deque()
+        taken: deque[tuple[BatchPlan, torch.Tensor, np.ndarray]] = deque()
         for batch in self.loader.batches(self._missing(plans, taken)):
             plan, features, missing = taken.popleft()
             labels = self.loader.labels(plan.ids)
             yield replace(batch, ids=plan.ids, labels=labels, augment=plan.augment, stored=features, missing=missing)
 
-    def _missing(self, plans: Iterable[Plan], taken: deque) -> Iterator[Plan]:
+    def _missing(self, plans: Iterable[BatchPlan], taken: deque) -> Iterator[BatchPlan]:
         assert self.cache
         for plan in plans:
-            features, there = self.cache.take(self.cache.rows(plan.ids, plan.augment))
-            missing = np.flatnonzero(~there)
+            features, is_stored = self.cache.take(self.cache.rows(plan.ids, plan.augment))
+            missing = np.flatnonzero(~is_stored)
             taken.append((plan, features, missing))
             augment = plan.augment and Augment(*(values[missing] for values in plan.augment))
             yield plan._replace(ids=plan.ids[missing], augment=augment)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """[n, C, side, side] in the base's dtype, on the batch's device."""
+        """Returns features [n, C, side, side] in the base's dtype, on the batch's device."""
         if batch.stored is None or batch.missing is None:
             return self.base(batch.images)
         features = batch.stored.to(batch.labels.device)

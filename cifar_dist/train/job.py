@@ -1,18 +1,20 @@
-"""What the driver hands to every worker."""
+"""The plan of a run, and the job that the driver hands to every worker."""
 
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from cifar_dist.config import Config, Launch
-from cifar_dist.data.manifest import Manifest
+from cifar_dist.config import Config
+from cifar_dist.data.staged import DataSet
+from cifar_dist.job_settings import Launch
+from cifar_dist.run.folder import Run
 
 
 @dataclass
 class StartUp:
-    """Seconds from a job's start to its first step, phase by phase; it travels from the driver to the workers."""
+    """The seconds of each phase from a job's start to its first step. The driver passes the object to the workers."""
 
-    at: float = field(default_factory=time.time)  # the end of the last phase
+    at: float = field(default_factory=time.time)  # end of the last phase, Unix seconds
     phases: dict[str, float] = field(default_factory=dict)
 
     def end(self, phase: str) -> None:
@@ -24,37 +26,35 @@ class StartUp:
         return f"first step after {sum(self.phases.values()):.1f} s: {parts}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run that was found sound. `weights`: the card of --weights; `card`: what config.json is to hold."""
+    """A run whose settings were checked. `weights`: facts about the --weights file; `card`: the run's config.json."""
 
     config: Config
     launch: Launch
-    data_uri: str
-    manifest: Manifest
+    run: Run
+    data: DataSet
     weights: dict[str, Any] | None
     card: dict[str, Any]
     is_finished: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the driver hands to every worker. `progress` is a Ray actor handle, `weights` the card of --weights.
+    """The inputs of every worker. `progress` is the handle of a Ray actor (launch/progress.py).
 
     `driver` and `attempt` are the driver's claim on the run (run/ownership.py).
     """
 
-    config: Config
-    data_uri: str
-    manifest_sha256: str
-    run_uri: str
-    staging_folder: str | None
-    num_cpus_per_worker: int
-    git_commit: str
-    progress: Any
+    plan: Plan
     driver: str
     attempt: int
-    weights: dict[str, Any] | None
+    progress: Any
     start_up: StartUp
-    profile: bool = False
-    limit_seconds: float = 120.0  # of every wait of a rank for another
+    num_cpus_per_worker: int
+    git_commit: str
+
+    @property
+    def limit_seconds(self) -> float:
+        """The limit of every wait of one rank for another, in seconds."""
+        return self.plan.launch.collective_timeout_seconds

@@ -22,7 +22,7 @@ from cifar_dist.train.optim import Muon, set_step
 
 
 class Clock:
-    """Splits wall time into waiting for data, for gradients and everything else, and counts images (of all ranks)."""
+    """Splits wall time into waiting for data, waiting for gradients and the rest. Counts the images of all ranks."""
 
     def __init__(self, communication: Communication | None = None) -> None:
         self.start, self.data_wait_seconds, self.num_images = time.perf_counter(), 0.0, 0
@@ -58,25 +58,31 @@ START = Cursor(0, 0)
 
 
 def images_of(batch: Batch) -> torch.Tensor:
-    """What a network without a frozen base is given."""
+    """The input of a network without a frozen base."""
     return batch.images
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainState:
-    """All that one rank trains with. `totals` (float64 [3]: loss sum, correct, seen) are this rank's, this epoch's."""
+    """The state and settings that a rank trains with.
+
+    trainable: the part of `model` that takes gradients, compiled and wrapped in DistributedDataParallel.
+    input_of: computes the input of `trainable` from a batch.
+    totals: float64 [3], the loss sum, correct images and seen images of this rank in this epoch.
+    """
 
     config: Config
     model: nn.Module
-    wrapped: nn.Module  # what of it is trained, compiled and in DistributedDataParallel
+    trainable: nn.Module
     optimizers: list[torch.optim.Optimizer]
     precision: Precision
     average: AveragedModel | None
     device: torch.device
     rank: int
     world: int
+    num_threads: int = 1
     steps_per_epoch: int
-    features: Callable[[Batch], torch.Tensor] = images_of  # what `wrapped` is given
+    input_of: Callable[[Batch], torch.Tensor] = images_of
     communication: Communication | None = None
     cursor: Cursor = START
     learning_rate: float = 0.0
@@ -88,10 +94,10 @@ class TrainState:
 
 
 def train_epoch(state: TrainState, batches: Iterable[Batch], after_step: Callable[[Clock], None]) -> Clock:
-    """Trains from the cursor to the end of its epoch. Nothing here waits for the device but `after_step`."""
+    """Trains from the cursor to the end of its epoch. Only `after_step` may wait for the device."""
     config, seed = state.config, state.config.loop.seed
     num_steps = config.loop.epochs * state.steps_per_epoch
-    state.wrapped.train()
+    state.trainable.train()
     clock = Clock(state.communication)
     for batch in clock.waiting(batches):
         state.learning_rate = set_step(state.optimizers, config.optim, state.global_step, num_steps)
@@ -108,13 +114,13 @@ def train_epoch(state: TrainState, batches: Iterable[Batch], after_step: Callabl
 def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     """Adds the gradient of the mean loss over the *global* batch; returns this rank's float64 [3] totals.
 
-    DistributedDataParallel averages over ranks, so each rank scales its summed loss by world / global size: the
-    result is exact for uneven parts too.
+    DistributedDataParallel averages over ranks, so each rank scales its summed loss by world / global size. The
+    result is exact even if the ranks have different numbers of images.
     """
-    most = max(1, len(batch.labels) // order.LEAST_PER_RANK)  # a small last step is split less
-    num_chunks = min(state.config.loop.accumulation_steps, most)
+    max_chunks = max(1, len(batch.labels) // order.LEAST_PER_RANK)  # a small last step is split into fewer chunks
+    num_chunks = min(state.config.loop.accumulation_steps, max_chunks)
     chunks = list(
-        zip(state.features(batch).tensor_split(num_chunks), batch.labels.tensor_split(num_chunks), strict=True)
+        zip(state.input_of(batch).tensor_split(num_chunks), batch.labels.tensor_split(num_chunks), strict=True)
     )
     counted = batch.num_counted > 0
     totals = torch.zeros(3, dtype=torch.float64, device=state.device)
@@ -122,10 +128,10 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
         state.communication.num_rows = -(-batch.global_size // order.num_rank_parts(batch.global_size, state.world))
     for i, (inputs, labels) in enumerate(chunks):
         last = i == num_chunks - 1
-        ddp = state.wrapped if isinstance(state.wrapped, DistributedDataParallel) else None
+        ddp = state.trainable if isinstance(state.trainable, DistributedDataParallel) else None
         with ddp.no_sync() if ddp and not last else nullcontext():
             with state.precision.autocast():
-                logits = state.wrapped(inputs)
+                logits = state.trainable(inputs)
             smoothing = state.config.optim.label_smoothing
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum") * counted
             state.precision.scaler.scale(loss * (state.world / batch.global_size)).backward()
@@ -139,7 +145,7 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
 
 
 def update(state: TrainState) -> None:
-    """One step of the optimizers from the gradients, which it clears."""
+    """Runs one optimizer step and clears the gradients."""
     optimizers, scaler, clip_norm = state.optimizers, state.precision.scaler, state.config.optim.clip_norm
     for optimizer in optimizers:
         if isinstance(optimizer, Muon):
@@ -160,15 +166,15 @@ def validate(
     model: nn.Module,
     batches: Iterable[Batch],
     precision: Precision,
-    features: Callable[[Batch], torch.Tensor] = images_of,
+    input_of: Callable[[Batch], torch.Tensor] = images_of,
 ) -> torch.Tensor:
-    """This rank's float64 [3] totals (loss sum, correct, seen) in inference mode."""
+    """Returns this rank's float64 [3] totals (loss sum, correct, seen), computed in inference mode."""
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=precision.device)
     for batch in batches:
         with precision.autocast():
-            logits = model(features(batch))
+            logits = model(input_of(batch))
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
         correct = (logits.argmax(1) == batch.labels).sum()
         totals += torch.stack([loss.double(), correct.double(), torch.full_like(totals[0], len(batch.labels))])
@@ -177,7 +183,7 @@ def validate(
 
 
 def sum_over_ranks(totals: torch.Tensor) -> torch.Tensor:
-    """The sum of a float64 tensor over all ranks: integers up to 2**53 stay exact."""
+    """Returns the sum of a float64 tensor over all ranks. Integers up to 2**53 stay exact."""
     summed = totals.clone()
     if dist.is_initialized():
         dist.all_reduce(summed)

@@ -1,4 +1,4 @@
-"""BatchNorm's moving statistics: each rank has its own; averaged, gathered, re-estimated."""
+"""Averages, gathers and re-estimates BatchNorm's moving statistics, which differ between ranks."""
 
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cifar_dist.data.loader import Batch
-from cifar_dist.models import KerasBatchNorm
+from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.run.network import Precision
 from cifar_dist.train.loop import images_of
 
@@ -23,11 +23,12 @@ def recalibrate_batchnorm(
     batches: Iterable[Batch],
     num_batches: int,
     precision: Precision,
-    features: Callable[[Batch], torch.Tensor] = images_of,
+    input_of: Callable[[Batch], torch.Tensor] = images_of,
 ) -> None:
-    """The moving statistics of trained BatchNorms become the mean over batches, the rest being in inference mode.
+    """Sets the moving statistics of trained BatchNorms to their means over batches. Other layers are in inference mode.
 
-    At Keras's momentum of 0.99 they lag hundreds of steps behind the weights. Every rank sees its own part.
+    At Keras's momentum of 0.99 moving statistics lag hundreds of steps behind the weights. Each rank uses its part of
+    the batches; the results are averaged over ranks.
     """
     layers, was_training = trained_batchnorms(model), model.training
     momenta = [layer.momentum for layer in layers]
@@ -37,7 +38,7 @@ def recalibrate_batchnorm(
             layer.train()
             layer.momentum = i / (i + 1)
         with precision.autocast():
-            model(features(batch))
+            model(input_of(batch))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.train(was_training)
@@ -45,14 +46,14 @@ def recalibrate_batchnorm(
 
 
 def statistics_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The moving statistics of trained BatchNorms, by their names in the state dict: what each rank has of its own."""
+    """Returns the moving statistics of trained BatchNorms, which differ between ranks, by state dict name."""
     trained = set(trained_batchnorms(model))
-    places = [(name, module) for name, module in model.named_modules() if module in trained]
-    return {f"{name}.{key}": buffer for name, module in places for key, buffer in module.named_buffers()}
+    layers = [(name, module) for name, module in model.named_modules() if module in trained]
+    return {f"{name}.{key}": buffer for name, module in layers for key, buffer in module.named_buffers()}
 
 
 def gather_statistics(model: nn.Module) -> torch.Tensor:
-    """Float32 [world, n]: every rank's moving statistics, each flattened to a row."""
+    """Returns float32 [world, n]: each rank's moving statistics, flattened to a row."""
     buffers = [buffer.flatten() for buffer in statistics_of(model).values()]
     row = torch.cat(buffers) if buffers else torch.zeros(0)
     if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
@@ -63,7 +64,7 @@ def gather_statistics(model: nn.Module) -> torch.Tensor:
 
 
 def split_statistics(model: nn.Module, row: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The row [n] by name, in the buffers' shapes."""
+    """Splits a row [n] into moving statistics by name, in the buffers' shapes."""
     buffers = statistics_of(model)
     parts = row.split([buffer.numel() for buffer in buffers.values()])
     return {name: part.view_as(buffers[name]).clone() for name, part in zip(buffers, parts, strict=True)}
@@ -71,12 +72,12 @@ def split_statistics(model: nn.Module, row: torch.Tensor) -> dict[str, torch.Ten
 
 @torch.no_grad()
 def set_statistics(model: nn.Module, row: torch.Tensor) -> None:
-    """Makes the row [n] this rank's moving statistics."""
+    """Sets this rank's moving statistics to the row [n]."""
     values = split_statistics(model, row)
     for name, buffer in statistics_of(model).items():
         buffer.copy_(values[name])
 
 
 def average_batchnorm_over_ranks(model: nn.Module) -> None:
-    """Each rank saw its own part of every batch: the moving statistics of trained BatchNorms become the ranks' mean."""
+    """Sets the moving statistics of trained BatchNorms to the mean over ranks: each rank saw other images."""
     set_statistics(model, gather_statistics(model).mean(0))

@@ -13,7 +13,8 @@ from cifar_dist.config import OptimConfig
 class Muon(torch.optim.Muon):
     """torch's Muon over convolution kernels [out, in, h, w], each as the matrix [out, in * h * w].
 
-    torch's own takes matrices only: it works on copies, whose columns are in one order in any memory format.
+    torch.optim.Muon takes only matrices, so this class gives it copies of the kernels. The column order of a copy
+    does not depend on the kernel's memory format.
     """
 
     def __init__(self, kernels: list[nn.Parameter], config: OptimConfig) -> None:
@@ -36,7 +37,7 @@ class Muon(torch.optim.Muon):
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers over the parameters that take a gradient; frozen ones get no state."""
+    """Returns the optimizers of the parameters that take a gradient. Frozen parameters get no optimizer state."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if config.optimizer == "sgd":
         groups, nesterov = decayed(parameters, config), config.momentum > 0
@@ -51,8 +52,9 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
 
 
 def decayed(parameters: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameter groups with their weight decay: biases and BatchNorm's scales, which have one dimension, have none
-    where the configuration says so."""
+    """Returns parameter groups with their weight decay.
+
+    Biases and BatchNorm's scales, which have one dimension, get no decay unless `decay_bias_and_norm` is set."""
     if config.decay_bias_and_norm:
         return [{"params": parameters, "weight_decay": config.weight_decay}]
     kernels = [p for p in parameters if p.ndim > 1]
@@ -61,10 +63,10 @@ def decayed(parameters: list[nn.Parameter], config: OptimConfig) -> list[dict[st
 
 
 def schedule_factor(config: OptimConfig, step: int, num_steps: int) -> float:
-    """The share of its peak that a learning rate has at step 0 <= step < num_steps.
+    """Returns the learning rate at step 0 <= step < num_steps, as a fraction of its peak.
 
-    constant: all of it. cosine: to 0 along a half cosine. one-cycle: a triangle, up over `warmup_fraction` (0.3 if that
-    is 0) and down to 0. All rise linearly over the first `warmup_fraction` of the steps.
+    All schedules rise linearly over the first `warmup_fraction` of the steps. Then constant stays at the peak, cosine
+    falls to 0 along a half cosine, and one-cycle falls to 0 linearly. A `warmup_fraction` of 0 means 0.3 in one-cycle.
     """
     fraction = 0.3 if config.schedule == "one-cycle" and not config.warmup_fraction else config.warmup_fraction
     warmup = round(fraction * num_steps)
@@ -76,10 +78,10 @@ def schedule_factor(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def set_step(optimizers: list[torch.optim.Optimizer], config: OptimConfig, step: int, num_steps: int) -> float:
-    """Sets what depends on the step; returns the learning rate (muon: that of the rest).
+    """Sets the learning rates and Adam's epsilon for the step. Returns the learning rate.
 
-    Keras's Adam adds epsilon to sqrt(v) before the bias correction, torch after it: dividing epsilon by
-    sqrt(1 - beta2^t) makes them equal.
+    With muon it returns the learning rate of the AdamW parameters. Keras's Adam adds epsilon to sqrt(v) before the
+    bias correction, torch's Adam after it. Dividing epsilon by sqrt(1 - beta2^t) makes them equal.
     """
     factor = schedule_factor(config, step, num_steps)
     for optimizer in optimizers:
@@ -92,16 +94,16 @@ def set_step(optimizers: list[torch.optim.Optimizer], config: OptimConfig, step:
 
 
 def average_of(model: nn.Module, config: OptimConfig) -> AveragedModel | None:
-    """The exponential moving average of weights and buffers, or None if `ema_decay` is 0.
+    """Returns the exponential moving average of weights and buffers, or None if `ema_decay` is 0.
 
-    It warms up: after n steps the decay is at most (1 + n) / (10 + n), as in timm's and TensorFlow's, or a short run
-    would be judged by its random start.
+    The decay warms up: after n steps it is at most (1 + n) / (10 + n), as in timm and TensorFlow. Otherwise the
+    average of a short run would consist mostly of its random initial weights.
     """
     if not config.ema_decay:
         return None
 
     def update(averages: Any, values: Any, num_averaged: Any) -> None:
-        n = int(average.n_averaged)  # on the CPU: what is given here may lie on a GPU, for which nothing shall wait
+        n = int(average.n_averaged)  # n_averaged is on the CPU; reading num_averaged could wait for the GPU
         get_ema_multi_avg_fn(min(config.ema_decay, (1 + n) / (10 + n)))(averages, values, num_averaged)
 
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)

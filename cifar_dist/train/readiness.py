@@ -1,5 +1,4 @@
-"""Waits of the ranks for each other while some of them have work of their own, such as staging, which may take
-minutes."""
+"""Lets ranks wait for each other during long work of some ranks, such as staging, which may take minutes."""
 
 import os
 import sys
@@ -17,28 +16,28 @@ LOOK_SECONDS = 0.5
 
 
 class RankHangsError(Exception):
-    """A rank has stopped working: Ray Train starts the group again."""
+    """A rank has stopped working. Ray Train restarts the worker group."""
 
 
 class Readiness:
-    """Lets every rank work, and go on when all are done: `with readiness.together(): ...`.
+    """Waits, after each rank's own work, until all ranks are done: `with readiness.together(): ...`.
 
-    A thread of each rank tells the others in between whether its work goes on. A process that is stopped does not
-    tell, and a call that hangs uses no CPU time: after `limit_seconds` of either the other ranks raise, and a rank
-    that hangs itself ends.
+    A thread of each rank regularly tells the other ranks whether its work advances. A stopped process sends nothing,
+    and a hanging call uses no CPU time. After `limit_seconds` of either, the other ranks raise, and a hanging rank
+    exits.
     """
 
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds, self.rank, self.world = limit_seconds, dist.get_rank(), dist.get_world_size()
-        # A group of its own: a thread must not share one with the collectives of the main thread.
+        # A separate process group, because two threads must not share one.
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_seconds))
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raises RankHangsError, or torch's error for a rank that does not answer, after this rank's own work."""
+        """After this rank's work, raises RankHangsError, or torch's error if another rank does not answer."""
         is_done, failures = threading.Event(), list[Exception]()
         clock = time.pthread_getcpuclockid(threading.get_ident())
-        thread = threading.Thread(target=self._tell, args=(clock, is_done, failures), daemon=True)
+        thread = threading.Thread(target=self._exchange_status, args=(clock, is_done, failures), daemon=True)
         thread.start()
         yield
         is_done.set()
@@ -46,7 +45,7 @@ class Readiness:
         if failures:
             raise failures[0]
 
-    def _tell(self, clock: int, is_done: threading.Event, failures: list[Exception]) -> None:
+    def _exchange_status(self, clock: int, is_done: threading.Event, failures: list[Exception]) -> None:
         used, moved_at = time.clock_gettime(clock), [time.monotonic()] * self.world
         every = torch.zeros(self.world, 2, dtype=torch.bool)
         try:
@@ -66,5 +65,5 @@ class Readiness:
         text = f"rank {rank} has done nothing for {seconds:.0f} s while others wait for it"
         if rank == self.rank:
             print(text, file=sys.stderr, flush=True)
-            os._exit(1)  # its main thread is not there to raise anything
+            os._exit(1)  # the main thread hangs and cannot raise
         raise RankHangsError(text)

@@ -1,4 +1,4 @@
-"""Stores a run's log and checkpoints from rank 0 in a thread of its own, while training goes on."""
+"""Stores a run's log and checkpoints from rank 0, in a thread, while training continues."""
 
 import time
 from collections.abc import Callable
@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 
-from cifar_dist.run.checkpoint import Cursor, Mark, State
-from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.checkpoint import CheckpointState, Cursor, Mark
+from cifar_dist.run.folder import Run
 from cifar_dist.run.log import RunLog, Taken
-from cifar_dist.run.ownership import Attempts
-from cifar_dist.storage import Folder
 
 
 def copied(tree: Any, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The nested dicts and lists with every tensor copied."""
+    """Returns nested dicts and lists with every tensor copied by `copy`."""
     if isinstance(tree, torch.Tensor):
         return copy(tree)
     if isinstance(tree, dict):
@@ -24,52 +22,52 @@ def copied(tree: Any, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 class Saver:
-    """The log and the checkpoints of one attempt of a run, stored in order by one thread.
+    """Stores the log and the checkpoints of one attempt of a run, in order, in one thread.
 
-    What went wrong there is raised by the next call. Each write is fenced: a UserError if the run was taken over.
+    An error in the thread is raised by the next call. Each write is fenced: it raises UserError if another job has
+    taken over the run.
     """
 
     def __init__(
         self,
-        run_uri: str,
+        run: Run,
         driver: str,
         attempt: int,
+        *,
         device: torch.device,
         global_step: int,
         mark: Mark | None,
         num_kept: int,
-        retry_seconds: float,
     ) -> None:
         self.attempt, self.num_kept = attempt, num_kept
-        self.attempts = Attempts(Folder(run_uri, retry_seconds), driver)
-        self._fence()  # the log is cut at the mark, which may be behind what a newer attempt has stored
-        self.log = RunLog(run_uri, global_step, mark, retry_seconds)
-        self.checkpoints = Checkpoints(run_uri, retry_seconds)
+        self.attempts, self.checkpoints = run.attempts(driver), run.checkpoints
+        self._fence()  # the log is cut at the mark, so a superseded attempt would delete newer lines
+        self.log = RunLog(run.folder, global_step, mark)
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.stall_seconds = 0.0  # for which save() held up its caller
+        self.stall_seconds = 0.0  # time that save() took from training
         self.saved_at = time.monotonic()
         self._pool, self._last = ThreadPoolExecutor(1), Future[None]()
         self._last.set_result(None)
 
     def wait(self) -> None:
-        """Until all is stored."""
+        """Waits until all pending writes are done."""
         self._last.result()
 
     def close(self) -> None:
-        """The same, for good."""
+        """Waits for pending writes, ends the thread and closes the log."""
         self.wait()
         self._pool.shutdown()
         self.log.close()
 
-    def save(self, cursor: Cursor, state: State, meta: dict[str, Any]) -> None:
-        """Copies the state where it lies, which takes milliseconds, and stores the copy by and by.
+    def save(self, cursor: Cursor, state: CheckpointState, meta: dict[str, Any]) -> None:
+        """Copies the state on its device, which takes milliseconds, and stores the copy in the background.
 
-        Waits for the checkpoint before: at most one copy is there at a time.
+        First waits for the previous checkpoint, so that at most one copy exists at a time.
         """
         start = time.perf_counter()
         self.wait()
         taken = self.log.take()
-        copy = State(**copied(vars(state), torch.clone) | {"log": taken.mark})
+        copy = CheckpointState(**copied(vars(state), torch.clone) | {"log": taken.mark})
         ready = None
         if self.side_stream:
             ready = torch.cuda.Event()
@@ -79,19 +77,19 @@ class Saver:
         self.stall_seconds += time.perf_counter() - start
 
     def flush_if_due(self) -> None:
-        """Stores the log if that is due and nothing else is being stored."""
+        """Stores the log if it is due and no other write is running."""
         if self.log.is_due and self._last.done():
             self.wait()
             self._last = self._pool.submit(self._store_log, self.log.take())
 
     def _store(
-        self, cursor: Cursor, state: State, taken: Taken, meta: dict[str, Any], ready: torch.cuda.Event | None
+        self, cursor: Cursor, state: CheckpointState, taken: Taken, meta: dict[str, Any], ready: torch.cuda.Event | None
     ) -> None:
-        """The run's lines, the checkpoint, and away with the old ones."""
-        if ready:  # to the host beside the training, once the copy is made
+        """Stores the log and the checkpoint, then deletes old checkpoints."""
+        if ready:  # once the copy is made, move it to the host in parallel with training
             with torch.cuda.stream(self.side_stream):
                 ready.wait()
-                state = State(**copied(vars(state), torch.Tensor.cpu))
+                state = CheckpointState(**copied(vars(state), torch.Tensor.cpu))
         self._store_log(taken)
         self.checkpoints.write(cursor, self.attempt, state, meta, self._fence)
         self._fence()

@@ -10,11 +10,13 @@ from job_process import assert_same_run, run_job, train_args
 
 from cifar_dist.config import Config
 from cifar_dist.data.loader import Loader
-from cifar_dist.data.manifest import read_manifest
 from cifar_dist.data.order import eval_plans
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
 from cifar_dist.evaluate.shard import Shard, evaluate_shard, ids_of, stored_split
-from cifar_dist.run.checkpoint import Checkpoint, State
+from cifar_dist.run.checkpoint import Checkpoint, CheckpointState
 from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.folder import Run
 from cifar_dist.run.network import build_model, image_spec
 
 DECAY, NUM_STEPS = 0.9, 4  # two epochs of two steps
@@ -36,12 +38,14 @@ def run(tiny_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stored(run: Path) -> list[tuple[Checkpoint, State]]:
+def stored(run: Path) -> list[tuple[Checkpoint, CheckpointState]]:
     checkpoints = Checkpoints(str(run))
     return [(checkpoint, checkpoints.load(checkpoint)) for checkpoint in checkpoints.all()]
 
 
-def test_the_stored_average_is_that_of_the_stored_weights_of_every_step(stored: list[tuple[Checkpoint, State]]) -> None:
+def test_the_stored_average_is_that_of_the_stored_weights_of_every_step(
+    stored: list[tuple[Checkpoint, CheckpointState]],
+) -> None:
     """The first step's weights are the first average; buffers are averaged as parameters are."""
     assert [checkpoint.meta["global_step"] for checkpoint, _ in stored] == list(range(1, NUM_STEPS + 1))
     expected: dict[str, torch.Tensor] = {}
@@ -62,11 +66,11 @@ def test_the_stored_average_is_that_of_the_stored_weights_of_every_step(stored: 
 
 def scored(weights: dict, checkpoint: Checkpoint, data: str, split: str) -> tuple[torch.Tensor, float]:
     """(confusion [10, 10], mean loss) of the plain network with these weights over the split."""
-    config, manifest, cpu = Config.from_dict(checkpoint.meta["config"]), read_manifest(data), torch.device("cpu")
+    config, data_set, cpu = Config.from_dict(checkpoint.meta["config"]), DataSet.open(data), torch.device("cpu")
     spec = image_spec(config, cpu)
-    model = build_model(config, manifest.num_classes, spec, cpu).eval()
+    model = build_model(config, data_set.manifest.num_classes, spec, cpu).eval()
     model.load_state_dict(weights)
-    loader = Loader(data, manifest, stored_split(split), spec, cpu, 1, 100)
+    loader = Loader(data_set, stored_split(split), spec, device=cpu, num_threads=1, max_batch_size=100)
     (batch,) = loader.batches(eval_plans(ids_of(split, config, loader.staged.labels), 100, 0, 1))
     with torch.inference_mode():
         logits = model(batch.images)
@@ -76,7 +80,7 @@ def scored(weights: dict, checkpoint: Checkpoint, data: str, split: str) -> tupl
 
 
 def test_validation_scores_the_average_and_not_the_weights(
-    stored: list[tuple[Checkpoint, State]], tiny_uri: str
+    stored: list[tuple[Checkpoint, CheckpointState]], tiny_uri: str
 ) -> None:
     validated = [(checkpoint, state) for checkpoint, state in stored if checkpoint.meta["metrics"]]
     assert len(validated) == 2
@@ -91,11 +95,20 @@ def test_validation_scores_the_average_and_not_the_weights(
 
 
 def test_evaluation_scores_the_average_and_not_the_weights(
-    stored: list[tuple[Checkpoint, State]], run: Path, tiny_uri: str, tmp_path: Path
+    stored: list[tuple[Checkpoint, CheckpointState]], run: Path, tiny_uri: str, tmp_path: Path
 ) -> None:
     checkpoint, state = stored[-1]
     splits = ("train", "validation", "test")
-    found = evaluate_shard(Shard(str(run), checkpoint, tiny_uri, splits, 0, 1, staging_folder=str(tmp_path)))
+    found = evaluate_shard(
+        Shard(
+            run=Run(str(run)),
+            checkpoint=checkpoint,
+            data=DataSet.open(tiny_uri, Staging(folder=tmp_path)),
+            splits=splits,
+            index=0,
+            num_shards=1,
+        )
+    )
     for split, (_, counts) in found.items():
         average, average_loss = scored(state.average, checkpoint, tiny_uri, split)
         assert counts.confusion.tolist() == average.tolist()
@@ -105,7 +118,7 @@ def test_evaluation_scores_the_average_and_not_the_weights(
 
 @pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_with_its_average(
-    run: Path, stored: list[tuple[Checkpoint, State]], tiny_uri: str, tmp_path: Path
+    run: Path, stored: list[tuple[Checkpoint, CheckpointState]], tiny_uri: str, tmp_path: Path
 ) -> None:
     """From a copy whose newest checkpoint is the one inside the second epoch."""
     cut, _ = stored[-2]

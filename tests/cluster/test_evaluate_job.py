@@ -15,6 +15,7 @@ from moto.server import ThreadedMotoServer
 from ray.cluster_utils import Cluster
 from ray_cluster import Nodes
 
+from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import driver, shard
 from cifar_dist.launch.cluster import connect
@@ -96,8 +97,9 @@ def test_a_shard_that_is_lost_three_times_comes_with_the_fourth_attempt(
 ) -> None:
     attempts = tmp_path / "attempts"
     monkeypatch.setattr(driver, "evaluate_shard", dying(3, attempts))
-    chosen = driver.choose([str(whole_run[0])], tiny_uri)
-    (found,) = driver.evaluate(chosen, tiny_uri, str(tmp_path), num_shards=2)
+    data = DataSet.open(tiny_uri)
+    chosen = driver.choose([str(whole_run[0])], data)
+    (found,) = driver.evaluate(chosen, data, str(tmp_path), num_shards=2)
     assert len(attempts.read_text().splitlines()) == 4
     assert {split: counts.to_dict() for split, counts in found.counts.items()} == integers(one_shard)
     for split, table in found.predictions.items():
@@ -110,9 +112,10 @@ def test_a_shard_that_is_lost_four_times_is_given_up(
 ) -> None:
     attempts = tmp_path / "attempts"
     monkeypatch.setattr(driver, "evaluate_shard", dying(100, attempts))
-    chosen = driver.choose([str(whole_run[0])], tiny_uri)
+    data = DataSet.open(tiny_uri)
+    chosen = driver.choose([str(whole_run[0])], data)
     with pytest.raises(UserError, match="an evaluation shard was lost more than 3 times"):
-        driver.evaluate(chosen, tiny_uri, str(tmp_path), num_shards=1)
+        driver.evaluate(chosen, data, str(tmp_path), num_shards=1)
     assert len(attempts.read_text().splitlines()) == 4
     assert not list(tmp_path.glob("predictions/*"))
 

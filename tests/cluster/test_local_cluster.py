@@ -8,6 +8,8 @@ from pathlib import Path
 
 from job_process import Job, read_metrics, train_args, wait_until
 
+# Each wakes up over 100 times a second, and so slows down the step where every core computes.
+USELESS = ("DatasetManager", "PlacementGroupCleaner", "_AutoscalingCoordinator", "log_monitor", "ray-dashboard-")
 # What cannot be so, or is left over from other clusters and older versions.
 ODD = {
     **dict.fromkeys(("HOME", "USER", "LOGNAME"), "/dev/null"),
@@ -66,6 +68,8 @@ def test_nobody_else_reaches_it_and_nothing_is_left_of_it(tiny_uri: str, tmp_pat
         assert len(workers) == 2
         assert {job.process.pid, *job.family("gcs_server"), *job.family("raylet/raylet"), *workers} <= set(reached)
         assert {str(address) for addresses in reached.values() for address in addresses} == {"127.0.0.1"}
+        assert job.family("ray::TrainController")
+        assert [name for name in USELESS if job.family(name)] == []
         return workers
 
     wait_until(lambda: num_epochs() >= 1)

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import pyarrow.fs
 import pytest
+import torch
 from job_process import Job, assert_same_run, free_port, read_metrics, run_job, train_args, wait_until
 from ray_cluster import Nodes, raylet_pid
 
 from cifar_dist.config import Config
 from cifar_dist.data import order
-from cifar_dist.data.staged import stage
+from cifar_dist.data.staged import DataSet
 from cifar_dist.run.checkpoint import Checkpoint
 from cifar_dist.run.checkpoints import Checkpoints
-from cifar_dist.run.network import augmentation, split_ids
+from cifar_dist.run.network import image_spec, split_ids
 
 NUM_NODES = 3  # of the shared cluster
 
@@ -62,14 +63,15 @@ def assert_every_sample_once(run: Path, data: str, num_steps: int | None = None)
     checkpoint = newest(run)
     assert checkpoint is not None
     config = Config.from_dict(checkpoint.meta["config"])
-    ids, _ = split_ids(config, stage(data, "train").labels)
+    ids, _ = split_ids(config, DataSet.open(data).stage("train").labels)
     size, seed = config.loop.global_batch_size, config.loop.seed
     steps_per_epoch = order.num_steps(len(ids), size)
     for line in recorded:
         step = line["global_step"] - 1 - line["epoch"] * steps_per_epoch
         expected = ids[order.epoch_order(seed, line["epoch"], len(ids))][step * size : (step + 1) * size]
         assert line["ids"] == expected.tolist()
-        assert line["flips"] == augmentation(config).draw(seed, line["epoch"], expected).flips.tolist()
+        drawn = image_spec(config, torch.device("cpu")).draw(seed, line["epoch"], expected)
+        assert line["flips"] == drawn.flips.tolist()
 
 
 def test_killed_at_every_place_it_ends_with_the_same_bits(

@@ -1,6 +1,5 @@
 """Renders the overlays, and finds faults in what was rendered: by the schemas, and by rules of our own."""
 
-import importlib
 import importlib.metadata
 import json
 import re
@@ -15,6 +14,10 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import yaml
+
+from cifar_dist.cli import pipeline
+from cifar_dist.errors import UserError
+from cifar_dist.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 CRD = Path(__file__).parent / "kuberay" / "ray.io_rayjobs.yaml"  # KubeRay's own, see the README there
@@ -193,17 +196,15 @@ def entrypoint(r: Rendered) -> Iterator[str]:
     if command[:2] != ["python", "jobs/pipeline.py"]:
         yield f"it is not the pipeline: {command[:2]}"
         return
-    if str(ROOT / "jobs") not in sys.path:
-        sys.path.insert(0, str(ROOT / "jobs"))
-    recipes = importlib.import_module("cifar_dist.recipes").RECIPES
     try:
-        args = importlib.import_module("pipeline").parser().parse_args(command[2:])
-    except SystemExit:
+        given = pipeline.COMMAND.parse(command[2:], "pipeline.py")
+        args = given.build(pipeline.Pipeline)
+    except (SystemExit, UserError):
         yield f"the pipeline does not take {' '.join(command[2:])}"
         return
-    if unknown := set(args.recipes) - set(recipes):
+    if unknown := set(args.recipes) - set(RECIPES):
         yield f"unknown recipes {sorted(unknown)}"
-    if len({recipes[name]().model.model for name in set(args.recipes) - unknown}) < 2:
+    if len({RECIPES[name]().model.model for name in set(args.recipes) - unknown}) < 2:
         yield "it does not train both networks"
     mounted = [m["mountPath"] for m in r.containers["head"]["volumeMounts"] if m["name"] == "storage"]
     if not args.out.startswith(tuple(f"{path}/" for path in mounted) or ("s3://", "gs://")):

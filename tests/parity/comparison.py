@@ -10,6 +10,7 @@ from torch import nn
 
 from cifar_dist import models
 from cifar_dist.models.keras_weights import load_keras_weights
+from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.recipes import recipe_config
 from cifar_dist.train.optim import make_optimizers, set_step
 
@@ -92,7 +93,7 @@ def adam_errors(name: str, reference: Path) -> tuple[float, float]:
             optimizer.step()
         losses.append(loss.item())
     assert len(losses) == len(keras["losses"]) == 10
-    trained = [m for m in model.modules() if isinstance(m, models.KerasBatchNorm) and m.weight.requires_grad]
+    trained = [m for m in model.modules() if isinstance(m, KerasBatchNorm) and m.weight.requires_grad]
     # Keras lists a nested base's layers first.
     total = sum(key.startswith("mean_") for key in keras)
     statistics = []

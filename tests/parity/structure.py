@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar_dist.config import Config
-from cifar_dist.models import KerasBatchNorm
-from cifar_dist.models.layers import Flatten, GlobalAveragePooling
+from cifar_dist.models.layers import Flatten, GlobalAveragePooling, KerasBatchNorm
 
 Graph = dict[str, tuple[str, list[str]]]  # name -> (layer and settings, the names that feed it)
 

@@ -116,8 +116,8 @@ def test_parameter_counts_are_keras_own(name: str, reference: Path):
 
 def pipeline() -> ImagePipeline:
     config = recipe_config("deck_resnet50v2").data
-    spec = ImageSpec(config.image_size, config.input_range, True)
-    return ImagePipeline(spec, 8, False, True, torch.device("cpu"), 1)
+    spec = ImageSpec(image_size=config.image_size, input_range=config.input_range, channels_last=True)
+    return ImagePipeline(spec, max_batch_size=8, encoded=False, resize=True, device=torch.device("cpu"), num_threads=1)
 
 
 def test_from_pixels_to_logits_it_is_the_decks_model(reference: Path):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cifar_dist.run.checkpoint import Checkpoint, Cursor, Mark, State
+from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor, Mark
 from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.sealed_json import seal
 
@@ -27,9 +27,9 @@ def optimizer_state(value: float = 1.0) -> dict[str, Any]:
     return {"optimizers": [optimizer.state_dict()], "scaler": {"scale": 8.0}}
 
 
-def state(value: float) -> State:
+def state(value: float) -> CheckpointState:
     """With everything that a checkpoint may hold; all of it depends on `value`."""
-    return State(
+    return CheckpointState(
         model=weights(value),
         average=weights(value + 0.5),
         ranks={"model": torch.arange(8.0).view(2, 4) * value, "average": torch.full((2, 4), float(value))},
@@ -50,7 +50,7 @@ def write(
     return checkpoints.write(Cursor(epoch, step), attempt, state(epoch), meta_of(score, **changed))
 
 
-def without_log(whole: State) -> State:
+def without_log(whole: CheckpointState) -> CheckpointState:
     """A saver puts in the mark of its own log."""
     return replace(whole, log=None)
 
@@ -62,7 +62,7 @@ def put_meta(path: Path, meta: dict[str, Any]) -> None:
 
 def same(a: object, b: object) -> bool:
     """Whether they are equal, each tensor and its dtype."""
-    if isinstance(a, State) and isinstance(b, State):
+    if isinstance(a, CheckpointState) and isinstance(b, CheckpointState):
         return same(vars(a), vars(b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)

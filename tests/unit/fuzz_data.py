@@ -17,7 +17,8 @@ from cifar_dist.data import sources, store
 from cifar_dist.data.loader import Loader
 from cifar_dist.data.manifest import MANIFEST, read_manifest
 from cifar_dist.data.order import ImageSpec, eval_plans
-from cifar_dist.data.staged import STAGED, Staging, stage
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import STAGED, DataSet
 from cifar_dist.sealed_json import to_json
 from cifar_dist.train.features import FeatureCache
 
@@ -47,9 +48,8 @@ class Data(Group):
 
     def read(self, data: Path, staging_folder: Path, job: str) -> dict[str, Any]:
         """All that is told of a data set: the manifest's words, and each split's rows."""
-        manifest = read_manifest(str(data))
-        staging = Staging(job, limit_seconds=1.0)
-        staged = {s: stage(str(data), s, staging_folder, manifest, staging) for s in SPLITS}
+        data_set = DataSet.open(str(data), Staging(job=job, folder=staging_folder, limit_seconds=1.0))
+        manifest, staged = data_set.manifest, {s: data_set.stage(s) for s in SPLITS}
         rows = {
             s: [(bytes(split.encoded(i)), split.path(i), int(split.labels[i])) for i in range(len(split))]
             for s, split in staged.items()
@@ -65,26 +65,12 @@ class Data(Group):
 
     def load(self, data: Path, staging_folder: Path, job: str, cache: str) -> np.ndarray:
         """The test split as it is trained on."""
-        manifest = read_manifest(str(data))
-        spec, staging = ImageSpec(32, "0..1", False, False, 0), Staging(job, limit_seconds=1.0)
-        where = (
-            str(data),
-            manifest,
-            "test",
-            spec,
-            torch.device("cpu"),
-            1,
-            8,
-            cache,
-            2048,
-            staging_folder,
-            False,
-            staging,
-        )
-        loader = Loader(*where)
+        data_set = DataSet.open(str(data), Staging(job=job, folder=staging_folder, limit_seconds=1.0))
+        settings = {"device": torch.device("cpu"), "num_threads": 1, "max_batch_size": 8, "cache": cache}
+        loader = Loader(data_set, "test", ImageSpec(image_size=32), **settings)
         return np.concatenate([b.images.numpy() for b in loader.batches(eval_plans(np.arange(20), 8, 0, 1))])
 
-    def judge(self, random: Random, copy: Path) -> None:
+    def assess(self, random: Random, copy: Path) -> None:
         """Reads the copy as it is, as a new job or as the one that has staged it."""
         before = tree(copy / "data")
         job = random.choice(["second", "second", "first", ""])
@@ -122,7 +108,7 @@ class Data(Group):
         if random.random() < 0.7:
             shutil.rmtree(copy / "staged")
         self.manifest_of(random, copy)
-        self.judge(random, copy)
+        self.assess(random, copy)
 
     def files_of(self, random: Random, copy: Path) -> None:
         """Damages a Parquet file of the copy, with its right checksum in the manifest or without."""
@@ -153,7 +139,7 @@ class Data(Group):
     def files(self, random: Random, copy: Path) -> None:
         shutil.rmtree(copy / "staged")
         self.files_of(random, copy)
-        self.judge(random, copy)
+        self.assess(random, copy)
 
     def staged_of(self, random: Random, copy: Path, names: tuple[str, ...]) -> None:
         """Damages what lies on the node."""
@@ -172,7 +158,7 @@ class Data(Group):
     def staged(self, random: Random, copy: Path) -> None:
         parts = [f"{split}.arrow{suffix}" for split in SPLITS for suffix in ("", "", "", ".sha256", ".holder", ".lock")]
         self.staged_of(random, copy, (*parts, "train.arrow.part-1", "test.arrow.part-999999"))
-        self.judge(random, copy)
+        self.assess(random, copy)
 
     def loader(self, random: Random, copy: Path) -> None:
         """The pixels that a network is given."""

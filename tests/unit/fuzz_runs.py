@@ -26,15 +26,17 @@ from mutations import (
     sha256,
 )
 
-from cifar_dist.config import Config, Launch
+from cifar_dist.config import Config
 from cifar_dist.data import sources, store
+from cifar_dist.data.staged import DataSet
 from cifar_dist.evaluate import plots
 from cifar_dist.evaluate.driver import Evaluation, choose
 from cifar_dist.evaluate.report import lines_of, run_report
 from cifar_dist.evaluate.scores import Counts
+from cifar_dist.job_settings import Launch
 from cifar_dist.launch.plan import explain_resume, make_plan
 from cifar_dist.recipes import recipe_config
-from cifar_dist.run.checkpoint import Checkpoint, Cursor, State
+from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor
 from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.run.log import LOG, RunLog, read_lines
 from cifar_dist.run.network import expected_of
@@ -55,14 +57,16 @@ class Runs(Group):
         self.data = str(folder / "data")
         store.prepare(sources.shapes(60, 20), self.data)
         self.config = recipe_config("quickstart_fan")
-        plan = make_plan(self.config, Launch(self.data, str(self.original), "run"))
-        self.expect, run = expected_of(self.config, plan.manifest), self.original / "run"
-        log = RunLog(str(run), 0)
+        plan = make_plan(
+            self.config, Launch(data=self.data, storage=str(self.original), name="run", recipe="quickstart_fan")
+        )
+        self.expect, run = expected_of(self.config, plan.data.manifest), self.original / "run"
+        log = RunLog(Folder(str(run)), 0)
         put_json(run / "config.json", json.loads(to_json(plan.card)))
         attempts = Attempts(Folder(str(run)), "0123456789abcdef")
         attempts.claim(takeover=True)
         checkpoints = Checkpoints(str(run))
-        self.states: dict[str, State] = {}
+        self.states: dict[str, CheckpointState] = {}
         for number, (cursor, score) in enumerate([(Cursor(1, 0), 0.9), (Cursor(2, 0), 0.5), (Cursor(2, 1), None)], 1):
             log.add("step", cursor.epoch, number, step=1, train_loss=1.0, train_accuracy=0.5, **RATES)
             metrics = {"train_loss": 1.0, "train_accuracy": 0.5, "validation_loss": None, "validation_accuracy": score}
@@ -80,7 +84,7 @@ class Runs(Group):
                 **{"totals": [0.0, 0.0, 0.0], "num_averaged": 0, "config": self.config.to_dict(), "weights": None},
                 **{
                     "data_uri": self.data,
-                    "class_names": plan.manifest.class_names,
+                    "class_names": plan.data.manifest.class_names,
                     "world_size": 2,
                     "precision": "fp32",
                 },
@@ -97,7 +101,7 @@ class Runs(Group):
         shutil.copytree(run / "checkpoints", self.outside / "checkpoints")
 
     def launch(self, copy: Path) -> Launch:
-        return Launch(self.data, str(copy), "run")
+        return Launch(data=self.data, storage=str(copy), name="run", recipe="quickstart_fan")
 
     def damage(self, random: Random, folder: Path) -> None:
         """Damages a file of a checkpoint."""
@@ -114,7 +118,7 @@ class Runs(Group):
             said = change_file(random, path, self.outside / "outside.txt")
         self.said += f"{folder.name}: {path.name} {said}; "
 
-    def load(self, copy: Path) -> tuple[Checkpoint, State] | None:
+    def load(self, copy: Path) -> tuple[Checkpoint, CheckpointState] | None:
         checkpoints, noted = Checkpoints(str(copy / "run")), []
         found = checkpoints.load_newest(self.expect, lambda name, fault: noted.append((name, fault)))
         for name, fault in noted:
@@ -134,7 +138,7 @@ class Runs(Group):
         plan = outcome(lambda: make_plan(self.config, self.launch(copy)))
         if not isinstance(plan, Refused):
             outcome(lambda: explain_resume(plan))
-        outcome(lambda: choose([str(copy / "run")], self.data))
+        outcome(lambda: choose([str(copy / "run")], DataSet.open(self.data)))
         require(tree(copy) == before, "reading has changed the run")
         require(not self.trace.exists(), "a pickle was executed")
         return found
@@ -183,7 +187,7 @@ class Runs(Group):
             checkpoint, loaded = found
             parts = loaded.optimizer["optimizers"], loaded.optimizer["scaler"]
             require(tuple(map(type, parts)) == (list, dict), "no state of optimizers")
-            RunLog(str(copy / "run"), 1, loaded.log).close()
+            RunLog(Folder(str(copy / "run")), 1, loaded.log).close()
             outcome(lambda: Config.from_dict(checkpoint.meta["config"]))
 
     def kept(self, random: Random, copy: Path) -> None:
@@ -298,7 +302,7 @@ class Runs(Group):
         self.damage_log(random, copy)
 
         def read() -> tuple[str, bytes]:
-            log = RunLog(str(copy / "run"), 3, self.mark)
+            log = RunLog(Folder(str(copy / "run")), 3, self.mark)
             log.close()
             return log.lost, (copy / "run" / LOG).read_bytes()
 
@@ -326,11 +330,14 @@ class Runs(Group):
         counts = Counts(np.eye(10, dtype=np.int64), np.full(5, 10), np.zeros((15, 3), np.int64), 0)
 
         def read() -> None:
-            for name, (uri, best) in choose([str(copy / "run")], self.data).items():
-                made = run_report(Evaluation(name, uri, best, {}, {"test": counts}), [str(i) for i in range(10)])
+            for run, best in choose([str(copy / "run")], DataSet.open(self.data)):
+                made = run_report(
+                    Evaluation(run=run, checkpoint=best, predictions={}, counts={"test": counts}),
+                    [str(i) for i in range(10)],
+                )
                 to_json(made)
                 if random.random() < 0.2:
-                    require(re.match("<svg", plots.curves(lines_of(uri))) is not None, "no picture")
+                    require(re.match("<svg", plots.curves(lines_of(run))) is not None, "no picture")
 
         outcome(read)
 

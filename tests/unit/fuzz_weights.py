@@ -55,7 +55,7 @@ class Weights(Group):
         self.before = {k: v.clone() for k, v in self.second.state_dict().items()}
         require(load_keras_weights(small(3), self.original / "w.keras") == len(self.before), "not filled")
 
-    def judge(self, path: Path, same: bool) -> None:
+    def assess(self, path: Path, same: bool) -> None:
         """A file that is filled from holds what was written, if `same`: its format has checksums."""
         self.second.load_state_dict(self.before)
         content = path.read_bytes() if path.is_file() else b""
@@ -91,7 +91,7 @@ class Weights(Group):
             path.write_bytes(changed)
         else:
             self.said = change_file(random, path, copy / "11.h5")
-        self.judge(path, same=False)
+        self.assess(path, same=False)
 
     def structure(self, random: Random, copy: Path) -> None:
         """Another tree of groups, links, shapes, types and descriptions, all valid HDF5."""
@@ -152,7 +152,7 @@ class Weights(Group):
                 case "attr":
                     file[group].attrs["layer_names"] = random.choice([["dense"], 5, [name], "text"])
             self.said = f"{path.name}: {kind} {name} {group}"
-        self.judge(path, same=False)
+        self.assess(path, same=False)
 
     def archive(self, random: Random, copy: Path) -> None:
         path = copy / "w.keras"
@@ -161,7 +161,7 @@ class Weights(Group):
             case "zip":
                 changed, self.said = change_zip(random, content)
                 path.write_bytes(changed)
-                self.judge(path, same=True)
+                self.assess(path, same=True)
                 return
             case "config":
                 values, self.said = change_values(random, CONFIG)
@@ -176,7 +176,7 @@ class Weights(Group):
         with zipfile.ZipFile(path, "w", random.choice([zipfile.ZIP_STORED, zipfile.ZIP_BZIP2])) as made:
             for name, data in files.items():
                 made.writestr(name, data)
-        self.judge(path, same=False)
+        self.assess(path, same=False)
 
 
 def make(folder: Path) -> Group:

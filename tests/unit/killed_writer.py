@@ -23,6 +23,7 @@ from checkpoint_states import EXPECT, meta_of, optimizer_state, same, state, wit
 import cifar_dist
 from cifar_dist.run.checkpoint import Cursor, Mark
 from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.folder import Run
 from cifar_dist.run.log import LOG, read_lines
 from cifar_dist.run.ownership import Attempts
 from cifar_dist.storage import Folder
@@ -55,7 +56,7 @@ def saver_of(run: str, driver: str, attempt: int, num_kept: int) -> Saver:
     """Goes on behind the newest checkpoint."""
     newest = Checkpoints(run).latest()
     mark = Mark(**newest.meta["log"]) if newest else None
-    saver = Saver(run, driver, attempt, torch.device("cpu"), 0, mark, num_kept, 0.0)
+    saver = Saver(Run(run), driver, attempt, device=torch.device("cpu"), global_step=0, mark=mark, num_kept=num_kept)
     assert not saver.log.lost
     return saver
 

@@ -32,12 +32,12 @@ import torch
 from PIL import Image
 
 from cifar_dist import models
-from cifar_dist.config import Launch
 from cifar_dist.data import sources, staged, store
 from cifar_dist.environment import prepare_environment
+from cifar_dist.job_settings import Launch
 from cifar_dist.launch import plan
 from cifar_dist.recipes import recipe_config
-from cifar_dist.run.checkpoint import Cursor, State
+from cifar_dist.run.checkpoint import CheckpointState, Cursor
 from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.sealed_json import seal, to_json
 
@@ -68,16 +68,20 @@ def write_runs(folder: Path) -> None:
     from cifar_dist.run import network
 
     config, data = recipe_config("quickstart_fan"), str(folder / "data")
-    planned = plan.make_plan(config, Launch(data, str(folder / "runs"), "first", recipe="quickstart_fan"))
+    planned = plan.make_plan(
+        config, Launch(data=data, storage=str(folder / "runs"), name="first", recipe="quickstart_fan")
+    )
     for name in ("first", "empty"):
         (folder / "runs" / name).mkdir(parents=True)
         (folder / "runs" / name / "config.json").write_bytes(to_json(seal(planned.card)))
     optimizer: dict[str, Any] = {"optimizers": [{"state": {}, "param_groups": []}], "scaler": {}}
     for global_step, cursor in enumerate([Cursor(0, 1), Cursor(1, 0), Cursor(1, 1)], 1):
         # The driver looks at no weights but for their checksums: a small tensor keeps the copies small.
-        state = State({"weight": torch.full((4, 3), float(global_step))}, None, {}, optimizer)
+        state = CheckpointState(
+            model={"weight": torch.full((4, 3), float(global_step))}, average=None, ranks={}, optimizer=optimizer
+        )
         meta = {
-            **network.expected_of(config, planned.manifest),
+            **network.expected_of(config, planned.data.manifest),
             "global_step": global_step,
             "metrics": None if cursor.step else {"validation_accuracy": 0.5, "validation_loss": 1.0},
             "totals": [0.0, 0.0, 0.0],
@@ -85,7 +89,7 @@ def write_runs(folder: Path) -> None:
             "config": config.to_dict(),
             "weights": None,
             "data_uri": data,
-            "class_names": planned.manifest.class_names,
+            "class_names": planned.data.manifest.class_names,
             "world_size": 1,
             "num_threads_per_worker": 1,
         }

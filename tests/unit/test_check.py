@@ -16,6 +16,7 @@ from odd_pictures import exif, jpeg_with, odd_pictures, picture, saved
 from PIL import Image, ImageOps
 
 from cifar_dist.data import check, sources, store
+from cifar_dist.data.sources.picture import examined
 from cifar_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ REFUSED = {
 def stored(files: dict[str, bytes], skip_bad: bool = False) -> tuple[list[sources.Row], list[str]]:
     """The rows of a source of these files, and what was left out."""
     items = [sources.Item(name, 0, lambda content=content: content) for name, content in files.items()]
-    source = sources.Source("test", ["a"], {"train": items})
+    source = sources.Source(name="test", class_names=["a"], splits={"train": items})
     try:
         return list(source.rows("train", skip_bad)), source.skipped
     finally:
@@ -213,7 +214,9 @@ def test_prepare_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     items = [sources.Item(str(i), i, lambda: GOOD) for i in range(2)]
-    source = sources.Source("x", ["a", "b"], {"train": items, "test": items})  # kept, so that it is not cleared away
+    source = sources.Source(
+        name="x", class_names=["a", "b"], splits={"train": items, "test": items}
+    )  # kept, so that it is not cleared away
     store.prepare(source, str(tmp_path / "out"))
     assert [process.returncode for process in started] == [-signal.SIGKILL]  # one for both splits, and it is no more
 
@@ -237,7 +240,7 @@ def test_the_child_ends_with_a_parent_that_was_killed():
 def test_a_jpeg_that_ends_dali_is_never_shown_to_it(segments: tuple[int, ...], is_shown: bool):
     """DALI 2.4 may die of a JPEG with EXIF twice, or live on and decode the next pictures wrong."""
     file = jpeg_with(*map(exif, segments))
-    found = sources.examined(sources.Item("x", 0, lambda: file), sources.DeepImages())
+    found = examined(sources.Item("x", 0, lambda: file), sources.DeepImages())
     assert (found.pixels is not None) == is_shown
 
 

@@ -19,10 +19,10 @@ import torch
 from checkpoint_states import EXPECT, meta_of, put_meta, same, state, tree, weights, write
 
 from cifar_dist.errors import UserError
+from cifar_dist.models.spec import MODELS
 from cifar_dist.run.checkpoint import FORMAT_VERSION, Checkpoint, Cursor, Damaged
 from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.sealed_json import seal
-from cifar_dist.versions import MODEL_VERSIONS
 
 FILES = ["model.safetensors", "average.safetensors", "ranks.safetensors", "optimizer.pt"]
 
@@ -65,10 +65,11 @@ def test_what_is_written_comes_back(run, average, ranks):
 
 
 def test_a_checkpoint_says_which_version_of_the_network_it_is_of(run):
-    for cursor, (model, number) in enumerate(MODEL_VERSIONS.items()):
+    versions = {name: spec.version for name, spec in MODELS.items()}
+    for cursor, (model, number) in enumerate(versions.items()):
         meta = run.write(Cursor(cursor, 1), 1, state(1), {**meta_of(), "model": model}).meta
         assert meta["model_version"] == number
-    assert MODEL_VERSIONS == {"fan": 1, "resnet50v2": 2}  # raise one when a network computes something else
+    assert versions == {"fan": 1, "resnet50v2": 2}  # raise one when a network computes something else
 
 
 @pytest.mark.parametrize("made", [None, 1, 3])

@@ -1,6 +1,7 @@
 """The Ray cluster of a job: which addresses are taken, where a local one keeps its files, and how it ends."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pwd
@@ -19,9 +20,9 @@ import pytest
 import ray
 import torch.distributed as dist
 
-from cifar_dist import config
 from cifar_dist import environment as environ
 from cifar_dist.errors import UserError
+from cifar_dist.job_settings import ClusterSettings
 from cifar_dist.launch import cluster, local_cluster, ray_private, trainer
 from cifar_dist.launch.local_cluster import GUARDIAN, LONGEST_SOCKET, SOCKET
 
@@ -183,11 +184,12 @@ def test_an_empty_address_means_a_cluster_of_ones_own(
     text: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ, "RAY_ADDRESS": text})
-    parser = config.Parser()
-    config.add_cluster_options(parser)
-    assert parser.parse_args([]).address == expected
-    assert parser.parse_args(["--address", text]).address == expected
+    assert ClusterSettings().cluster == expected
+    given = ClusterSettings(address=text)
+    assert given.cluster == expected
     assert environ.prepare_environment() == expected
+    monkeypatch.setattr(os, "environ", {**os.environ, "RAY_ADDRESS": "elsewhere:1"})
+    assert ClusterSettings(address=text).cluster == dataclasses.replace(given).cluster == expected
 
 
 # The environment.

@@ -14,10 +14,10 @@ from cifar_dist.models.fan import Fan
 from cifar_dist.models.resnet50v2 import ResNet50V2
 from cifar_dist.run.network import Precision
 from cifar_dist.train import communication
+from cifar_dist.train.assemble import wrap
 from cifar_dist.train.communication import Communication, FactoredLinear, factor_layers, parallel
 from cifar_dist.train.diagnosis import bottleneck_verdict
 from cifar_dist.train.loop import Clock
-from cifar_dist.train.worker import Worker
 
 CPU = torch.device("cpu")
 
@@ -127,17 +127,17 @@ def test_a_layer_with_factors_evaluates_and_computes_in_mixed_precision_as_it_di
 def test_workers_on_cpus_exchange_factors_by_themselves(settings, world, chosen, monkeypatch):
     """The first layer's gradient has 8 KiB: twice its factors in fp32 are less of ten images, and more of eleven."""
     monkeypatch.setattr(communication, "BUCKET_BYTES", 1000)
-    config, worker = Config().replace(**settings), Worker.__new__(Worker)
-    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 3))
-    worker.world, worker.job = world, SimpleNamespace(config=config)
+    config, model = Config().replace(**settings), nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 3))
     precision = Precision(config.loop.precision, CPU)
-    worker.state = SimpleNamespace(device=CPU, precision=precision, communication=None)
-    wrapped = worker._wrap(model, CPU)
+    state = SimpleNamespace(
+        config=config, trainable=model, world=world, device=CPU, precision=precision, communication=None
+    )
+    wrap(state)
     assert isinstance(model[0], FactoredLinear) is chosen
-    assert isinstance(wrapped, DistributedDataParallel) is (world > 1)
-    assert (worker.state.communication is None) is (world == 1)
+    assert isinstance(state.trainable, DistributedDataParallel) is (world > 1)
+    assert (state.communication is None) is (world == 1)
     if chosen:
-        assert model[0].communication is worker.state.communication
+        assert model[0].communication is state.communication
 
 
 @pytest.mark.parametrize(

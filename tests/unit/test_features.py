@@ -10,8 +10,9 @@ from cifar_dist import models
 from cifar_dist.config import Config
 from cifar_dist.data import order
 from cifar_dist.data.loader import Loader
-from cifar_dist.data.manifest import read_manifest
 from cifar_dist.data.order import ImageSpec, eval_plans, train_plans
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import FrozenBase
 from cifar_dist.train.features import FeatureCache, Features, cache_key, expected_bytes, open_cache
@@ -34,10 +35,10 @@ def base():
 
 @pytest.fixture(scope="module")
 def loader(shapes_uri, tmp_path_factory):
-    spec = ImageSpec(SIZE, "-1..1", channels_last=True)
+    spec = ImageSpec(image_size=SIZE, input_range="-1..1", channels_last=True)
     folder = tmp_path_factory.mktemp("staged")
-    manifest = read_manifest(shapes_uri)
-    return Loader(shapes_uri, manifest, "train", spec, torch.device("cpu"), 1, 8, staging_folder=folder)
+    data = DataSet.open(shapes_uri, Staging(folder=folder))
+    return Loader(data, "train", spec, device=torch.device("cpu"), num_threads=1, max_batch_size=8)
 
 
 def cache(folder, base, num_bytes=0):
@@ -45,7 +46,16 @@ def cache(folder, base, num_bytes=0):
 
 
 def plans(epoch):
-    return train_plans(IDS, order.Augmentation(SIZE, "both"), 0, epoch, 0, 8, 0, 1)
+    return train_plans(
+        IDS,
+        order.ImageSpec(image_size=SIZE, flips="both"),
+        seed=0,
+        epoch=epoch,
+        first_step=0,
+        global_batch_size=8,
+        rank=0,
+        world=1,
+    )
 
 
 def gather(source, planned):
@@ -131,7 +141,9 @@ def test_expected_bytes_are_what_the_flips_bring():
 
 def test_the_notice_names_disk_and_memory(shapes_uri, base, tmp_path):
     config = Config().replace(model="resnet50v2", image_size=96, flips="both", features="cached", epochs=3)
-    opened = open_cache(config, read_manifest(shapes_uri), base, 200, (180, 20), str(tmp_path))
+    opened = open_cache(
+        config, DataSet.open(shapes_uri, Staging(folder=tmp_path)), base, num_images=200, num_used=(180, 20)
+    )
     most = 200 * 4 * math.ceil(96 / 32) ** 2 * 2048 * 4
     assert f"at most {most / 2**30:.2f} GiB" in opened.notice
     assert "in memory" in opened.notice

@@ -5,7 +5,7 @@ import torch
 
 from cifar_dist import models
 from cifar_dist.models.frozen import FrozenBase, inference_copy, split_frozen
-from cifar_dist.models.layers import Dropout
+from cifar_dist.models.layers import Dropout, KerasBatchNorm
 
 
 def resnet(finetune=False):
@@ -13,7 +13,7 @@ def resnet(finetune=False):
     model = models.build("resnet50v2", seed=1, finetune=finetune).eval()
     random = torch.Generator().manual_seed(0)
     for module in model.modules():
-        if isinstance(module, models.KerasBatchNorm):
+        if isinstance(module, KerasBatchNorm):
             module.running_mean.normal_(0, 0.1, generator=random)
             module.running_var.uniform_(0.5, 1.5, generator=random)
     return model

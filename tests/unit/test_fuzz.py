@@ -22,15 +22,17 @@ import torch
 from checkpoint_states import EXPECT, put_meta, tree, write
 from mutations import deep, sha256, torch_file
 
-from cifar_dist.config import Config, Launch
-from cifar_dist.data import sources, staged, store
+from cifar_dist.config import Config
+from cifar_dist.data import sources, store
 from cifar_dist.data.manifest import MANIFEST, read_manifest
-from cifar_dist.data.staged import STAGED
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import STAGED, DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.report import lines_of
 from cifar_dist.launch.plan import check_stored
 from cifar_dist.models.keras_weights import load_keras_weights
 from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.folder import Run
 from cifar_dist.run.log import LOG, read_lines
 from cifar_dist.run.ownership import Attempts
 from cifar_dist.sealed_json import from_json, seal, to_json
@@ -132,7 +134,7 @@ def test_json_that_the_project_writes_is_read_as_it_was():
 
 
 @pytest.mark.parametrize("content", [NESTED, ODD_JSON["NaN for null"]], ids=["nested", "NaN"])
-def test_every_reader_of_json_refuses_it(content: bytes, shapes_uri: str, tmp_path: Path):
+def test_every_reader_of_json_refuses_it(content: bytes, tmp_path: Path):
     (tmp_path / "_manifest.json").write_bytes(content)
     assert "is damaged" in sentence_of(lambda: read_manifest(str(tmp_path)))
     run = tmp_path / "run"
@@ -143,9 +145,7 @@ def test_every_reader_of_json_refuses_it(content: bytes, shapes_uri: str, tmp_pa
     assert "is damaged" in sentence_of(lambda: read_lines(Folder(str(run))))
     (run / "config.json").write_bytes(content)
     card = {"manifest_sha256": "", "weights": None, "config": Config().to_dict()}
-    assert "config.json is damaged" in sentence_of(
-        lambda: check_stored(card, Launch(shapes_uri, str(tmp_path), "run"), "")
-    )
+    assert "config.json is damaged" in sentence_of(lambda: check_stored(card, Run(str(tmp_path / "run")), ""))
     attempts = Attempts(Folder(str(run)), "0123456789abcdef")
     attempts.claim(takeover=True)
     (claim,) = (run / "attempts").iterdir()
@@ -212,7 +212,7 @@ def test_a_sealed_manifest_that_says_something_else_is_refused(
     change: Callable[[dict], object], tmp_path: Path, staging_folder: Path
 ):
     folder = sealed_manifest(tmp_path / "data", change)
-    line = sentence_of(lambda: staged.stage(str(folder), "train", staging_folder))
+    line = sentence_of(lambda: DataSet.open(str(folder), Staging(folder=staging_folder)).stage("train"))
     assert str(folder) in line
     assert "prepare" in line
     assert not list(staging_folder.rglob("*.arrow"))
@@ -229,18 +229,20 @@ def test_a_sealed_manifest_of_other_sizes_is_refused_when_images_are_decoded(
 
     told = 72 - real
     items = [sources.Item(f"{i}.png", i % 2, lambda: np.zeros((real, real, 3), np.uint8)) for i in range(6)]
-    source = sources.Source("grey", ["a", "b"], {"train": items, "test": items})
+    source = sources.Source(name="grey", class_names=["a", "b"], splits={"train": items, "test": items})
     store.prepare(source, str(tmp_path / "data"))
     path = tmp_path / "data" / MANIFEST
     values = json.loads(path.read_bytes())
     values["splits"]["train"] |= {"height": [told, told], "width": [told, told]}
     path.write_bytes(to_json(seal(values)))
-    manifest = read_manifest(str(tmp_path / "data"))
-    spec = ImageSpec(32, "0..1", False, False, 0)
+    data = DataSet.open(str(tmp_path / "data"), Staging(folder=staging_folder))
+    settings = {"device": torch.device("cpu"), "num_threads": 1, "max_batch_size": 4, "cache": cache}
+    settings["cache_budget_mib"] = 100
 
     def read() -> None:
-        place = str(tmp_path / "data"), manifest, "train", spec, torch.device("cpu"), 1, 4, cache, 100, staging_folder
-        for batch in Loader(*place).batches(eval_plans(np.arange(6), 4, 0, 1)):
+        for batch in Loader(data, "train", ImageSpec(image_size=32), **settings).batches(
+            eval_plans(np.arange(6), 4, 0, 1)
+        ):
             assert batch.images.shape[2:] == (32, 32)
 
     if cache == "encoded" and told != 32:  # every image is resized, whatever its size
@@ -251,14 +253,14 @@ def test_a_sealed_manifest_of_other_sizes_is_refused_when_images_are_decoded(
 
 
 def test_a_staged_file_with_missing_values_is_copied_again(shapes_uri: str, staging_folder: Path):
-    wanted = staged.stage(shapes_uri, "test", staging_folder).labels.copy()
+    wanted = DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("test").labels.copy()
     (path,) = staging_folder.rglob("test.arrow")
     reader = pa.ipc.open_file(pa.BufferReader(path.read_bytes()))
     batch = reader.get_batch(0)
     forged = pa.record_batch([batch["bytes"], batch["path"], pa.array([None] * len(batch), pa.int64())], schema=STAGED)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, STAGED) as writer:
         writer.write_batch(forged)
-    assert np.array_equal(staged.stage(shapes_uri, "test", staging_folder).labels, wanted)
+    assert np.array_equal(DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("test").labels, wanted)
 
 
 @pytest.mark.parametrize("target", ["nowhere", "test-00000.parquet"])
@@ -392,4 +394,4 @@ def test_a_line_of_the_log_that_no_job_wrote_is_refused(line: dict[str, Any], tm
     (tmp_path / LOG).write_text(json.dumps(good) + "\n")
     assert read_lines(Folder(str(tmp_path))) == [good]
     (tmp_path / LOG).write_text(f"{json.dumps(good)}\n{json.dumps(line)}\n")
-    assert f"{LOG} is damaged" in sentence_of(lambda: lines_of(str(tmp_path)))
+    assert f"{LOG} is damaged" in sentence_of(lambda: lines_of(Run(str(tmp_path))))

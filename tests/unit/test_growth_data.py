@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cifar_dist.data import manifest, staged
+from cifar_dist.data import manifest
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -19,9 +21,11 @@ def test_a_repeated_data_set_holds_every_row_so_often(
 
     made = repeat(shapes_uri, 3, tmp_path / "data")
     assert manifest.read_manifest(str(tmp_path / "data")) == made  # which checks its checksum
-    one, three = (staged.stage(uri, "train", staging_folder) for uri in (shapes_uri, str(tmp_path / "data")))
+    one, three = (
+        DataSet.open(uri, Staging(folder=staging_folder)).stage("train") for uri in (shapes_uri, str(tmp_path / "data"))
+    )
     assert (three.labels == np.tile(one.labels, 3)).all()
     assert all(three.encoded(i).tobytes() == one.encoded(i % 200).tobytes() for i in range(600))
     assert made.splits["train"]["num_rows_per_class"] == np.bincount(three.labels).tolist()
-    assert len(staged.stage(str(tmp_path / "data"), "test", staging_folder)) == 100
+    assert len(DataSet.open(str(tmp_path / "data"), Staging(folder=staging_folder)).stage("test")) == 100
     assert os.path.samefile(tmp_path / "data" / "train-00002.parquet", Path(shapes_uri, "train-00000.parquet"))

@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import json
-import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from keras_files import NUMBERED, keras_layout, small
 from torch import nn
 
 from cifar_dist import models
+from cifar_dist.cli import weights as weights_job
 from cifar_dist.errors import UserError
 from cifar_dist.models import keras_weights
 from cifar_dist.models.keras_weights import (
@@ -29,9 +29,6 @@ from cifar_dist.models.keras_weights import (
     read_file,
     tensors_of,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
-import weights as weights_job
 
 
 def write_published(path: Path, layers: dict[str, nn.Module]) -> None:
@@ -520,7 +517,7 @@ def test_download_retries_checks_and_stores(server, published: Path, tmp_path: P
     url, answers = server
     answers.extend([503])
     content = published.read_bytes()
-    target = weights_job.weights(url, None, hashlib.md5(content).hexdigest(), str(tmp_path / "out"))
+    target = weights_job.store_weights(url, None, hashlib.md5(content).hexdigest(), str(tmp_path / "out"))
     assert Path(target).read_bytes() == content
     assert [file.name for file in (tmp_path / "out").iterdir()] == [weights_job.PUBLISHED_NAME]
     assert f"270 tensors for resnet50v2, sha256 {hashlib.sha256(content).hexdigest()}" in capsys.readouterr().out
@@ -529,23 +526,23 @@ def test_download_retries_checks_and_stores(server, published: Path, tmp_path: P
 def test_a_download_of_another_file_is_refused(server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(weights_job, "RETRIES", 0)
     with pytest.raises(UserError, match="is not the expected file: its md5 is not fac2f116257151a9d068a22e544a4917"):
-        weights_job.weights(server[0], None, weights_job.PUBLISHED_MD5, str(tmp_path / "out"))
+        weights_job.store_weights(server[0], None, weights_job.PUBLISHED_MD5, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_without_a_network_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(weights_job, "RETRIES", 0)
     with pytest.raises(UserError, match=r"cannot download http://127.0.0.1:9/.* name it with --path"):
-        weights_job.weights("http://127.0.0.1:9/w.h5", None, weights_job.PUBLISHED_MD5, str(tmp_path))
+        weights_job.store_weights("http://127.0.0.1:9/w.h5", None, weights_job.PUBLISHED_MD5, str(tmp_path))
 
 
 def test_a_local_file_instead(published: Path, tmp_path: Path):
     md5 = hashlib.md5(published.read_bytes()).hexdigest()
-    assert Path(weights_job.weights("", str(published), md5, str(tmp_path))).exists()
+    assert Path(weights_job.store_weights("", str(published), md5, str(tmp_path))).exists()
     with pytest.raises(UserError, match=r"its md5 is .*, not fac2f1"):
-        weights_job.weights("", str(published), weights_job.PUBLISHED_MD5, str(tmp_path))
+        weights_job.store_weights("", str(published), weights_job.PUBLISHED_MD5, str(tmp_path))
     with pytest.raises(UserError, match="is not a file"):
-        weights_job.weights("", str(tmp_path / "none"), md5, str(tmp_path))
+        weights_job.store_weights("", str(tmp_path / "none"), md5, str(tmp_path))
 
 
 def test_another_file_of_that_name_is_left_alone(published: Path, tmp_path: Path):
@@ -553,5 +550,5 @@ def test_another_file_of_that_name_is_left_alone(published: Path, tmp_path: Path
     target = tmp_path / weights_job.PUBLISHED_NAME
     target.write_bytes(b"somebody's own")
     with pytest.raises(UserError, match="is there already and is another file; remove it, or use another --out"):
-        weights_job.weights("", str(published), md5, str(tmp_path))
+        weights_job.store_weights("", str(published), md5, str(tmp_path))
     assert [path.read_bytes() for path in tmp_path.iterdir() if path != published] == [b"somebody's own"]

@@ -9,13 +9,13 @@ import ray.exceptions
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cifar_dist import stopping
-from cifar_dist.config import Launch
 from cifar_dist.errors import UserError
+from cifar_dist.job_settings import Launch
 from cifar_dist.launch import driver, failures
 from cifar_dist.launch.failures import QUICK_SECONDS, StopOnUserError
 
 GO_ON = "run the same command to go on"
-RUN = Launch("data", "storage", "first", num_workers=2, max_failures=3)
+RUN = Launch(recipe="deck_fan", data="data", storage="storage", name="first", workers="2", max_failures=3)
 
 
 def workers_failed(*errors: Exception) -> WorkerGroupError:

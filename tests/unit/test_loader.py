@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,25 @@ from PIL import Image
 
 from cifar_dist.data import order, sources, store
 from cifar_dist.data.loader import Batch, Loader, use_decoded
-from cifar_dist.data.manifest import read_manifest
-from cifar_dist.data.order import STEPS_PER_DRAW, ImageSpec, Plan, eval_plans, train_plans
+from cifar_dist.data.order import STEPS_PER_DRAW, BatchPlan, ImageSpec, eval_plans, train_plans
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.recipes import recipe_config
-from cifar_dist.run.network import augmentation, image_spec, split_ids
+from cifar_dist.run.network import image_spec, split_ids
 
 WORLDS = [1, 2, 3, 5]
-FLIPS = order.Augmentation(32, "both")
-AUGMENTATION = order.Augmentation(32, "both", crop_padding=4, cutout_size=8)
+FLIPS = order.ImageSpec(image_size=32, flips="both")
+AUGMENTATION = order.ImageSpec(image_size=32, flips="both", crop_padding=4, cutout_size=8)
 
 
 def open_loader(
     uri: str, staging_folder: Path, split: str = "train", cache: str = "auto", size: int = 32, **options: Any
 ) -> Loader:
-    spec, cpu = ImageSpec(size, "0..255", True), torch.device("cpu")
-    manifest = read_manifest(uri)
-    return Loader(uri, manifest, split, spec, cpu, 1, 32, cache, staging_folder=staging_folder, **options)
+    spec, cpu = ImageSpec(image_size=size, input_range="0..255", channels_last=True), torch.device("cpu")
+    data = DataSet.open(uri, Staging(folder=staging_folder))
+    settings = {"device": cpu, "num_threads": 1, "max_batch_size": 32, "cache": cache, **options}
+    return Loader(data, split, spec, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,9 @@ def test_batches_hold_the_planned_images_flips_and_labels(
     shapes_uri: str, staging_folder: Path, train_pixels: np.ndarray, cache: str
 ):
     loader = open_loader(shapes_uri, staging_folder, cache=cache)
-    plans = list(train_plans(np.arange(200), FLIPS, 7, 1, 0, 32, rank=0, world=1))
+    plans = list(
+        train_plans(np.arange(200), FLIPS, seed=7, epoch=1, first_step=0, global_batch_size=32, rank=0, world=1)
+    )
     batches = list(loader.batches(plans))
     assert [len(batch.images) for batch in batches] == [32] * 6 + [8]  # the last one is smaller
     for plan, batch in zip(plans, batches, strict=True):
@@ -66,7 +71,9 @@ def test_batches_hold_the_planned_images_flips_and_labels(
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_the_cache_does_not_change_a_bit(shapes_uri: str, staging_folder: Path, size: int):
-    plans = list(train_plans(np.arange(40), FLIPS, 0, 0, 0, 16, rank=0, world=1))
+    plans = list(
+        train_plans(np.arange(40), FLIPS, seed=0, epoch=0, first_step=0, global_batch_size=16, rank=0, world=1)
+    )
     encoded, decoded = (
         list(open_loader(shapes_uri, staging_folder, cache=cache, size=size).batches(plans))
         for cache in ("encoded", "decoded")
@@ -81,7 +88,10 @@ def test_images_of_several_sizes_and_formats(tmp_path: Path, staging_folder: Pat
         return buffer.getvalue()
 
     items = [sources.Item("a", 0, partial(jpeg, 20, 31)), sources.Item("b", 1, lambda: np.zeros((9, 9, 3), np.uint8))]
-    store.prepare(sources.Source("mixed", ["a", "b"], {"train": items, "test": items}), str(tmp_path / "out"))
+    store.prepare(
+        sources.Source(name="mixed", class_names=["a", "b"], splits={"train": items, "test": items}),
+        str(tmp_path / "out"),
+    )
     loader = open_loader(str(tmp_path / "out"), staging_folder)
     assert loader.decoded is None
     (batch,) = loader.batches(eval_plans(np.arange(2), 2, 0, 1))
@@ -94,7 +104,9 @@ def test_images_of_several_sizes_and_formats(tmp_path: Path, staging_folder: Pat
 def test_batches_that_are_kept_stay_as_they_were(shapes_uri: str, staging_folder: Path, size: int):
     """Batches lie in DALI's own memory: each must be left alone for as long as anyone holds it, and no longer."""
     loader = open_loader(shapes_uri, staging_folder, size=size)
-    plans = list(train_plans(np.arange(200), FLIPS, 0, 0, 0, 32, rank=0, world=1))
+    plans = list(
+        train_plans(np.arange(200), FLIPS, seed=0, epoch=0, first_step=0, global_batch_size=32, rank=0, world=1)
+    )
     kept, copies = [], []
     for batch in loader.batches(plans):
         kept.append(batch)
@@ -125,10 +137,15 @@ def test_leaving_early_does_not_disturb_the_next_iteration(shapes_uri: str, stag
 def test_synthetic_batches_are_one_random_batch_under_the_plans_of_the_data(
     shapes_uri: str, staging_folder: Path, channels_last: bool
 ):
-    manifest, spec = read_manifest(shapes_uri), ImageSpec(32, "-1..1", channels_last, crop=True, cutout_size=8)
-    settings: Any = (shapes_uri, manifest, "train", spec, torch.device("cpu"), 1, 32, "auto", 64, staging_folder)
-    first, again, real = (Loader(*settings, synthetic=synthetic) for synthetic in (True, True, False))
-    plans = list(train_plans(np.arange(200), AUGMENTATION, 7, 1, 0, 32, rank=0, world=1))
+    spec = dataclasses.replace(AUGMENTATION, input_range="-1..1", channels_last=channels_last)
+    data = DataSet.open(shapes_uri, Staging(folder=staging_folder))
+    settings: Any = {"device": torch.device("cpu"), "num_threads": 1, "max_batch_size": 32, "cache_budget_mib": 64}
+    first, again, real = (
+        Loader(data, "train", spec, **settings, synthetic=synthetic) for synthetic in (True, True, False)
+    )
+    plans = list(
+        train_plans(np.arange(200), AUGMENTATION, seed=7, epoch=1, first_step=0, global_batch_size=32, rank=0, world=1)
+    )
     batches = list(first.batches(plans))
     whole = batches[0]
     for batch, other, wanted in zip(batches, again.batches(plans), real.batches(plans), strict=True):
@@ -150,7 +167,9 @@ def test_synthetic_batches_are_one_random_batch_under_the_plans_of_the_data(
 
 def test_synthetic_data_decodes_nothing(tmp_path: Path, staging_folder: Path):
     source = sources.shapes(20, 20)
-    store.prepare(UncheckedShapes(source.name, source.class_names, source.splits), str(tmp_path / "out"))
+    store.prepare(
+        UncheckedShapes(name=source.name, class_names=source.class_names, splits=source.splits), str(tmp_path / "out")
+    )
     loader = open_loader(str(tmp_path / "out"), staging_folder, cache="decoded", synthetic=True)
     assert [len(batch.images) for batch in loader.batches(eval_plans(np.arange(20), 8, 0, 1))] == [8, 8, 4]
     assert not list(staging_folder.rglob("train.decoded"))
@@ -216,14 +235,23 @@ class UncheckedShapes(sources.Source):
     def rows(self, split: str, skip_bad: bool = False):
         for i, row in enumerate(super().rows(split, skip_bad)):
             if (split, i) == ("train", 13):
-                row = sources.Row(b"this is no picture", row.path, row.label, row.encoding, row.height, row.width)
+                row = sources.Row(
+                    encoded=b"this is no picture",
+                    path=row.path,
+                    label=row.label,
+                    encoding=row.encoding,
+                    height=row.height,
+                    width=row.width,
+                )
             yield row
 
 
 @pytest.mark.parametrize("cache", ["encoded", "decoded"])
 def test_a_bad_image_in_the_store_is_named_by_path_and_row(tmp_path: Path, staging_folder: Path, cache: str):
     source = sources.shapes(20, 20)
-    store.prepare(UncheckedShapes(source.name, source.class_names, source.splits), str(tmp_path / "out"))
+    store.prepare(
+        UncheckedShapes(name=source.name, class_names=source.class_names, splits=source.splits), str(tmp_path / "out")
+    )
 
     def read_all() -> None:
         loader = open_loader(str(tmp_path / "out"), staging_folder, cache=cache)
@@ -242,26 +270,17 @@ def test_a_bad_image_in_the_store_is_named_by_path_and_row(tmp_path: Path, stagi
 
 def test_images_before_a_bad_one_are_still_had(tmp_path: Path, staging_folder: Path):
     source = sources.shapes(20, 20)
-    store.prepare(UncheckedShapes(source.name, source.class_names, source.splits), str(tmp_path / "out"))
+    store.prepare(
+        UncheckedShapes(name=source.name, class_names=source.class_names, splits=source.splits), str(tmp_path / "out")
+    )
     loader = open_loader(str(tmp_path / "out"), staging_folder, cache="encoded")
     assert len(list(loader.batches(eval_plans(np.arange(13), 8, 0, 1)))) == 2
 
 
 def test_a_damaged_data_set_is_refused(shapes_uri: str, tmp_path: Path, staging_folder: Path):
-    manifest = read_manifest(shapes_uri)
+    shutil.copy(Path(shapes_uri, "_manifest.json"), tmp_path)
     with pytest.raises(UserError, match="missing; prepare the data set again"):
-        Loader(
-            str(tmp_path),
-            manifest,
-            "train",
-            ImageSpec(32, "0..1", True),
-            torch.device("cpu"),
-            1,
-            8,
-            "auto",
-            64,
-            staging_folder,
-        )
+        open_loader(str(tmp_path), staging_folder)
 
 
 # Plans
@@ -295,7 +314,7 @@ def global_steps(world: int, **changes: Any) -> list[tuple[list[int], list[list[
     """Per step, the ids that count and what is drawn for them (flips, crop, hole), over all ranks in their order."""
     settings = {
         "ids": np.arange(500, 603),
-        "augmentation": AUGMENTATION,
+        "spec": AUGMENTATION,
         "seed": 3,
         "epoch": 2,
         "first_step": 0,
@@ -350,7 +369,7 @@ def test_epochs_and_seeds_change_order_and_augmentation():
 
 
 def test_without_augmentation_nothing_is_changed():
-    steps = global_steps(2, augmentation=order.Augmentation(32))
+    steps = global_steps(2, spec=order.ImageSpec(image_size=32))
     assert [ids for ids, _ in steps] == [ids for ids, _ in global_steps(2)]
     assert all(row == [0, 0, 0, 0, 32, 32] for _, drawn in steps for row in drawn)
 
@@ -361,7 +380,9 @@ def test_a_rank_without_a_part_works_on_another_s_which_does_not_count(shapes_ur
     loader = open_loader(shapes_uri, staging_folder)
     counted, ids = [], []
     for rank in range(5):
-        plans: list[Plan] = list(train_plans(np.arange(15), FLIPS, 0, 0, 0, 10, rank, 5))
+        plans: list[BatchPlan] = list(
+            train_plans(np.arange(15), FLIPS, seed=0, epoch=0, first_step=0, global_batch_size=10, rank=rank, world=5)
+        )
         first, last = loader.batches(plans)
         assert len(first.images) == 2
         assert len(last.images) == len(last.ids) in (2, 3)
@@ -378,8 +399,9 @@ def test_the_configured_augmentation_reaches_plans_and_pipeline(crop_padding: in
     config = recipe_config(
         "quickstart_fan", flips="horizontal", crop_padding=crop_padding, cutout_size=7, precision="fp32"
     )
-    assert augmentation(config) == order.Augmentation(32, "horizontal", crop_padding=crop_padding, cutout_size=7)
-    expected = ImageSpec(32, "0..1", False, crop=crop_padding > 0, cutout_size=7)
+    expected = ImageSpec(
+        image_size=32, input_range="0..1", flips="horizontal", crop_padding=crop_padding, cutout_size=7
+    )
     assert image_spec(config, torch.device("cpu")) == expected
     half = image_spec(config.replace(precision="bf16"), torch.device("cpu"))
     assert half == dataclasses.replace(expected, channels_last=True)

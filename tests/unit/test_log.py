@@ -34,7 +34,7 @@ def add(log: RunLog, first: int, last: int) -> None:
 
 def filled(run: Path | str, first: int, last: int, mark: Mark | None = None) -> Mark:
     """Stores steps `first` to `last` of a run that goes on at `mark`; returns the mark behind them."""
-    log = RunLog(str(run), first - 1, mark)
+    log = RunLog(Folder(str(run)), first - 1, mark)
     assert not log.lost
     add(log, first, last)
     taken = log.take()
@@ -55,13 +55,13 @@ def fits(run: Path | str, mark: Mark) -> bool:
 
 def test_a_new_run_has_no_lines(tmp_path):
     assert read_lines(Folder(str(tmp_path))) == []
-    log = RunLog(str(tmp_path), 0)
+    log = RunLog(Folder(str(tmp_path)), 0)
     assert (log.lost, log.warnings, log.take().mark) == ("", set(), START)
     assert read_lines(Folder(str(tmp_path))) == []
 
 
 def test_lines_say_what_was_measured_where(tmp_path):
-    log = RunLog(str(tmp_path), 0)
+    log = RunLog(Folder(str(tmp_path)), 0)
     log.add("step", 0, 20, train_loss=2.5, step=20)
     log.add("warning", 0, 20, warning="kind", message="a sentence")
     log.store(log.take())
@@ -75,7 +75,7 @@ def test_lines_say_what_was_measured_where(tmp_path):
 
 def test_what_is_not_finite_is_null(tmp_path):
     """JSON has no name for it, and other programs would refuse the whole file."""
-    log = RunLog(str(tmp_path), 0)
+    log = RunLog(Folder(str(tmp_path)), 0)
     log.add("epoch", 0, 20, validation_loss=float("nan"), train_loss=float("inf"), train_accuracy=0.5)
     log.store(log.take())
     (line,) = (json.loads(t, parse_constant=pytest.fail) for t in (tmp_path / LOG).read_text().splitlines())
@@ -83,7 +83,7 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 
 def test_nothing_is_stored_before_store(tmp_path):
-    log = RunLog(str(tmp_path), 0)
+    log = RunLog(Folder(str(tmp_path)), 0)
     add(log, 1, 1)
     taken = log.take()
     assert [p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()] == [0, 0]
@@ -93,7 +93,7 @@ def test_nothing_is_stored_before_store(tmp_path):
 
 def test_what_was_taken_does_not_grow(tmp_path):
     """It belongs to a checkpoint, and is stored while training goes on: a line beyond it would come twice."""
-    log = RunLog(str(tmp_path), 0)
+    log = RunLog(Folder(str(tmp_path)), 0)
     add(log, 1, 2)
     taken = log.take()
     add(log, 3, 3)
@@ -127,7 +127,7 @@ def test_a_mark_is_of_all_lines_whoever_wrote_them(tmp_path):
 def test_opening_a_log_at_its_end_changes_nothing_stored(tmp_path):
     mark = filled(tmp_path, 1, 3)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    RunLog(str(tmp_path), 3, mark).close()
+    RunLog(Folder(str(tmp_path)), 3, mark).close()
     assert {p: p.read_bytes() for p in before} == before
 
 
@@ -144,7 +144,7 @@ def test_damaged_lines_are_named(tmp_path):
 def test_a_log_is_due_when_it_was_not_taken_for_a_while(tmp_path, monkeypatch):
     now = 100.0
     monkeypatch.setattr(log_module, "time", SimpleNamespace(monotonic=lambda: now, time=lambda: now))
-    log = RunLog(str(tmp_path), 0)
+    log = RunLog(Folder(str(tmp_path)), 0)
     assert not log.is_due
     now += log_module.FLUSH_SECONDS + 1
     assert log.is_due
@@ -186,7 +186,7 @@ def test_storing_lines_writes_those_and_no_others(tmp_path, num_written):
     for num_before in (0, 10, 3000):
         run = tmp_path / str(num_before)
         mark = filled(run, 1000, 999 + num_before)
-        log = RunLog(str(run), 0, mark)
+        log = RunLog(Folder(str(run)), 0, mark)
         num_written()
         for _ in range(3):
             add(log, 7000, 7004)
@@ -202,7 +202,7 @@ def test_storing_lines_writes_those_and_no_others(tmp_path, num_written):
 
 def test_taking_holds_up_training_with_the_new_lines_only(tmp_path):
     """No copy of the lines so far: of a long log it would take longer with each checkpoint."""
-    log = RunLog(str(tmp_path), 0)
+    log = RunLog(Folder(str(tmp_path)), 0)
     add(log, 1, 1)
     small = log.take()
     log.store(small)
@@ -258,7 +258,7 @@ def test_what_a_kill_left_behind_the_mark_is_read_over_and_cut_by_the_resume(tmp
 @pytest.mark.parametrize("written", [0, 1, 40])
 def test_a_write_that_is_tried_again_writes_the_same_bytes_to_the_same_place(tmp_path, monkeypatch, written):
     """It failed after a part of them; TensorBoard's events too."""
-    log = RunLog(str(tmp_path), 0, None, retry_seconds=60.0)
+    log = RunLog(Folder(str(tmp_path), 60.0), 0)
     add(log, 1, 3)
     log.store(log.take())
     pwrite, failed = os.pwrite, set[int]()
@@ -292,7 +292,7 @@ def test_a_system_that_writes_few_bytes_at_a_time_stores_all(tmp_path, monkeypat
 
 
 def test_a_full_disk_is_said_and_what_was_stored_is_kept(tmp_path, monkeypatch):
-    log = RunLog(str(tmp_path), 0)
+    log = RunLog(Folder(str(tmp_path)), 0)
     add(log, 1, 2)
     taken = log.take()
     log.store(taken)
@@ -311,11 +311,11 @@ def test_a_full_disk_is_said_and_what_was_stored_is_kept(tmp_path, monkeypatch):
 
 def test_an_older_process_cannot_write_into_the_log_of_a_newer_attempt(tmp_path):
     """It may be in the midst of a write when it is taken over: it has the file open still."""
-    old = RunLog(str(tmp_path), 0)
+    old = RunLog(Folder(str(tmp_path)), 0)
     add(old, 1, 2)
     mark = old.take()
     old.store(mark)
-    new = RunLog(str(tmp_path), 2, mark.mark)
+    new = RunLog(Folder(str(tmp_path)), 2, mark.mark)
     add(old, 3, 9)
     old.store(old.take())
     assert steps(tmp_path) == [1, 2]
@@ -333,7 +333,7 @@ def test_it_has_no_file_that_a_kill_would_leave_and_closed_none_open(tmp_path, m
     local.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(local))
     num_open = len(os.listdir("/proc/self/fd"))
-    log = RunLog(str(tmp_path / "run"), 0)
+    log = RunLog(Folder(str(tmp_path / "run")), 0)
     assert not list(local.iterdir())
     log.close()
     assert len(os.listdir("/proc/self/fd")) == num_open
@@ -366,7 +366,7 @@ def damage_log(run: Folder, damage: str) -> bytes | None:
 def test_a_log_that_does_not_fit_the_mark_is_put_aside_and_a_new_one_begins(tmp_path, damage):
     mark, run = filled(tmp_path, 1, 4), Folder(str(tmp_path))
     left = damage_log(run, damage)
-    log = RunLog(str(tmp_path), 4, mark)
+    log = RunLog(Folder(str(tmp_path)), 4, mark)
     aside = [name for name in run.names() if name.startswith(f"{LOG}.damaged-")]
     assert [run.read(name) for name in aside] == [left] * bool(left)
     assert str(tmp_path / LOG) in log.lost
@@ -388,7 +388,7 @@ def test_a_log_that_was_put_aside_is_no_part_of_the_new_one(s3_uri, monkeypatch)
     mark, run = in_parts(s3_uri, 6)[-1], Folder(s3_uri)
     damage_log(run, "one byte")
     left = read_log(run)
-    log = RunLog(s3_uri, 6, mark)
+    log = RunLog(Folder(s3_uri), 6, mark)
     (aside,) = [name for name in run.names() if name.startswith(f"{LOG}.damaged-")]
     assert (run.read(aside), aside in log.lost, parts(run)) == (left, True, [LOG])
     add(log, 7, 8)
@@ -402,7 +402,7 @@ def test_a_log_that_was_put_aside_is_no_part_of_the_new_one(s3_uri, monkeypatch)
 
 
 def test_a_log_knows_its_warnings_also_after_a_resume(tmp_path):
-    log = RunLog(str(tmp_path), 0)
+    log = RunLog(Folder(str(tmp_path)), 0)
     log.add("warning", 0, 1, warning="first", message="a sentence")
     log.add("step", 0, 2, note='of "kind": "warning", so to say')
     mark = log.take()
@@ -410,7 +410,7 @@ def test_a_log_knows_its_warnings_also_after_a_resume(tmp_path):
     log.add("warning", 0, 3, warning="second", message="behind the mark")
     assert log.warnings == {"first", "second"}
     log.store(log.take())
-    assert RunLog(str(tmp_path), 2, mark.mark).warnings == {"first"}
+    assert RunLog(Folder(str(tmp_path)), 2, mark.mark).warnings == {"first"}
 
 
 # Object stores.
@@ -418,7 +418,7 @@ def test_a_log_knows_its_warnings_also_after_a_resume(tmp_path):
 
 def in_parts(uri: str, num: int) -> list[Mark]:
     """A log of `num` lines, each stored by itself, of which two go into a part; the mark behind each."""
-    log, marks = RunLog(uri, 0), []
+    log, marks = RunLog(Folder(uri), 0), []
     for step in range(1, num + 1):
         log.add("step", 0, step, train_loss=step + 0.5)
         taken = log.take()
@@ -435,7 +435,7 @@ def parts(run: Folder) -> list[str]:
 def test_record_in_a_bucket(s3_uri):
     run = Folder(s3_uri)
     assert read_lines(run) == []
-    log = RunLog(s3_uri, 0)
+    log = RunLog(Folder(s3_uri), 0)
     for step in (1, 2):
         log.add("step", 0, step, train_loss=1 / step)
         log.store(log.take())
@@ -460,7 +460,7 @@ def test_a_log_in_a_bucket_grows_by_parts(s3_uri, monkeypatch, num_written):
     assert values_of(found) == {("step/train_loss", step): step + 0.5 for step in range(1, 8)}
     assert all("tfevents" in name for name in event_parts)  # or TensorBoard would not read it
     num_written()
-    log = RunLog(s3_uri, 7, marks[-1])
+    log = RunLog(Folder(s3_uri), 7, marks[-1])
     num_written()
     for step in (8, 9, 10, 11):
         log.add("step", 0, step, train_loss=step + 0.5)
@@ -473,7 +473,7 @@ def test_a_resume_in_the_midst_of_parts_goes_on_there(s3_uri, monkeypatch, step)
     monkeypatch.setattr(log_module, "PART_BYTES", 150)
     run, marks = Folder(s3_uri), in_parts(s3_uri, 5)
     assert len(parts(run)) == 3
-    log = RunLog(s3_uri, step, marks[step - 1])
+    log = RunLog(Folder(s3_uri), step, marks[step - 1])
     assert (log.lost, parts(run), steps(s3_uri)) == ("", [LOG], [*range(1, step + 1)])
     for more in (1, 2, 3):
         log.add("step", 0, step + more, train_loss=0.25)
@@ -503,11 +503,11 @@ def test_a_resume_that_is_killed_before_it_has_deleted_the_parts_loses_nothing(s
             patch.setattr(Folder, "delete", killed)
             if len(parts(run)) > 1 + num_deleted:
                 with pytest.raises(KeyboardInterrupt):
-                    RunLog(s3_uri, step, mark)
+                    RunLog(Folder(s3_uri), step, mark)
         assert fits(s3_uri, mark)
         found = steps(s3_uri)  # no hole, and none twice
         assert found == [*range(1, max(step, len(found)) + 1)]
-    log = RunLog(s3_uri, step, mark)
+    log = RunLog(Folder(s3_uri), step, mark)
     assert (log.lost, parts(run), steps(s3_uri)) == ("", [LOG], [*range(1, step + 1)])
 
 

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch
-from cifar_dist.data.order import Augmentation, epoch_order, rank_part, train_plans
-from cifar_dist.models import KerasBatchNorm
+from cifar_dist.data.order import ImageSpec, epoch_order, rank_part, train_plans
+from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.run.checkpoint import Cursor
 from cifar_dist.run.network import Precision
 from cifar_dist.train import communication
@@ -49,16 +49,16 @@ def state_of(model: nn.Module, rank: int = 0, world: int = 1, steps_per_epoch: i
         **{"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, "precision": "fp32", **settings}
     )
     return TrainState(
-        config,
-        model,
-        model,
-        make_optimizers(model, config.optim),
-        Precision(config.loop.precision, CPU),
-        average_of(model, config.optim),
-        CPU,
-        rank,
-        world,
-        steps_per_epoch,
+        config=config,
+        model=model,
+        trainable=model,
+        optimizers=make_optimizers(model, config.optim),
+        precision=Precision(config.loop.precision, CPU),
+        average=average_of(model, config.optim),
+        device=CPU,
+        rank=rank,
+        world=world,
+        steps_per_epoch=steps_per_epoch,
     )
 
 
@@ -68,7 +68,8 @@ def images_and_labels(n: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor
 
 
 def whole(n: int, seed: int = 1) -> Batch:
-    return Batch(*images_and_labels(n, seed), np.arange(n), n, n)
+    images, labels = images_and_labels(n, seed)
+    return Batch(images=images, labels=labels, ids=np.arange(n), num_counted=n, global_size=n)
 
 
 def part(batch: Batch, rank: int, world: int) -> Batch:
@@ -77,7 +78,13 @@ def part(batch: Batch, rank: int, world: int) -> Batch:
     n = batch.global_size
     start, stop, _, counts = rank_part(0, n, n, rank, world)
     rows = slice(start, stop)
-    return Batch(batch.images[rows], batch.labels[rows], batch.ids[rows], (stop - start) * counts, n)
+    return Batch(
+        images=batch.images[rows],
+        labels=batch.labels[rows],
+        ids=batch.ids[rows],
+        num_counted=(stop - start) * counts,
+        global_size=n,
+    )
 
 
 def gradient(model: nn.Module) -> torch.Tensor:
@@ -157,7 +164,7 @@ def in_a_group(rank: int, world: int) -> dict:
     gradients, totals = [], []
     for n in (7, 2):
         state = state_of(plain_model(), rank, world, accumulation_steps=2)
-        state.wrapped = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        state.trainable = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
         totals.append(sum_over_ranks(backward(state, part(whole(n), rank, world))))
         gradients.append(gradient(state.model))
     factored = with_factors(rank, world)
@@ -191,7 +198,7 @@ def with_factors(rank: int, world: int) -> list[torch.Tensor]:
         state = state_of(plain_model(), rank, world)
         for parameter in state.model.parameters():
             parameter.data += rank
-        state.wrapped, state.communication = parallel(state.model, CPU, "fp32", (2, torch.float32))
+        state.trainable, state.communication = parallel(state.model, CPU, "fp32", (2, torch.float32))
         assert [type(layer) for layer in state.model[1::2]] == [FactoredLinear, nn.Linear]
         backward(state, part(whole(n), rank, world))
         assert len(state.communication._pairs) == 3  # two factors, and the other layer's gradient
@@ -242,7 +249,7 @@ def test_sums_and_averages_without_a_group_change_nothing():
 
 # The last of the seven batches has 2 images, which are never parted: of 3 workers two have none.
 NUM_IMAGES, BATCH_SIZE, NUM_STEPS, NUM_EPOCHS, SEED = 44, 7, 7, 2, 3
-FLIPS = Augmentation(8, "both")
+FLIPS = ImageSpec(image_size=8, flips="both")
 SETTINGS = {
     "adam": {"optimizer": "adam", "learning_rate": 0.01, "schedule": "cosine"},
     "sgd": {"learning_rate": 0.1, "momentum": 0.9, "clip_norm": 1.0, "accumulation_steps": 2},
@@ -263,17 +270,33 @@ def planned_batches(cursor: Cursor, rank: int, world: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(NUM_IMAGES, 3, 8, 8, generator=generator)
     labels = torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator)
-    for plan in train_plans(np.arange(NUM_IMAGES), FLIPS, SEED, *cursor, BATCH_SIZE, rank, world):
+    for plan in train_plans(
+        np.arange(NUM_IMAGES),
+        FLIPS,
+        seed=SEED,
+        epoch=cursor.epoch,
+        first_step=cursor.step,
+        global_batch_size=BATCH_SIZE,
+        rank=rank,
+        world=world,
+    ):
         axes = [[axis for axis, wanted in zip((2, 1), pair, strict=True) if wanted] for pair in plan.augment.flips]
         flipped = torch.stack([images[i].flip(a) for i, a in zip(plan.ids, axes, strict=True)])
-        yield Batch(flipped, labels[plan.ids], plan.ids, plan.num_counted, plan.global_size, plan.augment)
+        yield Batch(
+            images=flipped,
+            labels=labels[plan.ids],
+            ids=plan.ids,
+            num_counted=plan.num_counted,
+            global_size=plan.global_size,
+            augment=plan.augment,
+        )
 
 
 def train_until(stop: Cursor, file: Path, rank: int, world: int, settings: dict) -> list[dict]:
     """Goes on from what is stored in `file`, if it is there, and stores what it has come to; returns what it saw."""
     state, steps = state_of(conv_model(), rank, world, NUM_STEPS, epochs=NUM_EPOCHS, seed=SEED, **settings), []
     if world > 1:
-        state.wrapped = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        state.trainable = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if file.exists():
         stored = torch.load(file, weights_only=True)
         state.model.load_state_dict(stored["model"])

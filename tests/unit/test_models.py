@@ -10,7 +10,7 @@ from torch import nn
 
 from cifar_dist import models
 from cifar_dist.config import OptimConfig
-from cifar_dist.models import KerasBatchNorm
+from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.models.resnet50v2 import Block
 from cifar_dist.train.optim import make_optimizers
 

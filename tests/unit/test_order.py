@@ -9,7 +9,7 @@ import pytest
 from cifar_dist.data import order
 
 WORLDS = [1, 2, 3, 5, 8]
-AUGMENTATION = order.Augmentation(32, "both", crop_padding=4, cutout_size=8)
+AUGMENTATION = order.ImageSpec(image_size=32, flips="both", crop_padding=4, cutout_size=8)
 
 
 def splitmix64(*words: int) -> int:
@@ -130,7 +130,7 @@ def test_augmentation_belongs_to_seed_epoch_and_sample():
 def test_only_what_is_asked_for_is_drawn(flips: str):
     ids, nothing = np.arange(100), order.no_augment(100, 32)
     assert (nothing.flips.any(), nothing.crop.any(), nothing.hole.min()) == (False, False, 32)
-    drawn, every = order.Augmentation(32, flips).draw(3, 1, ids), order.flips(3, 1, ids)
+    drawn, every = order.ImageSpec(image_size=32, flips=flips).draw(3, 1, ids), order.flips(3, 1, ids)
     allowed = {"none": [0, 0], "horizontal": [1, 0], "both": [1, 1]}[flips]
     assert (drawn.flips == every * np.array(allowed, bool)).all()
     assert (drawn.crop == nothing.crop).all()

@@ -56,7 +56,7 @@ def expected(pixels: np.ndarray, augment: Augment, spec: ImageSpec) -> torch.Ten
     )
     side = spec.image_size
     for image, (y, x), (top, left) in zip(flipped, augment.crop, augment.hole, strict=True):
-        if spec.crop:
+        if spec.crop_padding:
             padded = np.pad(image, ((0, 0), (side, side), (side, side)), constant_values=127)
             image[:] = padded[:, side + y : 2 * side + y, side + x : 2 * side + x]
         low_y, low_x = max(top, 0), max(left, 0)
@@ -68,7 +68,9 @@ def expected(pixels: np.ndarray, augment: Augment, spec: ImageSpec) -> torch.Ten
 def run(
     spec: ImageSpec, images: list[np.ndarray] | np.ndarray, augment: Augment | None, resize: bool, num_threads: int = 2
 ) -> torch.Tensor:
-    pipeline = ImagePipeline(spec, 5, isinstance(images, list), resize, CPU, num_threads)
+    pipeline = ImagePipeline(
+        spec, max_batch_size=5, encoded=isinstance(images, list), resize=resize, device=CPU, num_threads=num_threads
+    )
     pipeline.submit(images if isinstance(images, list) else images.copy(), augment)  # pixels are flipped in place
     return pipeline.collect()
 
@@ -84,7 +86,7 @@ def grey_levels(got: torch.Tensor, want: torch.Tensor, spec: ImageSpec) -> float
 @pytest.mark.parametrize("input_range", RANGES)
 @pytest.mark.parametrize("size", [32, 224])
 def test_dali_equals_torch_and_numpy(size: int, input_range: str, channels_last: bool, cached: bool, format: str):
-    spec = ImageSpec(size, input_range, channels_last)
+    spec = ImageSpec(image_size=size, input_range=input_range, channels_last=channels_last)
     encoded, pixels = pictures(format)
     images = next(decode([encoded], 5, 2)) if cached else encoded
     got = run(spec, images, ALL, resize=size != 32)
@@ -99,7 +101,16 @@ def test_dali_equals_torch_and_numpy(size: int, input_range: str, channels_last:
 @pytest.mark.parametrize(("crop", "cutout_size"), [(True, 0), (False, 8), (True, 9)])
 @pytest.mark.parametrize(("size", "input_range"), [(32, "0..255"), (48, "-1..1")])
 def test_crop_and_cutout_equal_numpy(size: int, input_range: str, crop: bool, cutout_size: int, cached: bool):
-    spec, plain = ImageSpec(size, input_range, cached, crop, cutout_size), ImageSpec(size, input_range, cached)
+    spec, plain = (
+        ImageSpec(
+            image_size=size,
+            input_range=input_range,
+            channels_last=cached,
+            crop_padding=4 * crop,
+            cutout_size=cutout_size,
+        ),
+        ImageSpec(image_size=size, input_range=input_range, channels_last=cached),
+    )
     encoded, pixels = pictures("PNG")
     images = pixels if cached else encoded
     got = run(spec, images, ALL, resize=size != 32)
@@ -114,14 +125,14 @@ def test_crop_and_cutout_equal_numpy(size: int, input_range: str, crop: bool, cu
 @pytest.mark.parametrize(("height", "width"), [(96, 96), (40, 64), (17, 31)])
 def test_other_sizes_are_resized_without_antialias(height: int, width: int):
     """Reduced images tell an antialiasing filter, and unequal sides a mistaken axis, by many grey levels."""
-    spec = ImageSpec(32, "0..255", False)
+    spec = ImageSpec(image_size=32, input_range="0..255", channels_last=False)
     encoded, pixels = pictures("PNG", height, width)
     got = run(spec, encoded, ALL, resize=True)
     assert grey_levels(got, expected(pixels, ALL, spec), spec) <= 1
 
 
 def test_one_batch_may_hold_images_of_several_sizes():
-    spec = ImageSpec(48, "0..1", True)
+    spec = ImageSpec(image_size=48, input_range="0..1", channels_last=True)
     parts = [pictures("PNG", 40, 64), pictures("JPEG", 32, 32)]
     got = run(spec, [parts[0][0][0], parts[1][0][1]], rows(0, 2), resize=True)
     for i, (_, pixels) in enumerate(parts):
@@ -132,16 +143,16 @@ def test_one_batch_may_hold_images_of_several_sizes():
 @pytest.mark.parametrize("input_range", RANGES)
 def test_black_and_white_reach_the_ends_of_the_range(input_range: str):
     images = np.stack([np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)])
-    got = run(ImageSpec(32, input_range, False), images, rows(0, 2), resize=False)
+    got = run(ImageSpec(image_size=32, input_range=input_range, channels_last=False), images, rows(0, 2), resize=False)
     assert torch.allclose(got.amin((1, 2, 3)), torch.tensor(RANGES[input_range]), atol=1e-6)
     assert torch.allclose(got.amax((1, 2, 3)), torch.tensor(RANGES[input_range]), atol=1e-6)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["encoded", "decoded"])
 def test_the_last_batch_may_be_smaller(cached: bool):
-    spec = ImageSpec(32, "0..255", False, crop=True, cutout_size=8)
+    spec = ImageSpec(image_size=32, input_range="0..255", channels_last=False, crop_padding=4, cutout_size=8)
     encoded, pixels = pictures("PNG")
-    pipeline = ImagePipeline(spec, 5, not cached, False, CPU, 2)
+    pipeline = ImagePipeline(spec, max_batch_size=5, encoded=not cached, resize=False, device=CPU, num_threads=2)
     for count in (5, 2, 5, 1):
         pipeline.submit(pixels[:count].copy() if cached else encoded[:count], rows(0, count))
         got = pipeline.collect()
@@ -150,9 +161,9 @@ def test_the_last_batch_may_be_smaller(cached: bool):
 
 
 def test_a_collected_batch_does_not_change_later():
-    spec = ImageSpec(32, "0..255", True)
+    spec = ImageSpec(image_size=32, input_range="0..255", channels_last=True)
     _, pixels = pictures("PNG")
-    pipeline = ImagePipeline(spec, 5, False, False, CPU, 1)
+    pipeline = ImagePipeline(spec, max_batch_size=5, encoded=False, resize=False, device=CPU, num_threads=1)
     pipeline.submit(pixels.copy(), ALL)
     first = pipeline.collect()
     kept = first.clone()
@@ -165,7 +176,7 @@ def test_a_collected_batch_does_not_change_later():
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_threads_and_batching_do_not_change_a_bit(format: str):
-    spec = ImageSpec(224, "-1..1", True)
+    spec = ImageSpec(image_size=224, input_range="-1..1", channels_last=True)
     encoded, _ = pictures(format)
     whole = run(spec, encoded, ALL, resize=True, num_threads=3)
     one_by_one = [run(spec, encoded[i : i + 1], rows(i, i + 1), resize=True, num_threads=1) for i in range(5)]
@@ -182,8 +193,8 @@ def test_decode_equals_pillow(format: str):
 
 
 def test_batches_come_in_the_order_of_submission():
-    spec = ImageSpec(32, "0..255", True)
-    pipeline = ImagePipeline(spec, 2, False, False, CPU, 2)
+    spec = ImageSpec(image_size=32, input_range="0..255", channels_last=True)
+    pipeline = ImagePipeline(spec, max_batch_size=2, encoded=False, resize=False, device=CPU, num_threads=2)
     for level in range(5):
         pipeline.submit(np.full((2, 32, 32, 3), level, np.uint8))
     assert [pipeline.collect().unique().tolist() for _ in range(5)] == [[level] for level in range(5)]
@@ -193,6 +204,6 @@ def test_an_unreadable_image_raises():
     encoded, _ = pictures("PNG")
     bad = [encoded[0], np.frombuffer(b"this is no picture", np.uint8)]
     with pytest.raises(RuntimeError):
-        run(ImageSpec(32, "0..1", False), bad, rows(0, 2), resize=True)
+        run(ImageSpec(image_size=32, input_range="0..1", channels_last=False), bad, rows(0, 2), resize=True)
     with pytest.raises(RuntimeError):
         list(decode([bad], 2, 1))

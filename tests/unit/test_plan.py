@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from cifar_dist import models
-from cifar_dist.config import Config, Launch, option_fields
+from cifar_dist.config import Config, option_fields
 from cifar_dist.data import manifest, sources, store
 from cifar_dist.errors import UserError
+from cifar_dist.job_settings import Launch
 from cifar_dist.launch.plan import check_stored, explain_resume, make_plan
 from cifar_dist.models.keras_weights import base_layers, tensors_of
-from cifar_dist.run.checkpoint import Checkpoint, Cursor, State
+from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor
 from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.folder import Run
 from cifar_dist.run.network import expected_of
 from cifar_dist.run.ownership import Attempts
 from cifar_dist.sealed_json import seal, to_json
@@ -51,20 +53,19 @@ def refusal(action: Callable[[], object], *words: str) -> str:
 
 
 def launch(**values) -> Launch:
-    return Launch(**{"data_uri": "data", "storage_uri": "runs", "name": "run", **values})
+    return Launch(**{"recipe": "deck_fan", "data": "data", "storage": "runs", "name": "run", **values})
 
 
-@pytest.mark.parametrize(
-    ("most", "least", "given"), [(0, None, "0"), (-1, None, "-1"), (1, 3, "3:1"), (2, 0, "0:2"), (0, 0, "0:0")]
-)
-def test_workers_that_cannot_be_are_refused(most, least, given):
-    text = refusal(lambda: launch(num_workers=most, min_workers=least))
+@pytest.mark.parametrize("given", ["0", "-1", "3:1", "0:2", "0:0"])
+def test_workers_that_cannot_be_are_refused(given):
+    text = refusal(lambda: launch(workers=given))
     assert text == f"--workers must be 1 or more, or a range such as 1:4, not {given}"
 
 
 @pytest.mark.parametrize(("most", "least"), [(1, None), (64, None), (1, 1), (4, 1), (4, 4)])
 def test_workers_that_can_be_are_not(most, least):
-    assert (launch(num_workers=most, min_workers=least).num_workers, least) == (most, least)
+    found = launch(workers=str(most) if least is None else f"{least}:{most}")
+    assert (found.num_workers, found.min_workers) == (most, least)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_name_that_is_not_one_folder_is_refused(name):
 
 @pytest.mark.parametrize("name", ["a", "7", "first-run_2.b", "a" * 100])
 def test_name_of_a_folder_is_taken(name):
-    assert launch(storage_uri="s3://bucket/runs?region=x", name=name).run_uri == f"s3://bucket/runs/{name}?region=x"
+    assert launch(storage="s3://bucket/runs?region=x", name=name).run_uri == f"s3://bucket/runs/{name}?region=x"
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_limits_that_are_too_small_are_refused(name, bad, good):
 def test_relative_storage_is_of_the_folder_the_job_is_started_in(tmp_path, monkeypatch):
     """Workers run in another one."""
     monkeypatch.chdir(tmp_path)
-    assert launch(storage_uri="runs", name="first").run_uri == f"{tmp_path}/runs/first"
+    assert launch(storage="runs", name="first").run_uri == f"{tmp_path}/runs/first"
 
 
 # Plans.
@@ -111,7 +112,7 @@ def planned(shapes_uri, tmp_path) -> Callable:
     def act(**values):
         mine = {f.name: values.pop(f.name) for f in dataclasses.fields(Launch) if f.name in values}
         config = Config().replace(**{"epochs": EPOCHS, **values})
-        return make_plan(config, launch(**{"data_uri": shapes_uri, "storage_uri": str(tmp_path / "runs"), **mine}))
+        return make_plan(config, launch(**{"data": shapes_uri, "storage": str(tmp_path / "runs"), **mine}))
 
     return act
 
@@ -130,12 +131,16 @@ def stored_with(run: Path, plan, **settings) -> None:
 
 
 def test_plan_holds_what_config_json_is_to_say(planned, shapes_uri, tmp_path):
-    plan = planned(num_workers=2, min_workers=1, recipe="quickstart_fan", seed=7)
-    assert plan.manifest == manifest.read_manifest(shapes_uri)
-    assert (plan.data_uri, plan.weights, plan.is_finished) == (shapes_uri, None, False)
+    plan = planned(workers="1:2", recipe="quickstart_fan", seed=7)
+    assert plan.data.manifest == manifest.read_manifest(shapes_uri)
+    assert (plan.data.uri, plan.weights, plan.is_finished) == (shapes_uri, None, False)
     card = json.loads(to_json(plan.card))
     assert Config.from_dict(card["config"]) == plan.config == Config().replace(epochs=EPOCHS, seed=7)
-    assert (card["manifest_sha256"], card["recipe"], card["num_workers"]) == (plan.manifest.sha256, "quickstart_fan", 2)
+    assert (card["manifest_sha256"], card["recipe"], card["num_workers"]) == (
+        plan.data.manifest.sha256,
+        "quickstart_fan",
+        2,
+    )
     assert contents(tmp_path) == {}
 
 
@@ -183,14 +188,14 @@ def test_run_of_another_data_set_is_refused(planned, run, tmp_path):
     stored_with(run, planned())
     store.prepare(sources.shapes(40, 20, seed=1), str(tmp_path / "other"))
     before = contents(tmp_path)
-    refusal(lambda: planned(data_uri=str(tmp_path / "other")), "the run run was started on another data set", "--name")
+    refusal(lambda: planned(data=str(tmp_path / "other")), "the run run was started on another data set", "--name")
     assert contents(tmp_path) == before
 
 
 def test_same_data_set_in_another_place_is_the_same(planned, run, tmp_path):
     stored_with(run, planned())
     store.prepare(sources.shapes(200, 100), str(tmp_path / "copy"))
-    assert planned(data_uri=str(tmp_path / "copy")).data_uri == str(tmp_path / "copy")
+    assert planned(data=str(tmp_path / "copy")).data.uri == str(tmp_path / "copy")
 
 
 DAMAGED = {
@@ -251,18 +256,18 @@ def test_config_json_that_cannot_be_read_is_named(planned, run):
 
 
 def test_batch_smaller_than_the_workers_is_refused(planned, tmp_path):
-    assert planned(global_batch_size=6, num_workers=3).config.loop.global_batch_size == 6
-    refusal(lambda: planned(global_batch_size=3, num_workers=4), "--global-batch-size 3", "each of 4 workers")
-    refusal(lambda: planned(global_batch_size=3, num_workers=4, min_workers=1), "each of 4 workers")
+    assert planned(global_batch_size=6, workers=3).config.loop.global_batch_size == 6
+    refusal(lambda: planned(global_batch_size=3, workers=4), "--global-batch-size 3", "each of 4 workers")
+    refusal(lambda: planned(global_batch_size=3, workers="1:4"), "each of 4 workers")
     assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
     ("settings", "size", "workers", "micro_batches"),
     [
-        ({"global_batch_size": 5, "num_workers": 3}, 5, 3, 1),
-        ({"global_batch_size": 6, "num_workers": 2, "accumulation_steps": 2}, 6, 2, 2),
-        ({"global_batch_size": 64, "num_workers": 4, "train_images": 7}, 7, 4, 1),
+        ({"global_batch_size": 5, "workers": 3}, 5, 3, 1),
+        ({"global_batch_size": 6, "workers": 2, "accumulation_steps": 2}, 6, 2, 2),
+        ({"global_batch_size": 64, "workers": 4, "train_images": 7}, 7, 4, 1),
         ({"global_batch_size": 1}, 1, 1, 1),
     ],
 )
@@ -294,32 +299,32 @@ def few_images(folder: Path, counts: list[int], size: Callable[[int], int] = lam
         ]
 
     splits = {"train": items(counts), "test": items([1] * len(counts))}
-    store.prepare(sources.Source("few", [f"class {i}" for i in range(len(counts))], splits), str(folder))
+    store.prepare(
+        sources.Source(name="few", class_names=[f"class {i}" for i in range(len(counts))], splits=splits), str(folder)
+    )
     return str(folder)
 
 
 def test_data_set_without_an_image_to_validate_on_is_refused(planned, tmp_path):
     uri = few_images(tmp_path / "few", [1, 1, 1])
     before = contents(tmp_path)
-    refusal(lambda: planned(data_uri=uri), f"no class of {uri} has the 2 train images")
+    refusal(lambda: planned(data=uri), f"no class of {uri} has the 2 train images")
     assert contents(tmp_path) == before
     enough = few_images(tmp_path / "enough", [1, 2, 1])
-    assert planned(data_uri=enough, train_images=3).manifest.num_rows("train") == 4
-    refusal(lambda: planned(data_uri=enough, train_images=4), "--train-images is 4", "1 are held out")
+    assert planned(data=enough, train_images=3).data.manifest.num_rows("train") == 4
+    refusal(lambda: planned(data=enough, train_images=4), "--train-images is 4", "1 are held out")
 
 
 def test_images_of_several_sizes_cannot_be_kept_decoded(planned, tmp_path):
     uri = few_images(tmp_path / "mixed", [4, 4], lambda i: 20 + i)
-    assert planned(data_uri=uri).config.data.cache == "auto"
-    refusal(lambda: planned(data_uri=uri, cache="decoded"), "--cache decoded needs images of one size")
+    assert planned(data=uri).config.data.cache == "auto"
+    refusal(lambda: planned(data=uri, cache="decoded"), "--cache decoded needs images of one size")
 
 
 def test_data_that_is_not_there_is_named(planned, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    refusal(
-        lambda: planned(data_uri=str(tmp_path / "nowhere")), f"{tmp_path}/nowhere is no data set", "jobs/prepare.py"
-    )
-    refusal(lambda: planned(data_uri=str(tmp_path / "file")), f"{tmp_path}/file")
+    refusal(lambda: planned(data=str(tmp_path / "nowhere")), f"{tmp_path}/nowhere is no data set", "jobs/prepare.py")
+    refusal(lambda: planned(data=str(tmp_path / "file")), f"{tmp_path}/file")
     assert set(contents(tmp_path)) == {"file"}
 
 
@@ -367,19 +372,18 @@ def test_plan_names_the_weights_by_their_checksum(with_weights, base_file, tmp_p
         ("random", False, None),
     ],
 )
-def test_run_goes_on_only_from_the_weights_it_was_started_from(
-    old, is_given, refused, with_weights, base_file, run, tmp_path
-):
+def test_run_goes_on_only_from_the_weights_it_was_started_from(old, is_given, refused, with_weights, base_file, run):
+    storage = run.parents[1]
     sha256 = {"the same": hashlib.sha256(base_file.read_bytes()).hexdigest(), "others": "0" * 64}.get(old)
     weights = sha256 and {"uri": "/elsewhere/base.h5", "sha256": sha256}
     run.mkdir(parents=True)
     (run / "config.json").write_bytes(to_json(seal({**with_weights("").card, "weights": weights})))
-    before, given = contents(tmp_path), base_file if is_given else ""
+    before, given = contents(storage), base_file if is_given else ""
     if refused:
         refusal(lambda: with_weights(given), refused.format(given), "name the same file, or use another --name")
     else:
         assert (with_weights(given).weights or {}).get("sha256") == sha256
-    assert contents(tmp_path) == before
+    assert contents(storage) == before
 
 
 def test_weights_that_are_not_there_or_do_not_fit_are_refused(with_weights, tmp_path):
@@ -403,10 +407,10 @@ def stored(planned, run) -> Callable:
         tensors = {"weight": torch.full((3,), float(epoch))}
         metrics = None if accuracy is None else {"validation_accuracy": accuracy, "validation_loss": 1.0}
         meta = {
-            **expected_of(plan.config, plan.manifest),
+            **expected_of(plan.config, plan.data.manifest),
             **{"metrics": metrics, "global_step": 3 * epoch + step, "world_size": 2, "config": plan.config.to_dict()},
         }
-        state = State(tensors, None, {}, {"optimizers": [], "scaler": {}})
+        state = CheckpointState(model=tensors, average=None, ranks={}, optimizer={"optimizers": [], "scaler": {}})
         return Checkpoints(str(run)).write(Cursor(epoch, step), attempt, state, meta)
 
     return act
@@ -565,7 +569,7 @@ def test_a_folder_with_other_files_is_no_run(name, tmp_path):
     file.parent.mkdir(parents=True)
     file.write_bytes(b"somebody's own")
     with pytest.raises(UserError, match=r"is no run: it has no config\.json and no checkpoint") as error:
-        check_stored({}, launch(storage_uri=str(tmp_path / "runs"), name="run"), "")
+        check_stored({}, Run(str(tmp_path / "runs" / "run")), "")
     assert name.split("/")[0] in str(error.value)
     assert file.read_bytes() == b"somebody's own"
 
@@ -573,4 +577,4 @@ def test_a_folder_with_other_files_is_no_run(name, tmp_path):
 @pytest.mark.parametrize("name", ["attempts", "preflight", "checkpoints"])
 def test_a_run_that_ended_before_its_card_was_stored_goes_on(name, tmp_path):
     (tmp_path / "runs" / "run" / name).mkdir(parents=True)
-    check_stored({}, launch(storage_uri=str(tmp_path / "runs"), name="run"), "")
+    check_stored({}, Run(str(tmp_path / "runs" / "run")), "")

@@ -11,7 +11,18 @@ import pytest
 
 from cifar_dist.data import staged
 from cifar_dist.data.manifest import read_manifest
-from cifar_dist.launch.preflight import FOLDER, Finding, driver_fault, gpus, judge, look, num_bytes_to_stage, table
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
+from cifar_dist.launch.preflight import (
+    FOLDER,
+    Finding,
+    assess,
+    driver_fault,
+    gather_facts,
+    gpus,
+    num_bytes_to_stage,
+    table,
+)
 from cifar_dist.storage import Folder
 from cifar_dist.versions import package_versions
 
@@ -32,7 +43,7 @@ def run_uri(tmp_path) -> str:
 @pytest.fixture
 def facts(run_uri, shapes_uri, staging_folder) -> dict:
     """What this machine really has, but for room: no test depends on how full its disk is."""
-    seen = look(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)
+    seen = gather_facts(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)
     return {**seen, "disk_free_bytes": 100 * MIB, "shm_free_bytes": 1024 * MIB}
 
 
@@ -42,7 +53,8 @@ def judged(facts, shapes_uri) -> Callable:
 
     def act(use_gpu: bool = False, written: tuple = (NODE, "token"), decoded: bool = True, **changes) -> dict:
         seen = {**copy.deepcopy(facts), **changes}
-        findings = judge([seen], read_manifest(shapes_uri), TOKEN, decoded, use_gpu, list(written))
+        settings = {"token": TOKEN, "decoded": decoded, "use_gpu": use_gpu, "written": list(written)}
+        findings = assess([seen], read_manifest(shapes_uri), **settings)
         assert {finding.node for finding in findings} == {f"{seen['name']}/01234567"}
         return {finding.check: finding for finding in findings}
 
@@ -61,7 +73,7 @@ def only(found: dict[str, Finding], check: str, status: str) -> str:
 
 
 def test_node_writes_its_name_and_reads_the_token(run_uri, shapes_uri, staging_folder):
-    seen = look(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)
+    seen = gather_facts(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)
     assert (seen["node"], seen["storage"]) == (NODE, TOKEN)
     assert Folder(run_uri).names(f"{FOLDER}/{TOKEN}") == [NODE, "token"]
     assert seen["manifest_sha256"] == read_manifest(shapes_uri).sha256
@@ -79,22 +91,22 @@ def test_look_is_plain_values_that_any_node_can_send(facts):
 
 
 def test_node_that_has_staged_the_data_says_so(run_uri, shapes_uri, staging_folder):
-    staged.stage(shapes_uri, "test", staging_folder)
-    assert not look(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["is_staged"]
-    staged.stage(shapes_uri, "train", staging_folder)
-    assert look(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["is_staged"]
+    DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("test")
+    assert not gather_facts(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["is_staged"]
+    DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
+    assert gather_facts(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["is_staged"]
 
 
 def test_storage_of_its_own_is_a_fault(shapes_uri, staging_folder, tmp_path):
     """The folder is there on the node's own disk too, the driver's token is not."""
     Folder(str(tmp_path / "own")).create(f"{FOLDER}/{TOKEN}")
-    seen = look(NODE, str(tmp_path / "own"), shapes_uri, str(staging_folder), TOKEN)
+    seen = gather_facts(NODE, str(tmp_path / "own"), shapes_uri, str(staging_folder), TOKEN)
     assert seen["storage"].startswith("fault: it does not see what the driver has written to")
 
 
 def test_storage_that_is_not_there_is_a_fault(shapes_uri, staging_folder, tmp_path, judged):
     """The most usual case of storage that is not shared: no folder of the run on this node."""
-    seen = look(NODE, str(tmp_path / "nowhere"), shapes_uri, str(staging_folder), TOKEN)
+    seen = gather_facts(NODE, str(tmp_path / "nowhere"), shapes_uri, str(staging_folder), TOKEN)
     assert seen["storage"].startswith("fault: ")
     assert not (tmp_path / "nowhere").exists()
     text = only(judged(storage=seen["storage"], written=("token",)), "storage", "failed")
@@ -102,14 +114,14 @@ def test_storage_that_is_not_there_is_a_fault(shapes_uri, staging_folder, tmp_pa
 
 
 def test_data_that_the_node_does_not_see_is_a_fault(run_uri, staging_folder, tmp_path):
-    seen = look(NODE, run_uri, str(tmp_path / "nowhere"), str(staging_folder), TOKEN)
+    seen = gather_facts(NODE, run_uri, str(tmp_path / "nowhere"), str(staging_folder), TOKEN)
     assert seen["manifest_sha256"].startswith(f"fault: {tmp_path}/nowhere is no data set")
     assert not seen["is_staged"]
 
 
 def test_staging_folder_that_cannot_be_made_is_a_fault(run_uri, shapes_uri, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    seen = look(NODE, run_uri, shapes_uri, str(tmp_path / "file" / "staged" / "here"), TOKEN)
+    seen = gather_facts(NODE, run_uri, shapes_uri, str(tmp_path / "file" / "staged" / "here"), TOKEN)
     assert seen["staging"].startswith("fault: cannot make the folder")
     assert not seen["is_staged"]
     assert seen["disk_free_bytes"] > 0
@@ -117,21 +129,21 @@ def test_staging_folder_that_cannot_be_made_is_a_fault(run_uri, shapes_uri, tmp_
 
 def test_staging_folder_that_cannot_even_be_looked_for_is_a_fault(run_uri, shapes_uri, tmp_path):
     """As one inside another user's folder cannot."""
-    seen = look(NODE, run_uri, shapes_uri, str(tmp_path / ("long" * 100)), TOKEN)
+    seen = gather_facts(NODE, run_uri, shapes_uri, str(tmp_path / ("long" * 100)), TOKEN)
     assert seen["staging"].startswith("fault: cannot make the folder")
     assert not seen["is_staged"]
 
 
 def test_somebody_else_s_staging_folder_is_a_fault_that_is_said(run_uri, shapes_uri, tmp_path, judged):
     (tmp_path / f"cifar_dist-staged-{os.geteuid()}").symlink_to(tmp_path)
-    seen = look(NODE, run_uri, shapes_uri, str(tmp_path), TOKEN)
+    seen = gather_facts(NODE, run_uri, shapes_uri, str(tmp_path), TOKEN)
     text = only(judged(staging=seen["staging"]), "disk", "failed")
     assert "is no folder but a link or file, so what lies there may be forged and is not used" in text
 
 
 def test_staging_folder_by_default_is_the_stores_own(run_uri, shapes_uri, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    seen = look(NODE, run_uri, shapes_uri, None, TOKEN)
+    seen = gather_facts(NODE, run_uri, shapes_uri, None, TOKEN)
     assert seen["staging_folder"] == str(staged.default_staging_folder())
     assert Path(seen["staging_folder"]).parent == tmp_path
 
@@ -182,7 +194,7 @@ def test_sound_node_has_nothing_to_say_but_ok(judged, facts, shapes_uri):
 def test_each_node_is_judged_by_itself(facts, shapes_uri):
     other = {**facts, "node": "fedcba9876543210", "name": "other", "shm_free_bytes": 0}
     manifest, written = read_manifest(shapes_uri), [NODE, "fedcba9876543210"]
-    found = judge([facts, other], manifest, TOKEN, True, False, written)
+    found = assess([facts, other], manifest, token=TOKEN, decoded=True, use_gpu=False, written=written)
     assert [finding.check for finding in found] == CHECKS * 2
     assert [finding.node for finding in found] == [f"{facts['name']}/01234567"] * 5 + ["other/fedcba98"] * 5
     assert [finding.status for finding in found] == ["ok"] * 9 + ["failed"]
@@ -219,7 +231,7 @@ def test_storage_that_holds_another_driver_s_token_is_a_fault(shapes_uri, stagin
     own = Folder(str(tmp_path / "own"))
     own.create(f"{FOLDER}/{TOKEN}")
     own.write(f"{FOLDER}/{TOKEN}/token", b"0123456789abcdef")
-    seen = look(NODE, own.uri, shapes_uri, str(staging_folder), TOKEN)
+    seen = gather_facts(NODE, own.uri, shapes_uri, str(staging_folder), TOKEN)
     assert seen["storage"].startswith("fault: it does not see what the driver has written to")
 
 
@@ -257,7 +269,7 @@ def test_staging_takes_all_files_one_more_of_them_and_the_pixels(shapes_uri, sta
     num_bytes = sum(file.stat().st_size for file in Path(shapes_uri).glob("train-*.parquet"))
     assert num_bytes_to_stage(manifest, False) == 2 * num_bytes
     assert num_bytes_to_stage(manifest, True) == 2 * num_bytes + 200 * 32 * 32 * 3
-    staged.stage(shapes_uri, "train", staging_folder)
+    DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
     assert sum(file.stat().st_size for file in staging_folder.rglob("*") if file.is_file()) < 2 * num_bytes
 
 
@@ -295,7 +307,7 @@ def test_driver_must_be_as_new_as_the_build_of_dali_needs(build):
     assert driver_fault(f"{least + 100}.1, NVIDIA H200", {name: "2.4"}) == ""
     text = driver_fault(f"{least - 1}.99, NVIDIA H200", {name: "2.4"})
     assert text.startswith(f"driver {least - 1}.99 is older than {least}, which this build of DALI and torch needs")
-    assert "README, GPUs" in text
+    assert "docs/training.md, GPUs" in text
 
 
 def test_old_or_missing_driver_fails_and_a_new_one_is_named(judged, facts):

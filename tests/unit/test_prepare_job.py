@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 
 from cifar_dist.data.manifest import read_manifest
-from cifar_dist.data.staged import stage
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
 from cifar_dist.data.store import PREPARING
 from cifar_dist.errors import UserError
 
@@ -140,7 +141,7 @@ def test_the_drawn_test_split_follows_fraction_and_seed(tmp_path: Path, pictures
         out = tmp_path / "-".join(["out", *options])
         done = prepare("--source", "folder", "--path", pictures, "--out", out, *options)
         assert done.returncode == 0, done.stderr
-        staged = stage(str(out), "test", tmp_path / "staged")
+        staged = DataSet.open(str(out), Staging(folder=tmp_path / "staged")).stage("test")
         return [staged.path(i) for i in range(len(staged))]
 
     drawn = test_paths("--test-fraction", "0.3")
@@ -288,9 +289,10 @@ def test_remarks_beside_the_data_are_no_data(tmp_path: Path, pictures: Path):
 
 GO_ON = """
 import sys
-sys.path.insert(0, "jobs")
-import prepare
-prepare.prepare(prepare.parser().parse_args(sys.argv[1:]), sys.argv[-1], go_on=True)
+from cifar_dist.cli import prepare
+from cifar_dist.job_settings import SourceSettings
+given = prepare.COMMAND.parse(sys.argv[1:], "prepare.py")
+prepare.prepare(given.build(SourceSettings), given.values["out"], reuse=True)
 """
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from cifar_dist.data import manifest, staged
-from cifar_dist.data.private import is_own_file, keep_own, one_at_a_time, private_folder, user_folder
+from cifar_dist.data.private import Staging, is_own_file, keep_own, one_at_a_time, private_folder, user_folder
+from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 
 IS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's place")
@@ -88,10 +88,10 @@ def test_staging_follows_no_planted_link(shapes_uri, staging_folder, tmp_path, n
     """Where the folder was open to others before."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
-    area = staged.staging_area(manifest.read_manifest(shapes_uri), staging_folder)
+    area = DataSet.open(shapes_uri, Staging(folder=staging_folder)).area
     (area / name).symlink_to(victim)
     (area / f"train.arrow.part-{os.getpid()}").symlink_to(victim)
-    assert len(staged.stage(shapes_uri, "train", staging_folder)) == 200
+    assert len(DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")) == 200
     assert victim.read_bytes() == b"precious"
     assert not (area / "train.arrow").is_symlink()
 
@@ -99,7 +99,7 @@ def test_staging_follows_no_planted_link(shapes_uri, staging_folder, tmp_path, n
 def test_what_is_staged_is_read_by_this_user_only(shapes_uri, staging_folder):
     old = os.umask(0)
     try:
-        staged.stage(shapes_uri, "train", staging_folder)
+        DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
     finally:
         os.umask(old)
     folders = [path for path in staging_folder.rglob("*") if path.is_dir()]
@@ -127,7 +127,7 @@ def test_two_users_stage_side_by_side(shapes_uri):
 def stage_as(user: int, uri: str, folder: Path) -> None:
     os.setgid(user)
     os.setuid(user)
-    assert len(staged.stage(uri, "train", folder)) == 200
+    assert len(DataSet.open(uri, Staging(folder=folder)).stage("train")) == 200
 
 
 # One at a time.

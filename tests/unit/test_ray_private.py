@@ -4,7 +4,6 @@ import inspect
 
 import pytest
 import ray
-import ray.train
 
 from cifar_dist.launch import ray_private, trainer
 from cifar_dist.launch.ray_private import API

@@ -21,16 +21,19 @@ from PIL import Image
 from cifar_dist import models
 from cifar_dist.data import sources, store
 from cifar_dist.data.manifest import Manifest, read_manifest
-from cifar_dist.data.staged import StagedSplit, stage
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet, StagedSplit
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import report
 from cifar_dist.evaluate.driver import Evaluation, choose, merge
 from cifar_dist.evaluate.scores import count, wilson_interval
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
 from cifar_dist.recipes import recipe_config
-from cifar_dist.run.checkpoint import Checkpoint, Cursor, Mark, State
+from cifar_dist.run import folder as run_folder
+from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor, Mark
 from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.run.log import RunLog
+from cifar_dist.storage import Folder
 
 NO_OPTIMIZER = {"optimizers": [], "scaler": {}}
 NUM_TRAIN, NUM_TEST, SIZE = 60, 250, 96  # three batches of test images, so that three shards have one each
@@ -58,7 +61,7 @@ def prepare(folder: Path, class_names: list[str], first: int = 0) -> str:
         return [sources.Item(f"{split}/{class_names[i % 10]}/{i}.png", i % 10, draw[i]) for i in range(n)]
 
     splits = {"train": items("train", NUM_TRAIN, 0), "test": items("test", NUM_TEST, 1)}
-    store.prepare(sources.Source("drawn", class_names, splits), str(folder))
+    store.prepare(sources.Source(name="drawn", class_names=class_names, splits=splits), str(folder))
     return str(folder)
 
 
@@ -70,18 +73,24 @@ class Run:
     checkpoint: Checkpoint
 
     def shard(self, index: int, num_shards: int, **options) -> dict:
-        uris = self.run_uri, self.checkpoint, self.data_uri
-        return evaluate_shard(Shard(*uris, SPLITS, index, num_shards, staging_folder=self.staging, **options))
+        place = {"run": run_folder.Run(self.run_uri), "checkpoint": self.checkpoint, "data": self.data_set()}
+        return evaluate_shard(Shard(**place, splits=SPLITS, index=index, num_shards=num_shards, **options))
+
+    def data_set(self, uri: str = "") -> DataSet:
+        return DataSet.open(uri or self.data_uri, Staging(folder=self.staging))
 
     def merge(self, parts: list[dict], splits: tuple[str, ...] = SPLITS) -> dict:
         manifest = read_manifest(self.data_uri)
-        staged = {s: stage(self.data_uri, s, Path(self.staging), manifest) for s in ("train", "test")}
+        staged = {
+            s: DataSet(uri=self.data_uri, manifest=manifest, staging=Staging(folder=Path(self.staging))).stage(s)
+            for s in ("train", "test")
+        }
         return merge(parts, self.checkpoint, splits, {s: staged[s].labels for s in staged}, manifest)
 
 
 def pixels(data_uri: str, staging: str, ids: range) -> torch.Tensor:
     """Test images as the model wants them, without DALI: -1..1, resized by torch."""
-    staged = stage(data_uri, "test", Path(staging))
+    staged = DataSet.open(data_uri, Staging(folder=Path(staging))).stage("test")
     images = np.stack([np.asarray(Image.open(io.BytesIO(staged.encoded(i).tobytes()))) for i in ids])
     images = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     return F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
@@ -101,7 +110,7 @@ def run(tmp_path_factory) -> Run:
     weights = {name: tensor if "running" in name else tensor * 0 for name, tensor in average.items()}
     run_uri = str(folder / "runs" / "first-run")
     (folder / "runs" / "first-run").mkdir(parents=True)
-    log = RunLog(run_uri, 0)
+    log = RunLog(Folder(run_uri), 0)
     rates = {"images_per_second": 20.0, "data_wait_share": 0.25, "seconds": 4.0}
     scores = {"train_loss": 2.0, "train_accuracy": 0.3, "validation_loss": 2.1, "validation_accuracy": 0.25}
     log.add("warning", 0, 0, warning="random_weights", message="starts from RANDOM weights <not> ImageNet's")
@@ -129,7 +138,7 @@ def run(tmp_path_factory) -> Run:
         "num_threads_per_worker": 1,
         "git_commit": "unknown",
     }
-    state = State(weights, average, {}, NO_OPTIMIZER, taken.mark)
+    state = CheckpointState(model=weights, average=average, ranks={}, optimizer=NO_OPTIMIZER, log=taken.mark)
     checkpoint = Checkpoints(run_uri).write(Cursor(2, 0), 1, state, meta)
     return Run(data_uri, run_uri, staging, checkpoint)
 
@@ -173,7 +182,7 @@ def test_every_image_of_each_split_comes_once(run, merged):
     ids = {split: table["id"].to_pylist() for split, (table, _) in merged.items()}
     assert ids["test"] == list(range(NUM_TEST))
     assert sorted(ids["train"] + ids["validation"]) == list(range(NUM_TRAIN))
-    labels = stage(run.data_uri, "test", Path(run.staging)).labels
+    labels = DataSet.open(run.data_uri, Staging(folder=Path(run.staging))).stage("test").labels
     assert merged["test"][0]["label"].to_pylist() == labels.tolist()
 
 
@@ -260,17 +269,20 @@ def test_checkpoint_of_another_data_set_is_refused(run):
 
 
 def test_a_run_s_best_checkpoint_is_evaluated_not_its_latest(run, tmp_path):
-    uri, state = str(tmp_path / "runs" / "again"), State({"a": torch.ones(1)}, None, {}, NO_OPTIMIZER)
+    uri, state = (
+        str(tmp_path / "runs" / "again"),
+        CheckpointState(model={"a": torch.ones(1)}, average=None, ranks={}, optimizer=NO_OPTIMIZER),
+    )
     for epoch, accuracy in enumerate((0.3, 0.9, 0.2), 1):
         scores = {"validation_accuracy": accuracy, "validation_loss": 1.0}
         meta = {key: run.checkpoint.meta[key] for key in ("model", "global_step", "world_size", "config")}
         meta |= {"manifest_sha256": run.checkpoint.meta["manifest_sha256"], "metrics": scores}
         Checkpoints(uri).write(Cursor(epoch, 0), 1, state, meta)
-    chosen = choose([run.run_uri, uri], run.data_uri)
-    assert list(chosen) == ["first-run", "again"]
-    assert [checkpoint.cursor.epoch for _, checkpoint in chosen.values()] == [2, 2]
+    chosen = choose([run.run_uri, uri], run.data_set())
+    assert [chosen_run.name for chosen_run, _ in chosen] == ["first-run", "again"]
+    assert [checkpoint.cursor.epoch for _, checkpoint in chosen] == [2, 2]
     with pytest.raises(UserError, match="must differ in name"):
-        choose([uri, str(tmp_path / "elsewhere" / "again")], run.data_uri)
+        choose([uri, str(tmp_path / "elsewhere" / "again")], run.data_set())
 
 
 def test_counts_are_those_of_the_table(merged):
@@ -333,7 +345,10 @@ class Page(HTMLParser):
 def evaluation(run: Run, merged: dict, name: str, model: str) -> Evaluation:
     checkpoint = Checkpoint(run.checkpoint.name, {**run.checkpoint.meta, "model": model})
     tables, counts = {s: t for s, (t, _) in merged.items()}, {s: c for s, (_, c) in merged.items()}
-    return Evaluation(name, run.run_uri, checkpoint, tables, counts)
+    named = Path(run.run_uri).with_name(name)
+    if not named.exists():
+        named.symlink_to(run.run_uri)
+    return Evaluation(run=run_folder.Run(str(named)), checkpoint=checkpoint, predictions=tables, counts=counts)
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +356,7 @@ def written(run, merged, flipped, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out")
     first = {**merged, "test+flip": flipped["test+flip"]}
     both = [evaluation(run, first, "first-run", "resnet50v2"), evaluation(run, merged, "second-run", "fan")]
-    page = report.write_report(both, run.data_uri, str(out), run.staging)
+    page = report.write_report(both, run.data_set(), str(out))
     assert page == f"{out}/report.html"
     return out
 
@@ -398,7 +413,7 @@ def test_worst_mistakes_are_pictures_of_the_test_images(run, merged, page):
     table = merged["test"][0].to_pydict()
     wrong = [i for i in range(NUM_TEST) if table["prediction_1"][i] != table["label"][i]]
     wrong.sort(key=lambda i: -table["probability_1"][i])
-    staged = stage(run.data_uri, "test", Path(run.staging))
+    staged = DataSet.open(run.data_uri, Staging(folder=Path(run.staging))).stage("test")
     mistakes = report.worst_mistakes(evaluation(run, merged, "first-run", "fan"), staged, HOSTILE)
     assert len(mistakes) == report.NUM_MISTAKES
     assert [m["id"] for m in mistakes] == wrong[: report.NUM_MISTAKES]
@@ -416,7 +431,7 @@ def test_a_run_with_a_loss_that_was_not_finite_is_reported(run, merged, tmp_path
     """It is stored as null, in the log and in the checkpoint."""
     uri, meta = str(tmp_path / "null-run"), run.checkpoint.meta
     shutil.copytree(run.run_uri, uri)
-    log = RunLog(uri, 20, Mark(**meta["log"]))
+    log = RunLog(Folder(uri), 20, Mark(**meta["log"]))
     assert not log.lost
     scores = {**meta["metrics"], "validation_loss": float("nan")}
     rates = {"images_per_second": 20.0, "data_wait_share": 0.25, "seconds": 4.0}
@@ -425,13 +440,15 @@ def test_a_run_with_a_loss_that_was_not_finite_is_reported(run, merged, tmp_path
     log.close()
     state = Checkpoints(uri).load(run.checkpoint)
     checkpoint = Checkpoints(uri).write(Cursor(3, 0), 1, state, {**meta, "metrics": scores, "epoch": 3, "step": 0})
-    odd = dataclasses.replace(evaluation(run, merged, "null-run", meta["model"]), run_uri=uri, checkpoint=checkpoint)
+    odd = dataclasses.replace(
+        evaluation(run, merged, "null-run", meta["model"]), run=run_folder.Run(uri), checkpoint=checkpoint
+    )
     (tmp_path / "out").mkdir()
-    report.write_report([odd], run.data_uri, str(tmp_path / "out"), run.staging)
+    report.write_report([odd], run.data_set(), str(tmp_path / "out"))
     stored = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
     assert [epoch["validation_loss"] for epoch in stored["runs"][0]["epochs"]] == [2.1, 2.1, None]
     assert Page((tmp_path / "out" / "report.html").read_text()).tags.count("svg") == 3
-    assert choose([uri], run.data_uri)["null-run"][1] == run.checkpoint  # the one before is the best
+    assert choose([uri], run.data_set())[0][1] == run.checkpoint  # the one before is the best
 
 
 def test_json_holds_the_integers_and_is_strict(written, merged):
@@ -453,7 +470,7 @@ def test_json_holds_the_integers_and_is_strict(written, merged):
 def taken_for_cifar10(run, monkeypatch) -> tuple[Manifest, StagedSplit]:
     """The drawn data set's own counts and mean pixels stand for those of CIFAR-10."""
     manifest = read_manifest(run.data_uri)
-    test = stage(run.data_uri, "test", Path(run.staging), manifest)
+    test = DataSet(uri=run.data_uri, manifest=manifest, staging=Staging(folder=Path(run.staging))).stage("test")
     means = [
         np.mean([report.half_means(test.encoded(i)) for i in np.flatnonzero(test.labels == label)], axis=0)
         for label in (3, 1, 4, 5, 9, 2, 6, 0, 8, 7)  # their order does not matter
@@ -466,7 +483,7 @@ def taken_for_cifar10(run, monkeypatch) -> tuple[Manifest, StagedSplit]:
 @pytest.mark.usefixtures("taken_for_cifar10")
 def test_cifar10_is_compared_with_the_deck(run, merged, tmp_path):
     """Whatever its classes are called; both networks' statements are there, also where one of them was not run."""
-    report.write_report([evaluation(run, merged, "only", "resnet50v2")], run.data_uri, str(tmp_path), run.staging)
+    report.write_report([evaluation(run, merged, "only", "resnet50v2")], run.data_set(), str(tmp_path))
     text = Page((tmp_path / "report.html").read_text()).text
     assert "+flip" not in text
     counts = merged["test"][1]
@@ -490,7 +507,7 @@ def test_cifar10_is_compared_with_the_deck(run, merged, tmp_path):
 def test_the_deck_is_shown_beside_the_splits_that_there_are(run, merged, flipped, splits, tmp_path):
     """The deck has no figures with flip test-time augmentation."""
     parts = {split: (merged | flipped)[split] for split in splits}
-    report.write_report([evaluation(run, parts, "only", "resnet50v2")], run.data_uri, str(tmp_path), run.staging)
+    report.write_report([evaluation(run, parts, "only", "resnet50v2")], run.data_set(), str(tmp_path))
     text = Page((tmp_path / "report.html").read_text()).text
     stated = {"train": "95.59%", "validation": "89.22%", "test": "84.51%"}
     for split in splits:
@@ -507,7 +524,7 @@ def test_counts_sizes_and_content_make_cifar10_not_names(run, taken_for_cifar10,
     assert report.is_cifar10(manifest, test)
     other = prepare(tmp_path / "other", CIFAR10, first=1000)  # its names and counts, other pictures
     other_manifest = read_manifest(other)
-    other_test = stage(other, "test", Path(run.staging), other_manifest)
+    other_test = DataSet(uri=other, manifest=other_manifest, staging=Staging(folder=Path(run.staging))).stage("test")
     assert not report.is_cifar10(other_manifest, other_test)
     for split, key, value in (("train", "num_rows_per_class", [5] * 10), ("test", "width", [32, 33])):
         part = {**manifest.splits[split], key: value}
@@ -527,4 +544,9 @@ def test_the_real_cifar10_is_recognised(tmp_path):
         (root / name / "airplane").rename(root / name / "zeppelin")  # neither names nor their order matter
     store.prepare(sources.image_folder(str(root)), str(tmp_path / "data"))
     manifest = read_manifest(str(tmp_path / "data"))
-    assert report.is_cifar10(manifest, stage(str(tmp_path / "data"), "test", tmp_path / "staged", manifest))
+    assert report.is_cifar10(
+        manifest,
+        DataSet(uri=str(tmp_path / "data"), manifest=manifest, staging=Staging(folder=tmp_path / "staged")).stage(
+            "test"
+        ),
+    )

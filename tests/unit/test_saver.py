@@ -23,8 +23,9 @@ from checkpoint_states import EXPECT, meta_of, same, state, tree, without_log
 
 from cifar_dist.errors import UserError
 from cifar_dist.run import log as log_module
-from cifar_dist.run.checkpoint import Cursor, Mark, State
+from cifar_dist.run.checkpoint import CheckpointState, Cursor, Mark
 from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.folder import Run
 from cifar_dist.run.log import read_lines, read_log
 from cifar_dist.run.ownership import Attempts
 from cifar_dist.storage import Folder
@@ -66,7 +67,7 @@ def gates() -> Iterator[list[Gate]]:
 def saver_of(uri: str, driver: str = A, num_kept: int = 9, device: str = "cpu", mark: Mark | None = None) -> Saver:
     """Of a new attempt."""
     attempt = Attempts(Folder(uri), driver).claim(takeover=True)
-    return Saver(uri, driver, attempt, torch.device(device), 0, mark, num_kept, 0.0)
+    return Saver(Run(uri), driver, attempt, device=torch.device(device), global_step=0, mark=mark, num_kept=num_kept)
 
 
 def held(saver: Saver, gates: list[Gate], call: int = 1) -> Gate:
@@ -78,7 +79,7 @@ def held(saver: Saver, gates: list[Gate], call: int = 1) -> Gate:
     return gate
 
 
-def save(saver: Saver, epoch: int, whole: State | None = None) -> None:
+def save(saver: Saver, epoch: int, whole: CheckpointState | None = None) -> None:
     saver.save(Cursor(epoch, 0), whole or state(epoch), meta_of())
 
 
@@ -110,10 +111,10 @@ def test_what_is_saved_is_a_copy(uri, gates, device):
     """Training changes the weights in place while they are being stored."""
     saver = saver_of(uri, device=device)
     gate = held(saver, gates)
-    whole = State(**moved(vars(state(1)), device))
+    whole = CheckpointState(**moved(vars(state(1)), device))
     save(saver, 1, whole)
     spoil(vars(whole))
-    assert not same(State(**moved(vars(whole), "cpu")), state(1))
+    assert not same(CheckpointState(**moved(vars(whole), "cpu")), state(1))
     assert Checkpoints(uri).latest() is None  # nothing of it was stored before it was changed
     gate.passed.set()
     saver.wait()
@@ -320,7 +321,9 @@ def test_a_stale_saver_stores_nothing_more(uri, monkeypatch):
     with pytest.raises(UserError, match="taken over as attempt 2 by process"):
         old.wait()
     with pytest.raises(UserError, match="taken over as attempt 2 by process"):
-        Saver(uri, A, 1, torch.device("cpu"), 0, None, 1, 0.0)  # which would cut the log
+        Saver(
+            Run(uri), A, 1, device=torch.device("cpu"), global_step=0, mark=None, num_kept=1
+        )  # which would cut the log
     assert tree(Path(uri)) == before
     save(new, 3)
     new.wait()

@@ -21,10 +21,21 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("job", ["prepare", "train", "evaluate", "pipeline"])
+WORDS = {
+    "prepare": "--source shapes --out OUT",
+    "train": "--recipe deck_fan --data OUT/data --storage OUT --name run",
+    "evaluate": "--runs OUT/run --data OUT/data --out OUT",
+    "pipeline": "--out OUT",
+}
+
+
+@pytest.mark.parametrize("job", WORDS)
 @pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGTERM, 143, " by SIGTERM"), (signal.SIGINT, 130, "")])
-def test_a_signal_during_the_imports_is_one_sentence(job: str, number: int, code: int, name: str) -> None:
-    command = [sys.executable, ROOT / "jobs" / f"{job}.py", "--help"]
+def test_a_signal_during_the_imports_is_one_sentence(
+    job: str, number: int, code: int, name: str, tmp_path: Path
+) -> None:
+    words = WORDS[job].replace("OUT", str(tmp_path / "out")).split()
+    command = [sys.executable, ROOT / "jobs" / f"{job}.py", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 30
     while process.poll() is None and not catches(process.pid, signal.SIGTERM):

@@ -21,6 +21,7 @@ from torchvision.datasets import CIFAR10
 from cifar_dist.data import sources
 from cifar_dist.data.check import Checker
 from cifar_dist.data.pipeline import decode
+from cifar_dist.data.sources import image_folders
 from cifar_dist.errors import UserError
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -64,7 +65,7 @@ def no_child_is_left() -> Iterator[None]:
 def row_of(content: bytes | np.ndarray, path: str = "picture", label: int = 0) -> sources.Row:
     """What is stored of a file."""
     items = [sources.Item(path, label, lambda: content)]
-    (row,) = sources.Source("test", ["a"], {"train": items}, checker=CHECKER).rows("train")
+    (row,) = sources.Source(name="test", class_names=["a"], splits={"train": items}, checker=CHECKER).rows("train")
     return row
 
 
@@ -215,7 +216,9 @@ def test_skip_bad_leaves_out_and_lists_the_bad_files_only(tmp_path: Path):
 def test_a_folder_in_place_of_an_image_is_named(tmp_path: Path):
     root = write_tree(tmp_path, {"train/a/1.png": PNG, "train/b/nested/1.png": PNG})
     source = sources.Source(
-        "folder", ["b"], {"train": [sources.Item("x", 0, lambda: sources.read_file(root / "train/b/nested"))]}
+        name="folder",
+        class_names=["b"],
+        splits={"train": [sources.Item("x", 0, lambda: image_folders.read_file(root / "train/b/nested"))]},
     )
     with pytest.raises(UserError, match="nested cannot be read"):
         list(source.rows("train"))
@@ -527,7 +530,7 @@ def test_an_image_that_is_longer_than_dali_decodes_is_refused(mode: str):
 
 def warning_of(*images: np.ndarray) -> str | None:
     items = [sources.Item(f"{i}.png", 0, lambda a=a: png_of(a)) for i, a in enumerate(images)]
-    source = sources.Source("test", ["a"], {"train": items}, checker=CHECKER)
+    source = sources.Source(name="test", class_names=["a"], splits={"train": items}, checker=CHECKER)
     list(source.rows("train"))
     return source.deep.warning()
 
@@ -562,7 +565,7 @@ def test_16_bit_images_of_the_full_range_are_not():
 
 def test_a_second_reading_counts_anew():
     items = [sources.Item("x.png", 0, lambda: png_of(gray(4095))), sources.Item("bad.png", 0, lambda: b"x")]
-    source = sources.Source("test", ["a"], {"train": items}, checker=CHECKER)
+    source = sources.Source(name="test", class_names=["a"], splits={"train": items}, checker=CHECKER)
     for _ in range(2):
         source.forget()
         list(source.rows("train", skip_bad=True))

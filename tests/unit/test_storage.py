@@ -23,9 +23,10 @@ from moto.server import ThreadedMotoServer
 
 from cifar_dist.data import sources, store
 from cifar_dist.data.manifest import read_manifest
-from cifar_dist.data.staged import stage
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
-from cifar_dist.run import checkpoint
+from cifar_dist.run import checkpoint, checkpoints
 from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.sealed_json import to_json
 from cifar_dist.storage import Folder, file_sha256, may_pass
@@ -487,7 +488,7 @@ def test_a_data_set_is_the_same_on_every_storage(uri: str, shapes_uri: str, stag
     assert Folder(uri).names() == Folder(shapes_uri).names() == names
     for name in names:
         assert Folder(uri).read(name) == Folder(shapes_uri).read(name)
-    staged = stage(uri, "train", staging_folder)
+    staged = DataSet.open(uri, Staging(folder=staging_folder)).stage("train")
     assert staged.encoded(7).tobytes() == list(sources.shapes(200, 100).rows("train"))[7].encoded
     assert not store.prepare(sources.shapes(200, 100), uri)[1]
 
@@ -497,10 +498,10 @@ def test_a_data_set_in_a_bucket_is_protected_and_replaced(s3: str, staging_folde
     store.prepare(sources.shapes(20, 20), uri)
     with pytest.raises(UserError, match="already holds another data set"):
         store.prepare(sources.shapes(20, 20, seed=1), uri)
-    assert len(stage(uri, "test", staging_folder)) == 20
+    assert len(DataSet.open(uri, Staging(folder=staging_folder)).stage("test")) == 20
     manifest, _ = store.prepare(sources.shapes(30, 20, seed=1), uri, overwrite=True)
     assert Folder(uri).names() == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
-    assert len(stage(uri, "train", staging_folder, manifest)) == 30
+    assert len(DataSet(uri=uri, manifest=manifest, staging=Staging(folder=staging_folder)).stage("train")) == 30
 
 
 @pytest.mark.parametrize("fault", ["missing", "damaged"])
@@ -513,7 +514,7 @@ def test_a_fault_in_a_bucket_is_named_by_its_uri(s3: str, staging_folder: Path, 
         Folder(uri).write("train-00000.parquet", Folder(uri).read("train-00000.parquet")[:-1])
     message = "missing" if fault == "missing" else "does not match the manifest's checksum"
     with pytest.raises(UserError, match=rf"s3://bucket/{fault}/train-00000\.parquet\?.*{message}"):
-        stage(uri, "train", staging_folder)
+        DataSet.open(uri, Staging(folder=staging_folder)).stage("train")
 
 
 @pytest.mark.parametrize("below", ["", "/data"])
@@ -545,10 +546,15 @@ def test_a_full_temporary_folder_is_not_blamed_on_the_object_store(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_files", fail)
+    monkeypatch.setattr(checkpoints, "write_files", fail)
     run = Checkpoints(s3_uri)
     with pytest.raises(UserError, match=r"on this machine: .*No space left.*TMPDIR") as error:
-        run.write(checkpoint.Cursor(0, 1), 1, checkpoint.State({}, None, {}, {}), {"model": "fan"})
+        run.write(
+            checkpoint.Cursor(0, 1),
+            1,
+            checkpoint.CheckpointState(model={}, average=None, ranks={}, optimizer={}),
+            {"model": "fan"},
+        )
     assert "s3://" not in str(error.value)
     assert run.folder.names() == []
 

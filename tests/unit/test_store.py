@@ -24,7 +24,8 @@ from PIL import Image
 
 from cifar_dist.data import sources, staged, store
 from cifar_dist.data.manifest import read_manifest
-from cifar_dist.data.staged import StagedSplit, Staging, once_per_node, stage
+from cifar_dist.data.private import Staging, once_per_node
+from cifar_dist.data.staged import DataSet, StagedSplit
 from cifar_dist.errors import UserError
 from cifar_dist.sealed_json import seal, to_json
 
@@ -149,7 +150,7 @@ def test_images_of_several_sizes_have_no_one_shape(tmp_path: Path, axis: str):
         return np.zeros((side, 8, 3) if axis == "height" else (8, side, 3), np.uint8)
 
     items = [sources.Item(str(side), 0, partial(rectangle, side)) for side in (9, 8)]
-    source = sources.Source("rectangles", ["a"], {"train": items, "test": items[:1]})
+    source = sources.Source(name="rectangles", class_names=["a"], splits={"train": items, "test": items[:1]})
     manifest, _ = store.prepare(source, str(tmp_path / "out"))
     assert manifest.image_shape("train") is None
     assert manifest.image_shape("test") == ((9, 8) if axis == "height" else (8, 9))
@@ -213,7 +214,7 @@ def test_the_store_is_in_the_hugging_face_layout(shapes_uri: str, tmp_path: Path
 
 def test_a_file_holds_so_many_rows_and_bytes():
     def lengths(num_rows: int, encoded: bytes) -> list[int]:
-        row = sources.Row(encoded, "", 0, "PNG", 1, 1)
+        row = sources.Row(encoded=encoded, path="", label=0, encoding="PNG", height=1, width=1)
         return [len(chunk) for chunk in store.file_chunks(iter([row] * num_rows))]
 
     assert lengths(20_001, b"x") == [10_000, 10_000, 1]
@@ -301,14 +302,14 @@ def train_rows() -> list[sources.Row]:
 
 
 def test_the_staged_split_equals_the_source(shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row]):
-    assert same_images(stage(shapes_uri, "train", staging_folder), train_rows)
-    assert len(stage(shapes_uri, "test", staging_folder)) == 100
+    assert same_images(DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train"), train_rows)
+    assert len(DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("test")) == 100
     left = {path.suffix for path in staging_folder.rglob("*") if path.is_file()}
     assert left == {".arrow", ".sha256", ".lock", ".holder"}  # no temporary file stays
 
 
 def test_images_are_zero_copy_views_of_the_mapped_file(shapes_uri: str, staging_folder: Path):
-    staged = stage(shapes_uri, "train", staging_folder)
+    staged = DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "train.arrow" in line]
     ranges = [[int(end, 16) for end in fields[0].split("-")] for fields in maps]
     for i in (0, 17, 199):
@@ -325,10 +326,10 @@ def numbered(i: int) -> np.ndarray:
 def test_several_files_and_batches_are_one_split(tmp_path: Path, staging_folder: Path):
     count = store.ROWS_PER_FILE + 1_050  # two files, twelve Arrow batches
     items = [sources.Item(f"{i}.png", i % 2, partial(numbered, i)) for i in range(count)]
-    source = sources.Source("numbered", ["even", "odd"], {"train": items, "test": items[:2]})
+    source = sources.Source(name="numbered", class_names=["even", "odd"], splits={"train": items, "test": items[:2]})
     manifest, _ = store.prepare(source, str(tmp_path / "out"))
     assert [file["num_rows"] for file in manifest.splits["train"]["files"]] == [10_000, 1_050]
-    staged = stage(str(tmp_path / "out"), "train", staging_folder)
+    staged = DataSet.open(str(tmp_path / "out"), Staging(folder=staging_folder)).stage("train")
     assert len(staged) == count
     assert (staged.labels == np.arange(count) % 2).all()
     for i in (0, 999, 1_000, 9_999, 10_000, 10_999, 11_000, count - 1):
@@ -340,7 +341,7 @@ def test_several_files_and_batches_are_one_split(tmp_path: Path, staging_folder:
 def test_a_damaged_staged_file_is_made_again(
     shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], change: str
 ):
-    stage(shapes_uri, "train", staging_folder)
+    DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
     (path,) = staging_folder.rglob("train.arrow")
     whole = path.read_bytes()
     damaged = {
@@ -354,7 +355,7 @@ def test_a_damaged_staged_file_is_made_again(
         path.write_bytes(damaged)
     if change == "no checksum":
         path.with_name("train.arrow.sha256").unlink()
-    assert same_images(stage(shapes_uri, "train", staging_folder), train_rows)
+    assert same_images(DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train"), train_rows)
     assert path.read_bytes() == whole
 
 
@@ -378,7 +379,7 @@ def test_a_staged_file_is_checked_once_in_a_job_and_again_after_a_restart_or_a_c
     def num_checks(job: str) -> int:
         """In a process of the job that stages and reads."""
         checked.clear()
-        assert same_images(stage(shapes_uri, "train", staging_folder, staging=Staging(job=job)), train_rows)
+        assert same_images(DataSet.open(shapes_uri, Staging(job=job, folder=staging_folder)).stage("train"), train_rows)
         return len(checked)
 
     def change_in_place() -> None:
@@ -410,23 +411,25 @@ def test_a_staged_file_is_checked_once_in_a_job_and_again_after_a_restart_or_a_c
 def test_what_says_that_a_file_was_checked_may_be_anything(
     shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], content: bytes
 ):
-    stage(shapes_uri, "train", staging_folder)
+    DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
     (path,) = staging_folder.rglob("train.arrow")
     path.with_name("train.arrow.sha256").write_bytes(content)
-    assert same_images(stage(shapes_uri, "train", staging_folder, staging=Staging(job="two")), train_rows)
+    assert same_images(DataSet.open(shapes_uri, Staging(job="two", folder=staging_folder)).stage("train"), train_rows)
 
 
 def test_a_good_staged_file_is_used_without_the_store(data: str, staging_folder: Path, train_rows: list[sources.Row]):
     manifest = read_manifest(data)
-    stage(data, "train", staging_folder)
+    DataSet.open(data, Staging(folder=staging_folder)).stage("train")
     shutil.rmtree(data)
-    assert same_images(stage(data, "train", staging_folder, manifest), train_rows)
+    assert same_images(
+        DataSet(uri=data, manifest=manifest, staging=Staging(folder=staging_folder)).stage("train"), train_rows
+    )
 
 
 def test_data_sets_do_not_share_staged_files(shapes_uri: str, tmp_path: Path, staging_folder: Path):
     store.prepare(small_shapes(), str(tmp_path / "other"))
-    assert len(stage(shapes_uri, "train", staging_folder)) == 200
-    assert len(stage(str(tmp_path / "other"), "train", staging_folder)) == 20
+    assert len(DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")) == 200
+    assert len(DataSet.open(str(tmp_path / "other"), Staging(folder=staging_folder)).stage("train")) == 20
 
 
 @pytest.mark.parametrize(
@@ -442,7 +445,7 @@ def test_a_changed_parquet_file_is_never_staged(
 ):
     damage(Path(data) / "train-00000.parquet")
     with pytest.raises(UserError, match=rf"train-00000\.parquet.*{message}"):
-        stage(data, "train", staging_folder)
+        DataSet.open(data, Staging(folder=staging_folder)).stage("train")
     assert not list(staging_folder.rglob("train.arrow"))
     assert not list(staging_folder.rglob("*.part*"))
 
@@ -450,7 +453,7 @@ def test_a_changed_parquet_file_is_never_staged(
 def test_a_manifest_that_counts_wrongly_is_noticed(data: str, staging_folder: Path):
     change_manifest(data, lambda values: values["splits"]["train"].update(num_rows=199), sealed=True)
     with pytest.raises(UserError, match="200 train rows were found, the manifest says 199"):
-        stage(data, "train", staging_folder)
+        DataSet.open(data, Staging(folder=staging_folder)).stage("train")
 
 
 def test_labels_beyond_the_classes_are_noticed(data: str, staging_folder: Path):
@@ -461,13 +464,13 @@ def test_labels_beyond_the_classes_are_noticed(data: str, staging_folder: Path):
 
     change_manifest(data, change, sealed=True)
     with pytest.raises(UserError, match="labels outside 0 to 8"):
-        stage(data, "train", staging_folder)
+        DataSet.open(data, Staging(folder=staging_folder)).stage("train")
 
 
 def test_no_place_to_stage_is_said_in_one_sentence(shapes_uri: str, tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"cannot make the folder .*--staging-folder") as caught:
-        stage(shapes_uri, "train", tmp_path / "file" / "below")
+        DataSet.open(shapes_uri, Staging(folder=tmp_path / "file" / "below")).stage("train")
     assert "\n" not in str(caught.value)
 
 
@@ -476,7 +479,7 @@ def test_no_place_to_stage_is_said_in_one_sentence(shapes_uri: str, tmp_path: Pa
 
 def stage_in_child(uri: str, folder: Path, barrier: Any, results: Any) -> None:
     barrier.wait()
-    staged = stage(uri, "train", folder)
+    staged = DataSet.open(uri, Staging(folder=folder)).stage("train")
     (path,) = folder.rglob("train.arrow")
     images = b"".join(staged.encoded(i).tobytes() for i in range(len(staged)))
     results.put((path.stat().st_ino, path.stat().st_mtime_ns, hashlib.sha256(images).hexdigest()))
@@ -525,14 +528,16 @@ def test_only_one_process_makes_the_file(tmp_path: Path):
 KILLED_WHILE_STAGING = """
 import os, signal, sys
 from pathlib import Path
-from cifar_dist.data import store
+from cifar_dist.data.manifest import read_manifest
+from cifar_dist.data.private import Staging, once_per_node
+from cifar_dist.data.staged import DataSet, copy_split
 
 def half(path):
     copy_split(sys.argv[1], "train", read_manifest(sys.argv[1]), path)
     os.truncate(path, path.stat().st_size // 2)
     os.kill(os.getpid(), signal.SIGKILL)
 
-area = staging_area(read_manifest(sys.argv[1]), Path(sys.argv[2]))
+area = DataSet.open(sys.argv[1], Staging(folder=sys.argv[2])).area
 once_per_node(area / "train.arrow", half, is_right=lambda _: True)
 """
 
@@ -577,7 +582,7 @@ def test_staging_goes_on_after_a_process_was_killed_half_way(
     (part,) = staging_folder.rglob("train.arrow.part-*")
     assert part.stat().st_size > 0
     assert not list(staging_folder.rglob("train.arrow"))
-    assert same_images(stage(shapes_uri, "train", staging_folder), train_rows)
+    assert same_images(DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train"), train_rows)
     assert not list(staging_folder.rglob("*.part-*"))
 
 

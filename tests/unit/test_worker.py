@@ -22,56 +22,70 @@ from torch import nn
 from cifar_dist.config import Config
 from cifar_dist.data.loader import Batch
 from cifar_dist.errors import UserError
-from cifar_dist.models import KerasBatchNorm
-from cifar_dist.run.checkpoint import Checkpoint, Cursor, State
+from cifar_dist.models.layers import KerasBatchNorm
+from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor
 from cifar_dist.run.checkpoints import Checkpoints
+from cifar_dist.run.folder import Run
 from cifar_dist.run.log import LOG, read_lines
 from cifar_dist.run.network import Precision, expected_of
-from cifar_dist.run.ownership import Attempts
 from cifar_dist.storage import Folder
+from cifar_dist.train import cadence, rank_state
 from cifar_dist.train import worker as worker_module
+from cifar_dist.train.cadence import Agreement, Cadence
 from cifar_dist.train.loop import Clock, TrainState, update
 from cifar_dist.train.moving_statistics import gather_statistics
 from cifar_dist.train.optim import average_of, make_optimizers
-from cifar_dist.train.saver import Saver
-from cifar_dist.train.worker import Stop, Worker
+from cifar_dist.train.validation import Validation
+from cifar_dist.train.worker import Worker
 
 NUM_STEPS = 6
 
 
-class Steps(Worker):
-    """Counts steps without data, storage and Ray; `due`: the global steps at which the clock wants a checkpoint,
-    `stop_at`: the one from which on the ranks are asked to stop."""
+# After which steps.
+
+
+class Steps:
+    """Counts steps of a cadence. `due`: the global steps at which rank 0's clock wants a checkpoint; `stop_at`: the one
+    from which on the ranks are asked to stop."""
 
     def __init__(self, due: set[int], agree_every: int, stop_at: float = math.inf, **settings) -> None:
         config, cpu, model = Config().replace(**settings), torch.device("cpu"), nn.Linear(1, 1)
-        precision = Precision("fp32", cpu)
-        self.state = TrainState(config, model, model, [], precision, None, cpu, 0, 1, NUM_STEPS)
-        self.job, self.saver = SimpleNamespace(config=config), None
-        self.due, self.agree_every, self.steps_to_agree = due, agree_every, 1
-        self.stops, self.stop_at = False, stop_at
+        self.state = TrainState(
+            config=config,
+            model=model,
+            trainable=model,
+            optimizers=[],
+            precision=Precision("fp32", cpu),
+            average=None,
+            device=cpu,
+            rank=0,
+            world=1,
+            steps_per_epoch=NUM_STEPS,
+        )
+        self.due, self.agree_every, self.stop_at = due, agree_every, stop_at
         self.logged, self.agreed, self.stored = [], [], []
+        self.cadence, self.has_ended = Cadence(config, self.decide), False
 
-    def _on_log(self, _clock) -> None:
-        self.logged.append(self.state.global_step)
+    def decide(self, _seconds_per_step: float) -> Agreement:
+        step = self.state.global_step
+        self.agreed.append(step)
+        return Agreement(step in self.due, self.agree_every, step >= self.stop_at)
 
-    def _agree(self) -> bool:
-        self.steps_to_agree = self.agree_every
-        self.agreed.append(self.state.global_step)
-        self.stops = self.state.global_step >= self.stop_at
-        return self.state.global_step in self.due
-
-    def _write_checkpoint(self, _metrics=None) -> None:
-        self.stored.append(self.state.global_step)
+    def step(self, cursor: Cursor) -> None:
+        self.state.cursor = cursor
+        if self.cadence.is_logged(self.state):
+            self.logged.append(self.state.global_step)
+        if self.cadence.is_checkpoint_due(self.state):
+            self.stored.append(self.state.global_step)
+        self.has_ended = self.cadence.ends_here(self.state)
 
 
 def two_epochs(due: tuple = (), agree_every: int = 100, **settings) -> Steps:
-    worker = Steps(set(due), agree_every, **settings)
+    steps = Steps(set(due), agree_every, **settings)
     for epoch in range(2):
         for step in range(NUM_STEPS):
-            worker.state.cursor = Cursor(epoch, step + 1)
-            worker._after_step(Clock())
-    return worker
+            steps.step(Cursor(epoch, step + 1))
+    return steps
 
 
 def test_log_lines_are_counted_over_the_run():
@@ -97,45 +111,44 @@ def test_checkpoint_that_is_due_where_the_epoch_ends_is_the_epoch_s():
 
 @pytest.mark.parametrize(("stop_at", "last"), [(1, 1), (2, 3), (3, 3), (4, 5)])
 def test_asked_to_stop_it_stores_at_the_next_agreement_and_goes_no_further(stop_at, last):
-    worker = Steps(set(), 2, stop_at)
+    steps = Steps(set(), 2, stop_at)
     for step in range(last - 1):
-        worker.state.cursor = Cursor(0, step + 1)
-        worker._after_step(Clock())
-    assert worker.stored == []
-    worker.state.cursor = Cursor(0, last)
-    with pytest.raises(Stop):
-        worker._after_step(Clock())
-    assert worker.stored == [last]
+        steps.step(Cursor(0, step + 1))
+    assert (steps.stored, steps.has_ended) == ([], False)
+    steps.step(Cursor(0, last))
+    assert (steps.stored, steps.has_ended) == ([last], True)
 
 
 def test_asked_to_stop_where_the_epoch_ends_the_checkpoint_is_the_epoch_s():
     """Then it is validated as well, and run() ends after it."""
-    worker = Steps(set(), 5, stop_at=6)
+    steps = Steps(set(), 5, stop_at=6)
     for step in range(NUM_STEPS):
-        worker.state.cursor = Cursor(0, step + 1)
-        worker._after_step(Clock())
-    assert (worker.stored, worker.stops) == ([], True)
+        steps.step(Cursor(0, step + 1))
+    assert (steps.stored, steps.has_ended, steps.cadence.stops) == ([], False, True)
 
 
 # What is stored.
 
 
-class Alone(Worker):
-    """A rank with a small network, without data, storage and Ray; `saved`: what it gave to its saver."""
+class Rank:
+    """The state of a rank with a small network."""
 
     def __init__(self, rank: int = 0, world: int = 1, seed: int = 0) -> None:
         config, cpu = Config().replace(ema_decay=0.5, optimizer="adam", learning_rate=0.1), torch.device("cpu")
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(3, 4), KerasBatchNorm(4, momentum=0.5), nn.Linear(4, 2))
-        precision, average = Precision("fp16", cpu), average_of(model, config.optim)
-        optimizers = make_optimizers(model, config.optim)
-        self.state = TrainState(config, model, model, optimizers, precision, average, cpu, rank, world, NUM_STEPS)
-        self.rank, self.world, self.num_threads = rank, world, 1
-        self.job = SimpleNamespace(config=config, weights=None, data_uri="data", git_commit="unknown")
-        self.manifest = SimpleNamespace(num_classes=10, sha256="abc", class_names=["a"] * 10)
-        self.train_ids, self.saved, self.waits = range(9), [], {"seconds": 1.0}
-        self.checkpoints = SimpleNamespace(latest=lambda: None, where=lambda name: name)
-        self.saver: Any = SimpleNamespace(save=lambda *parts: self.saved.append(parts), wait=lambda: None)
+        self.state = TrainState(
+            config=config,
+            model=model,
+            trainable=model,
+            optimizers=make_optimizers(model, config.optim),
+            precision=Precision("fp16", cpu),
+            average=average_of(model, config.optim),
+            device=cpu,
+            rank=rank,
+            world=world,
+            steps_per_epoch=NUM_STEPS,
+        )
 
     def step(self, num: int = 1) -> None:
         state = self.state
@@ -147,16 +160,20 @@ class Alone(Worker):
             state.totals += torch.tensor([1.5, 2, 5])
             state.cursor = Cursor(state.cursor.epoch, state.cursor.step + 1)
 
-    def stored(self) -> tuple[Checkpoint, State]:
+    def stored(self) -> tuple[Checkpoint, CheckpointState]:
         """Of now, as it would be read again."""
-        self._write_checkpoint()
-        cursor, state, meta = copy.deepcopy(self.saved[-1])
-        return Checkpoint("name", {**meta, "epoch": cursor.epoch, "step": cursor.step, "attempt": 1}), state
+        state = self.state
+        held = copy.deepcopy(rank_state.checkpoint_state(state, rank_state.gather_rows(state)))
+        meta = rank_state.checkpoint_meta(state, state.totals.tolist(), None)
+        return Checkpoint("name", {**meta, "epoch": state.cursor.epoch, "step": state.cursor.step, "attempt": 1}), held
+
+    def restore(self, checkpoint: Checkpoint, held: CheckpointState) -> None:
+        rank_state.restore(self.state, checkpoint, held, "name")
 
 
-def everything(worker: Alone) -> list[Any]:
+def everything(rank: Rank) -> list[Any]:
     """All that later steps depend on, tensors as lists."""
-    state = worker.state
+    state = rank.state
     tensors = {**state.model.state_dict(), **{f"average {k}": v for k, v in state.average.state_dict().items()}}
     moments = [list(values.values()) for values in state.optimizers[0].state_dict()["state"].values()]
     values = {name: tensor.tolist() for name, tensor in tensors.items()}
@@ -165,11 +182,11 @@ def everything(worker: Alone) -> list[Any]:
 
 def test_another_worker_goes_on_from_what_one_has_stored():
     """Weights and their average, moments, the loss's scale, the cursor and the totals; then the same steps."""
-    one, other = Alone(), Alone(seed=1)
+    one, other = Rank(), Rank(seed=1)
     one.step()
     one.state.precision.scaler.update(512.0)
     one.step(2)
-    other._restore(*one.stored())
+    other.restore(*one.stored())
     assert everything(other) == everything(one)
     assert other.state.totals.tolist() == [4.5, 6, 15]
     for worker in (one, other):
@@ -178,61 +195,69 @@ def test_another_worker_goes_on_from_what_one_has_stored():
 
 
 def test_of_several_workers_each_has_its_own_statistics_back_and_one_has_the_totals():
-    one = Alone(world=2)
+    one = Rank(world=2)
     one.step(2)
     checkpoint, loaded = one.stored()
     assert loaded.ranks.keys() == {"model", "average"}
     rows = {name: torch.stack([row[0], row[0] + 1]) for name, row in loaded.ranks.items()}
     loaded = dataclasses.replace(loaded, ranks=rows)
     for rank, totals in enumerate(([3.0, 4, 10], [0, 0, 0])):
-        other = Alone(rank, world=2, seed=1)
-        other._restore(checkpoint, loaded)
-        for name, model in other._models().items():
+        other = Rank(rank, world=2, seed=1)
+        other.restore(checkpoint, loaded)
+        for name, model in rank_state.models_of(other.state).items():
             assert torch.equal(gather_statistics(model)[0], rows[name][rank])
         assert other.state.totals.tolist() == totals
-    alone = Alone()  # of another number of workers each takes the mean, which the model's own weights hold
-    alone._restore(checkpoint, loaded)
+    alone = Rank()  # of another number of workers each takes the mean, which the model's own weights hold
+    alone.restore(checkpoint, loaded)
     assert torch.equal(gather_statistics(alone.state.model), gather_statistics(one.state.model))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_never_stored(value):
-    worker = Alone()
-    worker.step()
+def test_what_is_not_finite_is_never_stored(value, tmp_path):
+    worker = Stored(tmp_path).opened()
     worker.state.totals[0] = value
-    with pytest.raises(UserError, match="the training loss became infinite or not a number by step 1"):
-        worker._write_checkpoint()
+    with pytest.raises(UserError, match="the training loss became infinite or not a number by step 0"):
+        worker._store()
     worker.state.totals[0] = 1.0
     worker.state.model[2].weight.data[1, 2] = value
-    with pytest.raises(UserError, match="a weight became infinite or not a number by step 1"):
-        worker._write_checkpoint()
-    assert worker.saved == []
+    with pytest.raises(UserError, match="a weight became infinite or not a number by step 0"):
+        worker._store()
+    worker.saver.close()
+    assert Checkpoints(str(tmp_path)).all() == []
 
 
-class Ending(Alone):
-    """Validation finds 6 of 20 images; `evaluated` is what it was given, `seen` the state when it stored."""
+class FakeValidation:
+    """Validation finds 6 of 20 images; `evaluated` is what it was given."""
 
-    def _validate(self, model: nn.Module) -> list[float]:
+    evaluated: nn.Module | None = None
+
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+
+    def network(self) -> nn.Module:
+        return Validation(self.state, None).network()
+
+    def totals(self, model: nn.Module) -> list[float]:
         self.evaluated = model
         return [50.0, 6.0, 20.0]
 
-    def _write_checkpoint(self, metrics: dict[str, Any] | None = None) -> None:
-        self.seen = metrics, self.state.cursor, self.state.totals.tolist()
-
-    def _check_train_chance(self, *_: Any) -> None:
-        pass
-
-    _check_validation = _check_train_chance
+    def recalibrate(self, _model: nn.Module, _num_batches: int) -> None:
+        raise AssertionError("nothing asks for it")
 
 
-def test_an_epoch_ends_with_the_average_evaluated_and_the_next_one_begun():
-    worker = Ending()
-    worker.saver = None
-    worker.step(NUM_STEPS)
+def test_an_epoch_ends_with_the_average_evaluated_and_the_next_one_begun(tmp_path):
+    worker = Stored(tmp_path).opened()
+    worker.validation = FakeValidation(worker.state)
+    rank = Rank()
+    rank.state = worker.state
+    rank.step(NUM_STEPS)
     worker._end_epoch(Clock())
-    assert worker.evaluated is worker.state.average.module
-    metrics, cursor, totals = worker.seen
-    assert (cursor, totals) == (Cursor(1, 0), [0, 0, 0])
+    worker.saver.close()
+    assert worker.validation.evaluated is worker.state.average.module
+    assert (worker.state.cursor, worker.state.totals.tolist()) == (Cursor(1, 0), [0, 0, 0])
+    latest = Checkpoints(str(tmp_path)).latest()
+    metrics = latest.meta["metrics"]
+    assert (latest.cursor, latest.meta["totals"]) == (Cursor(1, 0), [0, 0, 0])
     assert (metrics["train_loss"], metrics["train_accuracy"]) == (1.5 / 5, 2 / 5)
     assert (metrics["validation_loss"], metrics["validation_accuracy"]) == (2.5, 0.3)
     assert (metrics["num_validation_correct"], metrics["num_validation"]) == (6, 20)
@@ -243,63 +268,87 @@ def test_an_epoch_ends_with_the_average_evaluated_and_the_next_one_begun():
 DRIVER = "aaaaaaaa"
 
 
-class Stored(Alone):
+class RandomImages:
+    """A rank's images, which are random: five for each step."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.state, self.train_ids, self.validation_ids = state, range(5 * state.world * NUM_STEPS), range(20)
+
+    def train_batches(self, cursor: Cursor) -> Iterator[Batch]:
+        for step in range(cursor.step, NUM_STEPS):
+            generator = torch.Generator().manual_seed(100 * cursor.epoch + 10 * step + self.state.rank)
+            images, labels = torch.randn(5, 3, generator=generator), torch.randint(2, (5,), generator=generator)
+            ids, size = np.arange(5), 5 * self.state.world
+            yield Batch(images=images, labels=labels, ids=ids, num_counted=5, global_size=size)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        return self.train_batches(Cursor(9, 0))
+
+    def trained(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+class ConstantValidation(FakeValidation):
+    """Validation finds 12 of 20 images in each epoch."""
+
+    def totals(self, _model: nn.Module) -> list[float]:
+        return [10.0, 12.0, 20.0]
+
+
+class Stored(Worker):
     """One rank of a run at `uri`; its images are random. `said`: what it told the driver."""
 
     def __init__(self, uri: Path | str, rank: int = 0, world: int = 1, **settings: Any) -> None:
-        super().__init__(rank, world)
+        state = Rank(rank, world).state
         defaults = {"epochs": 2, "global_batch_size": 5 * world, "chance_warning_steps": 0}
-        config = self.state.config.replace(**{**defaults, **settings})
-        self.state.config, self.state.precision = config, Precision("fp32", torch.device("cpu"))
-        if not config.optim.ema_decay:
-            self.state.average = None
-        self.head, self.train_ids, self.validation_ids = self.state.model, range(5 * world * NUM_STEPS), range(20)
+        state.config = state.config.replace(**{**defaults, **settings})
+        state.precision = Precision("fp32", torch.device("cpu"))
+        if not state.config.optim.ema_decay:
+            state.average = None
         self.said: list[str] = []
         progress: dict[str, Callable] = {"say": self.said.append, "trains": lambda: None}
         progress |= dict.fromkeys(("update", "measured"), lambda _values: None)
-        progress["asks_to_stop"] = lambda: self.state.global_step >= self.stop_at
+        progress["asks_to_stop"] = lambda: state.global_step >= self.stop_at
         self.stop_at = math.inf
-        self.job.config, self.job.driver, self.job.run_uri = config, DRIVER, str(uri)
-        self.job.progress = SimpleNamespace(**{n: SimpleNamespace(remote=act) for n, act in progress.items()})
-        self.retry_seconds, self.checkpoints = 0.0, Checkpoints(str(uri))
-        self.diagnosed, self.noticed, self.stops, self.warned = False, False, False, set[str]()
-        self.steps_to_agree, self.agreed_steps, self.agreed_at, self.started_at = 1, 1, 0.0, 0.0
-        self.waits = dict.fromkeys(("seconds", "data_wait_seconds", "communication_seconds"), 0.0)
-        self.logged_stall_seconds = 0.0
-        self.source = self.loader = None
-        self.saver = None
-        self.attempt = Attempts(Folder(str(uri)), DRIVER).claim(takeover=True) if rank == 0 else 0
+        manifest = SimpleNamespace(num_classes=10, sha256="abc", class_names=["a"] * 10)
+        data, launch = SimpleNamespace(uri="data", manifest=manifest), SimpleNamespace(profile=False)
+        plan = SimpleNamespace(config=state.config, run=Run(str(uri)), data=data, launch=launch, weights=None)
+        attempt = plan.run.attempts(DRIVER).claim(takeover=True) if rank == 0 else 0
+        job = SimpleNamespace(
+            plan=plan,
+            driver=DRIVER,
+            attempt=attempt,
+            git_commit="unknown",
+            progress=SimpleNamespace(**{n: SimpleNamespace(remote=act) for n, act in progress.items()}),
+        )
+        super().__init__(job, state, RandomImages(state), lambda: False)
+        self.use(ConstantValidation(state))
+
+    def use(self, validation: FakeValidation) -> "Stored":
+        self.validation = self.diagnosis.validation = validation
+        return self
 
     def resumed(self) -> "Stored":
         """From the newest checkpoint, if there is one."""
-        self.resume(self.checkpoints.load_newest(expected_of(self.job.config, self.manifest)))
+        expect = expected_of(self.plan.config, self.plan.data.manifest)
+        self.resume(self.run_folder.checkpoints.load_newest(expect))
         return self
 
     def opened(self) -> "Stored":
         """With a saver, behind no checkpoint."""
-        self.saver = Saver(self.job.run_uri, DRIVER, self.attempt, self.state.device, 0, None, 9, 0.0)
+        self._open_saver(None)
         return self
-
-    def _train_batches(self, cursor: Cursor) -> Iterator[Batch]:
-        for step in range(cursor.step, NUM_STEPS):
-            generator = torch.Generator().manual_seed(100 * cursor.epoch + 10 * step + self.rank)
-            images, labels = torch.randn(5, 3, generator=generator), torch.randint(2, (5,), generator=generator)
-            yield Batch(images, labels, np.arange(5), 5, 5 * self.world)
-
-    def _validate(self, _model: nn.Module) -> list[float]:
-        return [10.0, 12.0, 20.0]
 
 
 @pytest.fixture
 def alone(monkeypatch) -> None:
     """No Ray and no process group; each step comes with an agreement."""
     without_ray(monkeypatch.setattr)
-    monkeypatch.setattr(worker_module.dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
+    monkeypatch.setattr(rank_state.dist, "all_gather_object", lambda found, mine: found.__setitem__(0, mine))
 
 
 def without_ray(put: Callable[[Any, str, Any], None]) -> None:
-    put(worker_module, "a_node_is_leaving", lambda: False)
-    put(worker_module, "AGREE_SECONDS", 0.0)
+    put(cadence, "AGREE_SECONDS", 0.0)
     put(worker_module.ray, "get", lambda answer, **_: answer)
 
 
@@ -402,12 +451,12 @@ def test_a_warning_is_said_once_per_attempt_and_recorded_once_per_run(tmp_path):
     for attempt in (1, 2, 3):
         worker = Stored(tmp_path).resumed()
         for _ in range(2):
-            worker._warn("kind", "a sentence", accuracy=0.5)
-        worker._warn(f"kind {attempt}", "another sentence")
+            worker.reporter.warn("kind", "a sentence", accuracy=0.5)
+        worker.reporter.warn(f"kind {attempt}", "another sentence")
         assert worker.said[-2:] == ["WARNING: a sentence", "WARNING: another sentence"]
         assert worker.said.count("WARNING: a sentence") == 1
-        worker.step()
-        worker._write_checkpoint()
+        worker.state.cursor = Cursor(0, attempt)
+        worker._store()
         worker.saver.close()
     assert [line["warning"] for line in lines_of(tmp_path, "warning")] == ["kind", "kind 1", "kind 2", "kind 3"]
     (first, *_) = lines_of(tmp_path, "warning")
@@ -452,6 +501,47 @@ def test_a_schedule_of_another_length_is_warned_of_once(tmp_path, settings, warn
 
 
 @pytest.mark.usefixtures("alone")
+def test_training_at_chance_is_warned_of_from_the_step_on_that_was_asked_for(tmp_path):
+    """Chance is a tenth."""
+    worker = Stored(tmp_path, chance_warning_steps=3).opened()
+    for step in (2, 3, 4):
+        worker.state.cursor = Cursor(0, step)
+        worker.diagnosis.check_training(0.1, 1000)
+        assert [text.split(":")[0] for text in worker.said] == ["WARNING"] * (step > 2)
+    assert "training accuracy is 10.0%, chance is 10.0%: the network is not learning" in worker.said[0]
+    worker.saver.log.store(worker.saver.log.take())
+    assert [(line["warning"], line["global_step"]) for line in lines_of(tmp_path)] == [("train_at_chance", 3)]
+
+
+@pytest.mark.usefixtures("alone")
+def test_training_is_diagnosed_with_every_logged_step_and_epoch(tmp_path):
+    worker, seen = Stored(tmp_path, epochs=1, log_every_steps=4).resumed(), []
+    worker.diagnosis.check_training = lambda _accuracy, num_seen: seen.append(num_seen)
+    worker.run()
+    assert seen == [20, 30]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_recalibration_changes_the_statistics_and_nothing_else(tmp_path, ema_decay):
+    """Of what is evaluated: the average of the weights where there is one."""
+    kept = []
+    for name, num_batches in (("plain", 0), ("again", 2)):
+        settings = {"epochs": 1, "recalibrate_batches": num_batches, "ema_decay": ema_decay}
+        worker = Stored(tmp_path / name, **settings)
+        worker.use(Validation(worker.state, worker.images))
+        worker.resumed().run()
+        checkpoints = Checkpoints(str(tmp_path / name))
+        kept.append(checkpoints.load(checkpoints.latest()))
+    for tensors, others, is_evaluated in (
+        (kept[0].model, kept[1].model, not ema_decay),
+        (kept[0].average or {}, kept[1].average or {}, True),
+    ):
+        different = {name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])}
+        assert different == ({"1.running_mean", "1.running_var"} if is_evaluated and tensors else set())
+
+
+@pytest.mark.usefixtures("alone")
 def test_few_images_at_a_time_are_warned_of(tmp_path):
     worker = Stored(tmp_path).resumed()
     worker.run()
@@ -460,21 +550,19 @@ def test_few_images_at_a_time_are_warned_of(tmp_path):
     assert "only 5 images at a time" in line["message"]
 
 
-class NotFinite(Stored):
+class NotFinite(ConstantValidation):
     """Its second epoch's validation loss."""
 
-    def _validate(self, model: nn.Module) -> list[float]:
-        loss, *rest = super()._validate(model)
-        return [
-            math.nan if self.state.cursor.epoch == 1 else loss,
-            19.0 if self.state.cursor.epoch == 1 else rest[0],
-            rest[1],
-        ]
+    def totals(self, model: nn.Module) -> list[float]:
+        loss, *others = super().totals(model)
+        is_second = self.state.cursor.epoch == 1
+        return [math.nan if is_second else loss, 19.0 if is_second else others[0], others[1]]
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_validation_loss_that_is_not_finite_is_said_and_never_the_best(tmp_path):
-    worker = NotFinite(tmp_path, epochs=3, keep_checkpoints=9).resumed()
+    worker = Stored(tmp_path, epochs=3, keep_checkpoints=9).resumed()
+    worker.use(NotFinite(worker.state))
     worker.run()
     (said,) = (text for text in worker.said if "not finite" in text)
     assert said.startswith("WARNING: the validation loss after epoch 2 is not finite: it is stored as null")
@@ -486,17 +574,19 @@ def test_a_validation_loss_that_is_not_finite_is_said_and_never_the_best(tmp_pat
     assert checkpoints.load(checkpoints.all()[1]).model
 
 
-class Lagging(Stored):
+class Lagging(FakeValidation):
     """Validation finds 3 of 20 images by the average of the weights and by BatchNorm's statistics as they are;
     `plain`: by the weights themselves, `recalibrated`: with statistics re-estimated."""
 
-    plain, recalibrated, num_recalibrated = 3.0, 3.0, 0
+    def __init__(self, state: TrainState, plain: float, recalibrated: float) -> None:
+        super().__init__(state)
+        self.plain, self.recalibrated, self.num_recalibrated = plain, recalibrated, 0
 
-    def _validate(self, model: nn.Module) -> list[float]:
+    def totals(self, model: nn.Module) -> list[float]:
         found = self.plain if model is self.state.model else self.recalibrated if self.num_recalibrated else 3.0
         return [10.0, found, 20.0]
 
-    def _recalibrate(self, _model: nn.Module, _num_batches: int) -> None:
+    def recalibrate(self, _model: nn.Module, _num_batches: int) -> None:
         self.num_recalibrated += 1
 
 
@@ -515,12 +605,13 @@ class Lagging(Stored):
     ],
 )
 def test_what_lagging_validation_comes_from_is_found_out(tmp_path, plain, recalibrated, kind, part):
-    worker = Lagging(tmp_path, chance_warning_steps=1).opened()
-    worker.plain, worker.recalibrated = plain, recalibrated
+    worker = Stored(tmp_path, chance_warning_steps=1).opened()
+    validation = Lagging(worker.state, plain, recalibrated)
+    worker.use(validation)
     for _ in range(2):
-        worker._check_validation(worker.state.average.module, 0.6, 0.15)
+        worker.diagnosis.check_validation(worker.state.average.module, 0.6, 0.15)
     worker.saver.log.store(worker.saver.log.take())
     (line,) = lines_of(tmp_path, "warning")
     assert line["warning"] == kind
     assert part in line["message"]
-    assert worker.num_recalibrated == (kind != "average_lags")
+    assert validation.num_recalibrated == (kind != "average_lags")

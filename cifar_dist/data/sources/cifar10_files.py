@@ -1,4 +1,4 @@
-"""CIFAR-10 as torchvision downloads it."""
+"""The source CIFAR-10, which torchvision downloads."""
 
 import os
 from functools import partial
@@ -13,7 +13,7 @@ from cifar_dist.errors import UserError
 
 
 def cifar10(path: str | None) -> Source:
-    """CIFAR-10 (60,000 images, 32 px) by torchvision's downloader, which checks its checksums; kept as PNG."""
+    """Returns CIFAR-10 (60,000 images, 32 px), downloaded and verified by torchvision. Images are stored as PNG."""
     from torchvision.datasets import CIFAR10  # noqa: PLC0415 - slow to import, needed here only
 
     try:
@@ -38,4 +38,6 @@ def cifar10(path: str | None) -> Source:
         targets = parts[split].targets
         return [Item(f"{split}-{i:05d}.png", targets[i], partial(data.__getitem__, i)) for i in range(len(data))]
 
-    return Source("cifar10", list(parts["train"].classes), {split: items(split) for split in parts})
+    return Source(
+        name="cifar10", class_names=list(parts["train"].classes), splits={split: items(split) for split in parts}
+    )

@@ -10,13 +10,26 @@ from cifar_dist.errors import UserError
 
 
 def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Source:
-    """train/CLASS/* and test/CLASS/*; labels follow the sorted class folders; a missing test split is drawn."""
+    """Reads train/CLASS/* and test/CLASS/*. Labels follow the sorted class folders. Draws a missing test split."""
     root = Path(os.path.expanduser(path or ""))
     if not path or not (root / "train").is_dir():
         raise UserError(
             f"{path or '(no --path)'} holds no folder named train; --source folder reads PATH/train/CLASS/IMAGE and, "
             "if it is there, PATH/test/CLASS/IMAGE"
         )
+    refuse_unread(root)
+    class_names = [p.name for p in visible(root / "train") if p.is_dir()]
+    need_two_classes(str(root / "train"), class_names)
+    train = split_items(root, "train", class_names)
+    if (root / "test").is_dir():
+        splits = {"train": train, "test": split_items(root, "test", class_names)}
+    else:
+        splits = draw_test_split(train, class_names, test_fraction, seed)
+    return Source(name="folder", class_names=class_names, splits=splits)
+
+
+def refuse_unread(root: Path) -> None:
+    """Raises UserError for a folder or a data file that would not be read."""
     for folder, read in ((root, {"train", "test"}), (root / "train", set()), (root / "test", set())):
         for entry in visible(folder) if folder.is_dir() else []:
             if entry.name not in read and (entry.suffix.lower() in DATA_SUFFIXES or (read and entry.is_dir())):
@@ -25,37 +38,30 @@ def image_folder(path: str | None, test_fraction: float = 0.2, seed: int = 0) ->
                     "PATH/test/CLASS/IMAGE; move it away, or name a folder of links to "
                     "train and to what is the test split"
                 )
-    class_names = [p.name for p in visible(root / "train") if p.is_dir()]
-    need_two_classes(str(root / "train"), class_names)
 
-    def items(split: str) -> list[Item]:
-        found = {p.name for p in visible(root / split) if p.is_dir()}
-        if extra := sorted(found - set(class_names)):
-            raise UserError(f"class {extra[0]!r} is in {root / split} but not in {root / 'train'}")
-        rows = []
-        for label, name in enumerate(class_names):
-            files = visible(root / split / name) if name in found else []
-            if not files:
-                raise UserError(f"class {name!r} has no images in {root / split}; add some or remove the class")
-            if inner := next((p for p in files if p.is_dir()), None):
-                num_files = sum(p.is_file() for p in inner.rglob("*"))
-                raise UserError(
-                    f"{inner} is a folder inside a class's folder, and its {num_files} files would not be read; move "
-                    f"its images up into {inner.parent}, or move it away"
-                )
-            rows += [Item(f"{split}/{name}/{p.name}", label, partial(read_file, p), str(p)) for p in files]
-        return rows
 
-    train = items("train")
-    if (root / "test").is_dir():
-        splits = {"train": train, "test": items("test")}
-    else:
-        splits = draw_test_split(train, class_names, test_fraction, seed)
-    return Source("folder", class_names, splits)
+def split_items(root: Path, split: str, class_names: list[str]) -> list[Item]:
+    """Returns the images of a split, class by class. Raises UserError for a class that is empty or has folders."""
+    found = {p.name for p in visible(root / split) if p.is_dir()}
+    if extra := sorted(found - set(class_names)):
+        raise UserError(f"class {extra[0]!r} is in {root / split} but not in {root / 'train'}")
+    items = []
+    for label, name in enumerate(class_names):
+        files = visible(root / split / name) if name in found else []
+        if not files:
+            raise UserError(f"class {name!r} has no images in {root / split}; add some or remove the class")
+        if inner := next((p for p in files if p.is_dir()), None):
+            num_files = sum(p.is_file() for p in inner.rglob("*"))
+            raise UserError(
+                f"{inner} is a folder inside a class's folder, and its {num_files} files would not be read; move "
+                f"its images up into {inner.parent}, or move it away"
+            )
+        items += [Item(f"{split}/{name}/{p.name}", label, partial(read_file, p), str(p)) for p in files]
+    return items
 
 
 def visible(folder: Path) -> list[Path]:
-    """The folder's entries sorted by name, without hidden ones."""
+    """Returns the folder's entries sorted by name, without hidden entries."""
     found = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
     for path in found:
         try:

@@ -17,7 +17,7 @@ from cifar_dist.uris import join_uri
 
 
 def parquet(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Source:
-    """Hugging Face layout: train*.parquet and test*.parquet with `image` (or `img`) {bytes, path} and `label`."""
+    """Reads train*.parquet and test*.parquet with the columns `image` (or `img`) {bytes, path} and `label`."""
     if not path:
         raise UserError("--source parquet needs --path, a folder of train-*.parquet and test-*.parquet")
     folder = Folder(path)
@@ -39,11 +39,11 @@ def parquet(path: str | None, test_fraction: float = 0.2, seed: int = 0) -> Sour
     }
     if "test" not in splits:
         splits = draw_test_split(splits["train"], class_names, test_fraction, seed)
-    return Source("parquet", class_names, splits)
+    return Source(name="parquet", class_names=class_names, splits=splits)
 
 
 def refuse_unread(folder: Folder, read: set[str]) -> None:
-    """Raises UserError that names a folder or a file of data which is not in `read`."""
+    """Raises UserError for a folder or a data file that is not in `read`."""
     inner = set(folder.folders())
     for name in folder.names():
         is_data = name in inner or Path(name).suffix.lower() in DATA_SUFFIXES
@@ -55,7 +55,7 @@ def refuse_unread(folder: Folder, read: set[str]) -> None:
 
 
 def read_parquet(folder: Folder, name: str) -> tuple[str, pa.Table]:
-    """(path, table with the columns image and label)."""
+    """Returns (path, table with the columns image and label)."""
     where = join_uri(folder.uri, name)
     try:
         table = pq.read_table(folder.at(name), filesystem=folder.fs)
@@ -75,7 +75,7 @@ def read_parquet(folder: Folder, name: str) -> tuple[str, pa.Table]:
 
 
 def parquet_classes(path: str, tables: list[pa.Table]) -> list[str]:
-    """Class names from the Hugging Face metadata, or '0', '1', ... up to the largest label."""
+    """Returns class names from the Hugging Face metadata, or '0', '1', ... up to the largest label."""
     try:
         info = from_json((tables[0].schema.metadata or {}).get(b"huggingface", b"{}"))
         names = info.get("info", {}).get("features", {}).get("label", {}).get("names")
@@ -106,5 +106,5 @@ def parquet_items(where: str, table: pa.Table, num_classes: int) -> list[Item]:
 
 
 def arrow_bytes(column: pa.ChunkedArray, row: int) -> bytes:
-    """The row's image; paths to files outside the Parquet file are not followed."""
+    """Returns the row's image bytes. Does not follow paths to files outside the Parquet file."""
     return column[row].as_py() or b""

@@ -1,8 +1,9 @@
-"""One image before it is stored: read with Pillow, examined, and turned into RGB bytes that DALI decodes alike."""
+"""Reads images with Pillow, examines them, and turns them into bytes that DALI decodes to the same RGB pixels."""
 
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin
@@ -18,9 +19,9 @@ BITS_PER_SAMPLE = 258  # the TIFF tag
 
 @dataclass(frozen=True)
 class Item:
-    """One image before it is checked: `read` gives its bytes, or finished RGB pixels as a uint8 [H, W, 3] array.
+    """An unchecked image. `read` returns its bytes, or RGB pixels as a uint8 [H, W, 3] array.
 
-    `path` is stored with the image; `where` names it in messages.
+    `path` is stored with the image. `where` names the image in messages.
     """
 
     path: str
@@ -29,9 +30,9 @@ class Item:
     where: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One checked image: RGB when decoded, in one of FORMATS."""
+    """A checked image in one of FORMATS, which decodes to RGB."""
 
     encoded: bytes
     path: str
@@ -43,7 +44,7 @@ class Row:
 
 @dataclass
 class DeepImages:
-    """The images of 16 bits a sample: 8 bits of a narrow range are few levels."""
+    """Counts images with 16 bits a sample. If their values span a narrow range, few 8-bit levels are left."""
 
     num_images: int = 0
     largest: int = -1
@@ -55,7 +56,7 @@ class DeepImages:
             self.largest, self.where = largest, where
 
     def warning(self) -> str | None:
-        """What to tell the user where no 16-bit image uses a quarter of the range."""
+        """Returns a warning if no 16-bit image uses a quarter of the range, else None."""
         if not self.num_images or self.largest >= 65536 // 4:
             return None
         return (
@@ -66,7 +67,7 @@ class DeepImages:
 
 
 def encode_png(pixels: np.ndarray | Image.Image) -> bytes:
-    """Lossless PNG of uint8 [H, W, 3] pixels or of an image."""
+    """Returns a lossless PNG of uint8 [H, W, 3] pixels or of an image."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -74,7 +75,7 @@ def encode_png(pixels: np.ndarray | Image.Image) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, 8 bit: 16-bit gray is scaled, palettes are resolved, alpha is dropped, CMYK is converted."""
+    """Returns the image as 8-bit RGB. Scales 16-bit gray, resolves palettes, drops alpha and converts CMYK."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):
@@ -82,65 +83,93 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
 
 
+class Shown(NamedTuple):
+    """A file as Pillow shows it. pixels: uint8 [H, W, 3], upright. encoding: the kind of file.
+
+    is_odd: whether it must be stored as a new PNG. largest: the largest 16-bit value if it has over 8 bits a sample."""
+
+    pixels: np.ndarray
+    encoding: str
+    is_odd: bool
+    largest: int | None
+
+
 def examined(item: Item, deep: DeepImages) -> Picture[Row]:
-    """Reads the item with Pillow. The file of an RGB image is kept, if it passes the check against Pillow's pixels;
-    other images become PNG here."""
+    """Reads the item with Pillow. Raises UserError if the image is not readable.
+
+    Keeps the file of an RGB image, for the check against Pillow's pixels. Other images become PNG."""
     where, content = item.where or item.path, item.read()
     if isinstance(content, np.ndarray):
         return own_picture(item, content)
     if not content:
         raise UserError(f"{where} is empty (zero bytes)")
     try:
-        if content.startswith(PNG_START):
-            with Image.open(io.BytesIO(content)) as image:
-                image.verify()  # checksums and the file's end, which load() does not look at
-        with Image.open(io.BytesIO(content)) as image:
-            encoding = image.format or "unknown"
-            if encoding not in (*FORMATS, "MPO"):
-                raise UserError(f"{where} is a {encoding} file; JPEG, PNG, WebP, BMP and TIFF are read")
-            image.load()
-            if image.mode == "F":
-                raise ValueError("its pixels are floating-point numbers")
-            odd = is_special(image) or image.mode != "RGB" or getattr(image, "n_frames", 1) > 1
-            is_deep = has_16_bits(image, content)
-            largest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
-            turn_upright(image)
-            pixels = np.asarray(to_rgb(image))
+        shown = show(content, where)
     except UserError:
         raise
-    except Exception as error:  # Pillow raises many types for damaged files; each means the same here
+    except Exception as error:  # Pillow raises many types of errors for damaged files
         reason = str(error).replace("\n", " ")
         reason = "it is no image that Pillow knows" if "cannot identify" in reason else reason
         raise UserError(f"{where} is not a readable image: {reason}") from error
-    if max(pixels.shape) > MAX_SIDE:
-        height, width = pixels.shape[:2]
+    height, width = shown.pixels.shape[:2]
+    if max(height, width) > MAX_SIDE:
         raise UserError(f"{where} has {width} x {height} pixels; images of up to {MAX_SIDE} pixels a side are read")
-    if is_deep:
-        deep.add(where, int(pixels.max()) * 257 if largest is None else largest)
-    if odd:
-        return own_picture(item, pixels)
-    height, width = pixels.shape[:2]
-    return Picture(content, pixels, Row(content, item.path, item.label, encoding, height, width))
+    if shown.largest is not None:
+        deep.add(where, shown.largest)
+    if shown.is_odd:
+        return own_picture(item, shown.pixels)
+    return Picture(
+        content,
+        shown.pixels,
+        Row(encoded=content, path=item.path, label=item.label, encoding=shown.encoding, height=height, width=width),
+    )
+
+
+def show(content: bytes, where: str) -> Shown:
+    """Opens a file with Pillow. Raises UserError for unsupported kinds of files, and Pillow's errors for bad files."""
+    if content.startswith(PNG_START):
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()  # checks checksums and the file's end, which load() does not
+    with Image.open(io.BytesIO(content)) as image:
+        encoding = image.format or "unknown"
+        if encoding not in (*FORMATS, "MPO"):
+            raise UserError(f"{where} is a {encoding} file; JPEG, PNG, WebP, BMP and TIFF are read")
+        image.load()
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers")
+        is_odd = is_special(image) or image.mode != "RGB" or getattr(image, "n_frames", 1) > 1
+        is_deep = has_16_bits(image, content)
+        largest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
+        turn_upright(image)
+        pixels = np.asarray(to_rgb(image))
+    if is_deep and largest is None:
+        largest = int(pixels.max()) * 257
+    return Shown(pixels, encoding, is_odd, largest if is_deep else None)
 
 
 def own_picture(item: Item, pixels: np.ndarray) -> Picture[Row]:
-    """The item as a PNG file of our own, which needs no check."""
+    """Returns the item as a new PNG file, which needs no check."""
     encoded = encode_png(pixels)
-    return Picture(encoded, None, Row(encoded, item.path, item.label, "PNG", *pixels.shape[:2]))
+    height, width = pixels.shape[:2]
+    return Picture(
+        encoded,
+        None,
+        Row(encoded=encoded, path=item.path, label=item.label, encoding="PNG", height=height, width=width),
+    )
 
 
 def turn_upright(image: Image.Image) -> None:
-    """Turns the image as its EXIF or XMP orientation says."""
-    image.getexif()  # read, so that the raw EXIF may go: exif_transpose would write it anew, and fails on odd tags
+    """Turns the image upright by its EXIF or XMP orientation."""
+    image.getexif()  # cached, so the raw EXIF can go: exif_transpose would rewrite it, and fails on odd tags
     for name in ("exif", "Raw profile type exif"):
         image.info.pop(name, None)
     ImageOps.exif_transpose(image, in_place=True)
 
 
 def is_special(image: Image.Image) -> bool:
-    """Whether DALI is known to fail on such files: the check would find each, but takes up to a second for it.
+    """Whether DALI is known to fail on such a file. The check would find this too, but takes up to a second a file.
 
-    These are MPO, which many cameras call a JPEG of two pictures, WebP with EXIF, and JPEG with EXIF twice.
+    DALI fails on MPO (a JPEG of two pictures, from many cameras), WebP with EXIF, and JPEG with two EXIF segments.
     """
     segments = getattr(image, "applist", [])  # of a JPEG
     num_exif = sum(name == "APP1" and data.startswith(b"Exif") for name, data in segments)
@@ -148,7 +177,7 @@ def is_special(image: Image.Image) -> bool:
 
 
 def has_16_bits(image: Image.Image, content: bytes) -> bool:
-    """Whether the file has more than 8 bits a sample, of which 8 are kept."""
+    """Whether the file has more than 8 bits a sample. Only 8 bits are kept."""
     if image.format == "PNG":
         return content[12:16] == b"IHDR" and content[24] == 16
     bits = image.tag_v2.get(BITS_PER_SAMPLE, (8,)) if isinstance(image, TiffImagePlugin.TiffImageFile) else (8,)

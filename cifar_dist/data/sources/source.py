@@ -1,4 +1,4 @@
-"""A data set to be stored: class names, items per split, and the checked rows that they become."""
+"""A data set to be stored: class names, items per split, and the checked rows made from the items."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ from cifar_dist.data.order import TEST, stratified_split
 from cifar_dist.data.sources.picture import DeepImages, Item, Row, encode_png, examined
 from cifar_dist.errors import UserError
 
-# What is data and no remark beside it: where it would not be read, the job stops.
+# Suffixes of data files. The job stops if it would not read such a file; other files, such as notes, it ignores.
 DATA_SUFFIXES = {
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".parquet", ".arrow", ".csv", ".tsv", ".jsonl", ".npy", ".npz", ".h5", ".pkl", ".tfrecord"),
@@ -18,7 +18,7 @@ DATA_SUFFIXES = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Source:
     """A data set to be stored: class names in label order and, per split, the items."""
 
@@ -30,7 +30,7 @@ class Source:
     checker: Checker = field(default_factory=Checker)
 
     def rows(self, split: str, skip_bad: bool = False) -> Iterator[Row]:
-        """The split's checked rows. A bad image is a UserError, or with `skip_bad` noted in `skipped`."""
+        """Yields the split's checked rows. A bad image raises UserError, or with `skip_bad` is noted in `skipped`."""
         for picture, sound in self.checker.checked(self._pictures(split, skip_bad)):
             row = picture.owner
             if not sound and picture.pixels is not None:
@@ -47,13 +47,13 @@ class Source:
                 self.skipped.append(str(error))
 
     def forget(self) -> None:
-        """Forgets what was found in an earlier reading."""
+        """Clears the findings of an earlier reading."""
         self.skipped.clear()
         self.deep = DeepImages()
 
 
 def draw_test_split(items: list[Item], class_names: list[str], fraction: float, seed: int) -> dict[str, list[Item]]:
-    """Train and test drawn from `items` by a seeded, stratified permutation."""
+    """Returns train and test splits, drawn from `items` by a seeded, stratified permutation. Raises UserError."""
     labels = np.array([item.label for item in items])
     for label, name in enumerate(class_names):
         if (labels == label).sum() < 2:

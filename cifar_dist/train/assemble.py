@@ -1,0 +1,107 @@
+"""Builds a rank's images, network and optimizers; then splits off the frozen base and wraps the network in DDP."""
+
+from typing import Any
+
+import torch
+
+from cifar_dist.config import Config
+from cifar_dist.cpus import num_cpus
+from cifar_dist.data import order
+from cifar_dist.data.loader import Loader
+from cifar_dist.data.private import Staging
+from cifar_dist.data.staged import DataSet
+from cifar_dist.errors import UserError
+from cifar_dist.models.frozen import split_frozen
+from cifar_dist.run.network import Precision, build_model, image_spec
+from cifar_dist.train.communication import parallel
+from cifar_dist.train.features import Features, open_cache
+from cifar_dist.train.images import EVAL_BATCH, Images
+from cifar_dist.train.job import Job
+from cifar_dist.train.loop import TrainState
+from cifar_dist.train.optim import average_of, make_optimizers
+from cifar_dist.train.reporting import Reporter
+
+
+def open_data(job: Job) -> DataSet:
+    """Opens the data set on this node. Raises UserError if it differs from the driver's data set."""
+    planned = job.plan.data
+    staging = Staging(
+        job=job.driver, folder=planned.staging.folder, say=job.progress.say.remote, limit_seconds=job.limit_seconds
+    )
+    data = DataSet.open(planned.uri, staging)
+    if data.manifest.sha256 != planned.manifest.sha256:
+        raise UserError(f"{data.uri} is not the same data set on every worker; is the storage shared?")
+    return data
+
+
+def assemble(job: Job, device: torch.device, *, rank: int, world: int, local_world: int) -> tuple[TrainState, Images]:
+    """Returns a rank's state before training and its images. `local_world`: number of ranks on this node."""
+    config = job.plan.config
+    # A laptop may run more workers than it has cores.
+    num_threads = max(1, min(job.num_cpus_per_worker, num_cpus() // local_world))
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(config.loop.deterministic)
+    data, spec = open_data(job), image_spec(config, device)
+    loader = Loader(
+        data,
+        "train",
+        spec,
+        device=device,
+        num_threads=config.data.dali_threads or num_threads,
+        max_batch_size=max(-(-config.loop.global_batch_size // world), EVAL_BATCH),
+        cache=config.data.cache,
+        cache_budget_mib=config.data.cache_budget_mib,
+        synthetic=config.data.synthetic_data,
+    )
+    images = Images(loader, config, rank=rank, world=world)
+    model = build_model(config, data.manifest.num_classes, spec, device)
+    state = TrainState(
+        config=config,
+        model=model,
+        trainable=model,
+        optimizers=make_optimizers(model, config.optim),
+        precision=Precision(config.loop.precision, device),
+        average=average_of(model, config.optim),
+        device=device,
+        rank=rank,
+        world=world,
+        num_threads=num_threads,
+        steps_per_epoch=order.num_steps(len(images.train_ids), config.loop.global_batch_size),
+        totals=torch.zeros(3, dtype=torch.float64, device=device),
+    )
+    return state, images
+
+
+def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:
+    """If the base is frozen, makes its features the training input. Call it once the weights are loaded."""
+    base, state.trainable = split_frozen(state.model, state.precision.dtype)
+    if base is None:
+        return
+    if compiles(state.config, state.device):
+        base.compile()
+    cache = None
+    if state.config.data.features == "cached":
+        num_used = len(images.train_ids), len(images.validation_ids)
+        cache = open_cache(
+            state.config, images.loader.data, base, num_images=len(images.loader.staged), num_used=num_used
+        )
+        reporter.say(cache.notice)
+    images.reader = state.input_of = Features(images.loader, base, cache)
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    return config.loop.compile == "on" or (config.loop.compile == "auto" and device.type == "cuda")
+
+
+def wrap(state: TrainState) -> None:
+    """Compiles the trained part of the network and wraps it in DistributedDataParallel."""
+    loop = state.config.loop
+    trainable: Any = torch.compile(state.trainable) if compiles(state.config, state.device) else state.trainable
+    if state.world > 1:
+        factors = None
+        # Not measured on a GPU. With gradient accumulation, ranks may exchange factors different numbers of times.
+        if state.device.type == "cpu" and loop.accumulation_steps == 1:
+            factors = loop.global_batch_size, state.precision.dtype
+        # Each rank keeps its own moving statistics. Validation and checkpoints average them.
+        trainable, state.communication = parallel(trainable, state.device, loop.gradient_dtype, factors)
+    state.trainable = trainable

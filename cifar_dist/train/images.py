@@ -1,0 +1,46 @@
+"""A rank's batches of training and validation images."""
+
+from collections.abc import Iterator
+
+import torch
+
+from cifar_dist.config import Config
+from cifar_dist.data.loader import Batch, Loader
+from cifar_dist.data.order import eval_plans, train_plans
+from cifar_dist.models.frozen import Head
+from cifar_dist.run.checkpoint import Cursor
+from cifar_dist.run.network import split_ids
+from cifar_dist.train.features import Features
+
+EVAL_BATCH = 100
+
+
+class Images:
+    """Gives a rank's batches, read by `reader`: the loader, or the features of a frozen base."""
+
+    def __init__(self, loader: Loader, config: Config, *, rank: int, world: int) -> None:
+        self.loader, self.config, self.rank, self.world = loader, config, rank, world
+        self.reader: Loader | Features = loader
+        self.train_ids, self.validation_ids = split_ids(config, loader.staged.labels)
+
+    def train_batches(self, cursor: Cursor) -> Iterator[Batch]:
+        """Yields this rank's batches of the cursor's epoch, from the cursor's step to the epoch's end."""
+        loop = self.config.loop
+        plans = train_plans(
+            self.train_ids,
+            self.loader.spec,
+            seed=loop.seed,
+            epoch=cursor.epoch,
+            first_step=cursor.step,
+            global_batch_size=loop.global_batch_size,
+            rank=self.rank,
+            world=self.world,
+        )
+        return self.reader.batches(plans)
+
+    def validation_batches(self) -> Iterator[Batch]:
+        return self.reader.batches(eval_plans(self.validation_ids, EVAL_BATCH, self.rank, self.world))
+
+    def trained(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Returns the part of `model` that takes batches of `reader`: the head over a frozen base, else all of it."""
+        return model if self.reader is self.loader else Head(model)  # type: ignore[arg-type]
