@@ -12,7 +12,7 @@ export UV_COMPILE_BYTECODE ?= 1
 PYTHON := .venv/bin/python
 SYNCED := .venv/.synced
 
-.PHONY: help demo test test-slow mutants image-test lint format types bench imagenet-check clean
+.PHONY: help demo test test-slow mutants image-test lowest lint format types settings bench imagenet-check clean
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
@@ -30,6 +30,15 @@ mutants: $(SYNCED) ## plant faults in the code and see the tests find them (minu
 
 image-test: $(SYNCED) ## build the image and run it confined (needs root, buildah, mmdebstrap, 20 GB)
 	$(PYTHON) -m pytest -rP tests/image
+
+lowest: $(SYNCED) ## the unit tests with the lowest versions that pyproject.toml allows (in .venv-lowest)
+	$(UV) venv --quiet --clear --python $(PYTHON) .venv-lowest
+	$(UV) pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable .
+	$(UV) pip install --quiet --python .venv-lowest/bin/python --group dev
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" tests/unit
+
+settings: $(SYNCED) ## write docs/settings.md from the declarations of the settings
+	$(PYTHON) docs/settings.py
 
 lint: $(SYNCED) ## ruff: lint and format
 	.venv/bin/ruff check .
@@ -60,7 +69,7 @@ imagenet-check: $(SYNCED) ## download ResNet50V2's ImageNet weights and hold the
 	IMAGENET_WEIGHTS="$$(echo $(CURDIR)/.weights/*.h5)" $(PYTHON) -m pytest -rP tests/parity -k published_imagenet
 
 clean: ## remove what make made, but for uv
-	rm -rf .venv demo .weights .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest demo .weights .pytest_cache .mypy_cache .ruff_cache
 
 $(SYNCED): pyproject.toml uv.lock | $(UV)
 	$(UV) sync --locked
