@@ -69,11 +69,12 @@ def test_nobody_else_reaches_it_and_nothing_is_left_of_it(tiny_uri: str, tmp_pat
         assert {job.process.pid, *job.family("gcs_server"), *job.family("raylet/raylet"), *workers} <= set(reached)
         assert {str(address) for addresses in reached.values() for address in addresses} == {"127.0.0.1"}
         assert job.family("ray::TrainController")
-        assert [name for name in USELESS if job.family(name)] == []
         return workers
 
     wait_until(lambda: num_epochs() >= 1)
     first = check()
+    # A failure of workers has Ray's coordinator count the nodes anew, which starts it.
+    assert [name for name in USELESS if job.family(name)] == []
     os.kill(first[0], signal.SIGKILL)
     wait_until(lambda: not set(first) & set(job.family("ray::RayTrainWorker")))
     done = num_epochs()
