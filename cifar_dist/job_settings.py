@@ -74,11 +74,8 @@ class Launch(ClusterSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (
-            self.num_workers < 1
-            or not 1 <= (self.min_workers or self.num_workers) <= self.num_workers
-            or self.min_workers == 0
-        ):
+        least = self.num_workers if self.min_workers is None else self.min_workers
+        if not 1 <= least <= self.num_workers:
             raise UserError(f"--workers must be 1 or more, or a range such as 1:4, not {self.workers}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name):
             raise UserError(

@@ -9,6 +9,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import ray
@@ -24,6 +25,7 @@ class PrivateAPI(NamedTuple):
     without: str
 
 
+LACKING = object()  # not None: an API may hold None
 DOCUMENTED = inspect.getdoc(ray.init) or ""  # names ray.init()'s settings that begin with _
 OPEN_PORTS = "the job's own cluster can be reached from other machines"
 SLOW_RECOVERY = "a failure of workers takes up to half a minute longer"
@@ -111,18 +113,26 @@ API = {
 }
 
 
+def _find(name: str) -> Any:
+    """Returns the object of API[name], or LACKING if Ray lacks it or if only public APIs may be used."""
+    module, _, path = API[name].path.partition(":")
+    if not uses_private_ray():
+        return LACKING
+    try:
+        return attrgetter(path)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return LACKING
+
+
 def get(name: str) -> Any:
     """Returns the object of API[name], or None if Ray lacks it or if only public APIs may be used."""
-    if not uses_private_ray():
-        return None
-    module, _, path = API[name].path.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for attribute in path.split("."):
-            found = getattr(found, attribute)
-    except (ImportError, AttributeError):
-        return None
-    return found
+    found = _find(name)
+    return None if found is LACKING else found
+
+
+def has(name: str) -> bool:
+    """Whether the installed Ray has API[name], even if its current value is None."""
+    return _find(name) is not LACKING
 
 
 def warning() -> str | None:
@@ -133,19 +143,6 @@ def warning() -> str | None:
         return None
     losses = ", ".join(dict.fromkeys(API[name].without for name in missing))
     return f"Ray {ray.__version__} lacks {len(missing)} of the private functions that this job uses: {losses}"
-
-
-def has(name: str) -> bool:
-    """Whether the installed Ray has API[name], even if its current value is None."""
-    module, _, path = API[name].path.partition(":")
-    owner, _, attribute = path.rpartition(".")
-    try:
-        found: Any = importlib.import_module(module)
-        for step in filter(None, owner.split(".")):
-            found = getattr(found, step)
-    except (ImportError, AttributeError):
-        return False
-    return uses_private_ray() and hasattr(found, attribute)
 
 
 def stay_on_loopback() -> None:

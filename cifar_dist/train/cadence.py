@@ -79,12 +79,12 @@ class Cadence:
 
     def _agree(self, state: TrainState) -> bool:
         seconds_per_step = max((time.monotonic() - self._agreed_at) / self._num_agreed, 1e-6)
-        agreed = self.share(self._decide(seconds_per_step) if self._decide else None, state)
+        agreed = self._share(self._decide(seconds_per_step) if self._decide else None, state)
         self._num_left = self._num_agreed = agreed.num_steps
         self._agreed_at, self.stops = time.monotonic(), agreed.stops
         return agreed.is_due
 
-    def share(self, decided: Agreement | None, state: TrainState) -> Agreement:
+    def _share(self, decided: Agreement | None, state: TrainState) -> Agreement:
         """Returns rank 0's decision on every rank."""
         values = torch.tensor(decided or (0, 0, 0), dtype=torch.int64, device=state.device)
         if state.world > 1:
