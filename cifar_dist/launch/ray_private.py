@@ -18,11 +18,11 @@ from cifar_dist.environment import uses_private_ray
 
 
 class PrivateAPI(NamedTuple):
-    """`path`: MODULE:NAME, or MODULE:NAME.ATTRIBUTE. `without`: what the user loses if Ray lacks it."""
+    """`path`: MODULE:NAME, or MODULE:NAME.ATTRIBUTE. `losses`: what the user loses if Ray lacks it."""
 
     path: str
     reason: str
-    without: str
+    losses: tuple[str, ...]
 
 
 LACKING = object()  # not None: an API may hold None
@@ -35,80 +35,80 @@ API = {
     "constants": PrivateAPI(
         "ray._private.ray_constants:ENABLE_RAY_CLUSTER",
         "Ray replaces 127.0.0.1 by an address that other machines reach, unless clusters are switched off",
-        OPEN_PORTS,
+        (OPEN_PORTS,),
     ),
     "token": PrivateAPI(
         "ray._raylet:AuthenticationTokenLoader.instance",
         "a process that starts a second cluster still has the token of the first one",
-        "a second cluster in one process may not start",
+        ("a second cluster in one process may not start",),
     ),
     "worker": PrivateAPI(
         "ray._private.worker:_global_node",
         "the log monitor follows output that the driver does not show, and ray.shutdown() waits a second per process",
-        f"{SLOW_END}, and {MORE_PROCESSES}",
+        (SLOW_END, MORE_PROCESSES),
     ),
     "sigterm": PrivateAPI(
         "ray._private.utils:set_sigterm_handler",
         "ray.init() puts a handler in place that ends the process without a word",
-        "a SIGTERM while Ray starts is not answered",
+        ("a SIGTERM while Ray starts is not answered",),
     ),
     "address": PrivateAPI(
         "ray._private.services:canonicalize_bootstrap_address",
         "it tells the address behind `auto`, which is then tried for seconds and not for a quarter of an hour",
-        "an address `auto` that leads nowhere is found after 30 s",
+        ("an address `auto` that leads nowhere is found after 30 s",),
     ),
     "actors": PrivateAPI(
         "ray._private.state:state.actor_table",
         "it names the workers that a controller has started",
-        "workers that hang while they start are waited for",
+        ("workers that hang while they start are waited for",),
     ),
     "coordinator": PrivateAPI(
         "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator:get_or_create_autoscaling_coordinator",
         "Ray counts on the resources of a dead node for up to 20 s, then waits for resources that never come",
-        SLOW_RECOVERY,
+        (SLOW_RECOVERY,),
     ),
     "backend": PrivateAPI(
         "ray.train.torch.config:_TorchBackend",
         "ranks meet at a port that every network reaches, and a rank that hangs is given half a minute to leave",
-        f"{OPEN_PORTS}, and {SLOW_RECOVERY}",
+        (OPEN_PORTS, SLOW_RECOVERY),
     ),
     "set_variables": PrivateAPI(
         "ray.train.torch.config:_set_torch_distributed_env_vars",
         "a backend of our own sets what Ray's own sets",
-        OPEN_PORTS,
+        (OPEN_PORTS,),
     ),
     "leave_group": PrivateAPI(
-        "ray.train.torch.config:_shutdown_torch", "a backend of our own ends what Ray's own ends", SLOW_RECOVERY
+        "ray.train.torch.config:_shutdown_torch", "a backend of our own ends what Ray's own ends", (SLOW_RECOVERY,)
     ),
     "data_sets": PrivateAPI(
         "ray.train.v2._internal.callbacks.datasets:DatasetsCallback",
         "it starts an actor for Ray data sets, of which a run has none",
-        MORE_PROCESSES,
+        (MORE_PROCESSES,),
     ),
     "cleaner": PrivateAPI(
         "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback",
         "it starts an actor that asks the dashboard every second; the job's own cluster has none",
-        MORE_PROCESSES,
+        (MORE_PROCESSES,),
     ),
     "group_callback": PrivateAPI(
         "ray.train.v2._internal.execution.callback:WorkerGroupCallback",
         "the controller waits without a limit for the first answers of workers",
-        "workers that hang while they start are waited for",
+        ("workers that hang while they start are waited for",),
     ),
     "context": PrivateAPI(
         "ray.train.v2._internal.execution.context:get_train_context",
         "ray.train.get_preemption_info() asks all workers each time, and waits for one that hangs",
-        "no checkpoint is stored when a node is about to be taken away",
+        ("no checkpoint is stored when a node is about to be taken away",),
     ),
     "fixed_scaling": PrivateAPI(
         "ray.train.v2._internal.execution.scaling_policy:FixedScalingPolicy",
         "it asks an autoscaler for workers that the job's own cluster already has",
-        MORE_PROCESSES,
+        (MORE_PROCESSES,),
     ),
     "run_controller": PrivateAPI(
         "ray.train.torch:TorchTrainer._initialize_and_run_controller",
         "the callbacks and the scaling policy of a run are passed through it",
-        MORE_PROCESSES,
+        (MORE_PROCESSES,),
     ),
 }
 
@@ -141,8 +141,9 @@ def warning() -> str | None:
     missing = [name for name in API if not has(name)]
     if not missing:
         return None
-    losses = ", ".join(dict.fromkeys(API[name].without for name in missing))
-    return f"Ray {ray.__version__} lacks {len(missing)} of the private functions that this job uses: {losses}"
+    cause = f"Ray {ray.__version__} lacks" if uses_private_ray() else "CIFAR_DIST_PRIVATE_RAY=0 switches off"
+    losses = "; ".join(dict.fromkeys(loss for name in missing for loss in API[name].losses))
+    return f"{cause} {len(missing)} of the private functions that this job uses: {losses}"
 
 
 def stay_on_loopback() -> None:
