@@ -28,21 +28,37 @@ from cifar_dist.launch import ray_private
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 LONGEST_SOCKET = 107
 # Ray's agents outlive a driver that was killed. After the driver's end, this script kills the processes of its cluster:
-# those with argv[1] in their environment. It gives up after argv[2] seconds.
+# those with argv[1] in their environment and those that descend from them. The agents need the second rule: they write
+# their title over their environment. The script gives up after argv[2] seconds.
 GUARDIAN = """
 import os, signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 sys.stdin.read()
-mark, end, num_empty = sys.argv[1].encode(), time.monotonic() + float(sys.argv[2]), 0
+mark, end, num_empty, ours = sys.argv[1].encode(), time.monotonic() + float(sys.argv[2]), 0, set()
 while num_empty < 20 and time.monotonic() < end:  # a process that is just being started shows no environment
-    num_empty += 1
+    parents, found = {}, set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if mark in file.read().split(b"\\0"):
-                    num_empty = 0
-                    os.kill(int(pid), signal.SIGKILL)
+            with open(f"/proc/{pid}/stat", "rb") as stat, open(f"/proc/{pid}/environ", "rb") as environment:
+                state, parent, *fields = stat.read().rpartition(b")")[2].split()
+                process = int(pid), fields[17]  # with its start time, since numbers are used again
+                if state != b"Z":
+                    parents[process] = int(parent)
+                    if process in ours or mark in environment.read().split(b"\\0"):
+                        found.add(process)
+        except OSError:
+            pass
+    more = found
+    while more:
+        numbers = {number for number, _ in more}
+        more = {process for process, parent in parents.items() if parent in numbers} - found
+        found = found | more
+    num_empty = 0 if found else num_empty + 1
+    ours |= found
+    for number, _ in found:
+        try:
+            os.kill(number, signal.SIGKILL)
         except OSError:
             pass
     time.sleep(0.1)

@@ -345,6 +345,13 @@ def sleeper(mark: str) -> subprocess.Popen:
     return subprocess.Popen(["sleep", "60"], env={"A": "b", environ.MARK: mark, "Z": ""}, start_new_session=True)
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
 def start(mark: str, seconds: float = 20, before: str = "") -> subprocess.Popen:
     command = [sys.executable, "-S", "-E", "-c", before + GUARDIAN, f"{environ.MARK}={mark}", str(seconds)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -369,6 +376,30 @@ def test_the_guardian_ends_its_cluster_and_nothing_else(mark: str) -> None:
         assert [p.poll() for p in others] == [None] * 3
     finally:
         for process in (guardian, *mine, *others):
+            process.kill()
+            process.wait()
+
+
+def test_the_guardian_ends_descendants_that_show_no_environment(mark: str) -> None:
+    """As Ray's agents do, which write their title over it."""
+    grandchild = ["env", "-i", "sh", "-c", "sleep 61 & echo $!; wait"]
+    parent = subprocess.Popen(grandchild, env={**os.environ, environ.MARK: mark}, stdout=subprocess.PIPE, text=True)
+    # `env -i` replaces the marked process: what is marked is its parent.
+    shell = ["sh", "-c", 'env -i sh -c "sleep 62 & echo \\$!; wait" & wait']
+    marked = subprocess.Popen(shell, env={**os.environ, environ.MARK: mark}, stdout=subprocess.PIPE, text=True)
+    guardian = start(mark)
+    try:
+        unmarked, hidden = int(parent.stdout.readline()), int(marked.stdout.readline())
+        assert mark.encode() not in Path(f"/proc/{hidden}/environ").read_bytes()
+        guardian.communicate(timeout=10)
+        assert not is_alive(hidden)
+        assert is_alive(unmarked)  # no ancestor of it shows the mark
+        assert marked.wait(5) == -signal.SIGKILL
+    finally:
+        for pid in (unmarked, hidden):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in (guardian, parent, marked):
             process.kill()
             process.wait()
 
