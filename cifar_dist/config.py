@@ -132,6 +132,12 @@ class LoopConfig(TrainingSection):
         choices=("auto", "contiguous", "channels_last"),
     )
     compile: str = option("auto", help="use torch.compile (auto: on GPUs only)", choices=("auto", "on", "off"))
+    cuda_graph: str = option(
+        "auto",
+        help="auto: on a GPU, a worker that trains alone runs a step as one CUDA graph, but for muon",
+        choices=("auto", "off"),
+        may_change=True,
+    )
     recalibrate_batches: int = option(
         0,
         help="training batches from which BatchNorm's statistics are estimated anew before each validation (0: none)",

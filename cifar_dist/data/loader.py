@@ -4,43 +4,22 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cifar_dist.data.order import Augment, BatchPlan, ImageSpec
-from cifar_dist.data.pipeline import NORMALIZATION, ImagePipeline, decode
+from cifar_dist.data.batch import Batch, planned_batch
+from cifar_dist.data.order import BatchPlan, ImageSpec
+from cifar_dist.data.pipeline import ImagePipeline, decode
 from cifar_dist.data.private import once_per_node
+from cifar_dist.data.resident import ResidentImages
 from cifar_dist.data.staged import DataSet, StagedSplit, use_decoded
 from cifar_dist.errors import UserError
 
 DECODE_BATCH = 500
+LARGEST_RESIDENT = 1 / 4  # of the GPU's free memory: the rest is the network's
 DECODED_AGAIN = 64  # images that are decoded again to check existing decoded pixels
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """images: float32 [n, 3, S, S]; labels: int64 [n]; ids: int64 [n] on the host; augment: applied to the images.
-    stored: cached features of all ids; missing: int64 positions still to be computed from `images`.
-
-    All images count, or none. A small last step may have none for a rank. The rank then works on another rank's images,
-    with `num_counted` 0.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    ids: np.ndarray
-    num_counted: int
-    global_size: int
-    augment: Augment | None = None
-    stored: torch.Tensor | None = None
-    missing: np.ndarray | None = None
-
-
-def planned_batch(plan: BatchPlan, images: torch.Tensor, labels: torch.Tensor) -> Batch:
-    return Batch(images=images, labels=labels, **plan._asdict())
 
 
 class Loader:
@@ -68,12 +47,16 @@ class Loader:
         self.staged: StagedSplit = data.stage(split)
         self.shape = data.manifest.image_shape(split)
         self.decoded: np.ndarray | None = None
+        self.resident: ResidentImages | None = None
         self.synthetic = None
         if synthetic:
             self.synthetic = synthetic_batch(spec, max_batch_size, data.manifest.num_classes, device)
             return
         if use_decoded(self.shape, len(self.staged), cache, cache_budget_mib):
             self.decoded = self._open_decoded(num_threads)
+            if device.type == "cuda" and fits(self.decoded.nbytes, device):
+                self.resident = ResidentImages(self.decoded, self.staged.labels, spec, device)
+                return
         resize = self.shape != (spec.image_size, spec.image_size)
         if self.decoded is not None and not resize:
             num_threads = 1  # so little work that more threads cost more than they save
@@ -92,6 +75,9 @@ class Loader:
             images, labels = self.synthetic
             for plan in plans:
                 yield planned_batch(plan, images[: len(plan.ids)], labels[: len(plan.ids)])
+            return
+        if self.resident:
+            yield from self.resident.batches(plans)
             return
         waiting: BatchPlan | None = None
         try:
@@ -204,11 +190,17 @@ class Loader:
         return error
 
 
+def fits(num_bytes: int, device: torch.device) -> bool:
+    """Whether decoded pixels may stay in the GPU's memory."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return num_bytes <= free * LARGEST_RESIDENT
+
+
 def synthetic_batch(
     spec: ImageSpec, batch_size: int, num_classes: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns random images in the pipeline's format, and labels (int64 [batch_size]), the same in every call."""
-    random, (mean, std) = torch.Generator().manual_seed(0), NORMALIZATION[spec.input_range]
+    random, (mean, std) = torch.Generator().manual_seed(0), spec.mean_and_std
     images = (torch.rand(batch_size, 3, spec.image_size, spec.image_size, generator=random) * 255 - mean) / std
     memory_format = torch.channels_last if spec.channels_last else torch.contiguous_format
     labels = torch.randint(num_classes, (batch_size,), generator=random)

@@ -72,6 +72,17 @@ class ImageSpec:
     crop_padding: int = 0
     cutout_size: int = 0
 
+    @property
+    def mean_and_std(self) -> tuple[float, float]:
+        """Of the normalization, on the 0 to 255 scale of decoded pixels."""
+        return {"0..1": (0.0, 255.0), "-1..1": (127.5, 127.5), "0..255": (0.0, 1.0)}[self.input_range]
+
+    @property
+    def fill(self) -> float:
+        """The normalized grey where a crop leaves the image and where a square is cut out: about CIFAR-10's mean."""
+        mean, std = self.mean_and_std
+        return (127 - mean) / std
+
     def draw(self, seed: int, epoch: int, ids: np.ndarray) -> Augment:
         """Draws augmentations: a pure function of (seed, epoch, id). A hole's centre may be anywhere in the image."""
         allowed = {"none": (False, False), "horizontal": (True, False), "both": (True, True)}[self.flips]

@@ -11,12 +11,6 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from cifar_dist.data.check import decode_pipeline, decoder
 from cifar_dist.data.order import Augment, ImageSpec, no_augment
 
-# Input range -> (mean, standard deviation) on the 0 to 255 scale of decoded pixels.
-NORMALIZATION = {"0..1": (0.0, 255.0), "-1..1": (127.5, 127.5), "0..255": (0.0, 1.0)}
-
-
-FILL = 127  # grey where a crop leaves the image and where a square is cut out: about CIFAR-10's mean
-
 
 @pipeline_def
 def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> Any:
@@ -24,7 +18,7 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> A
 
     Flips and normalization come before the resize because they cost less on the small image. The result is the same,
     since the resize is symmetric and its weights sum to 1."""
-    mean, std = NORMALIZATION[spec.input_range]
+    mean, std = spec.mean_and_std
     if encoded:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
         images = decoder(images, gpu)
@@ -40,15 +34,15 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> A
     if resize:  # bilinear, half-pixel centres, no antialias: Keras's Resizing
         size: Any = {"resize_x": spec.image_size, "resize_y": spec.image_size}
         images = fn.resize(images, **size, interp_type=types.INTERP_LINEAR, antialias=False)
-    fill = (FILL - mean) / std
     if spec.crop_padding:
         corner = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
-        side = [spec.image_size] * 2
-        images = fn.slice(images, corner, side, axes=axes, out_of_bounds_policy="pad", fill_values=fill)
+        # By keyword: on a GPU, a positional shape would be copied back from the device for each batch.
+        place: Any = {"start": corner, "shape": [spec.image_size] * 2, "axes": axes}
+        images = fn.slice(images, **place, out_of_bounds_policy="pad", fill_values=spec.fill)
     if spec.cutout_size:
         corner = fn.cast(fn.external_source(name="hole", dtype=types.INT32, ndim=1), dtype=types.FLOAT)
         hole: Any = {"anchor": corner, "shape": [spec.cutout_size] * 2, "axes": axes}
-        images = fn.erase(images, **hole, fill_value=fill)
+        images = fn.erase(images, **hole, fill_value=spec.fill)
     return images
 
 

@@ -49,7 +49,7 @@ class FrozenBase:
         self.forward = self._forward
 
     def compile(self) -> "FrozenBase":
-        self.forward = torch.compile(self._forward)
+        self.forward = torch.compile(self._forward, dynamic=False)
         return self
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

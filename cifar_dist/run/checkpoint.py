@@ -6,13 +6,14 @@ holds the SHA-256 of these files, of itself and of the run's log so far. A folde
 """
 
 import errno
+import hashlib
 import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from cifar_dist.errors import UserError
 from cifar_dist.sealed_json import is_texts
@@ -150,13 +151,25 @@ def write_files(state: CheckpointState, folder: Path) -> dict[str, str]:
             raise OSError(int(number[1]) if number else errno.EINVAL, str(error)) from error
     try:
         with open(folder / "optimizer.pt", "wb") as file:  # a Python file: torch's own files do not report the OSError
-            torch.save(state.optimizer, file)
+            hashed = Hashed(file)
+            torch.save(state.optimizer, hashed)  # type: ignore[arg-type]
     except RuntimeError as error:  # torch reports an incomplete file and hides the OSError
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    names.append("optimizer.pt")
-    for name in names:
+    for name in [*names, "optimizer.pt"]:
         sync(folder / name)
-    return {name: file_sha256(folder / name) for name in names}
+    return {name: file_sha256(folder / name) for name in names} | {"optimizer.pt": hashed.digest.hexdigest()}
+
+
+class Hashed:
+    """A file that is open for writing, with the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+        self.flush = file.flush
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
 
 
 def read_state_file(path: Path) -> Any:

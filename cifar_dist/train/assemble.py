@@ -2,9 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
-from cifar_dist.config import Config
 from cifar_dist.cpus import num_cpus
 from cifar_dist.data import order
 from cifar_dist.data.loader import Loader
@@ -14,12 +14,19 @@ from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import split_frozen
 from cifar_dist.run.network import Precision, build_model, image_spec
 from cifar_dist.train.communication import parallel
-from cifar_dist.train.features import Features, open_cache
-from cifar_dist.train.images import EVAL_BATCH, Images
+from cifar_dist.train.compiled import CompiledForFullBatches, compiles, full_sizes
+from cifar_dist.train.features import NUM_VARIANTS, DeviceFeatures, Features, open_cache
+from cifar_dist.train.images import Images, eval_batch
 from cifar_dist.train.job import Job
-from cifar_dist.train.loop import TrainState
 from cifar_dist.train.optim import average_of, make_optimizers
 from cifar_dist.train.reporting import Reporter
+from cifar_dist.train.state import TrainState
+
+
+def use_exact_fp32() -> None:
+    """Makes fp32 fp32 on a GPU: by default cuDNN's convolutions round their input to TF32, with 10 bits."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def open_data(job: Job) -> DataSet:
@@ -41,6 +48,8 @@ def assemble(job: Job, device: torch.device, *, rank: int, world: int, local_wor
     num_threads = max(1, min(job.num_cpus_per_worker, num_cpus() // local_world))
     torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(config.loop.deterministic)
+    torch.backends.cudnn.benchmark = not config.loop.deterministic
+    use_exact_fp32()
     data, spec = open_data(job), image_spec(config, device)
     loader = Loader(
         data,
@@ -48,7 +57,7 @@ def assemble(job: Job, device: torch.device, *, rank: int, world: int, local_wor
         spec,
         device=device,
         num_threads=config.data.dali_threads or num_threads,
-        max_batch_size=max(-(-config.loop.global_batch_size // world), EVAL_BATCH),
+        max_batch_size=max(-(-config.loop.global_batch_size // world), eval_batch(device)),
         cache=config.data.cache,
         cache_budget_mib=config.data.cache_budget_mib,
         synthetic=config.data.synthetic_data,
@@ -80,6 +89,12 @@ def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:
     if compiles(state.config, state.device):
         base.compile()
     cache = None
+    if state.config.data.features == "cached" and state.device.type == "cuda":
+        ids = np.concatenate([images.train_ids, images.validation_ids])
+        kept = DeviceFeatures(images.loader, base, ids, NUM_VARIANTS[state.config.data.flips])
+        reporter.say(kept.notice)
+        images.reader = state.input_of = kept
+        return
     if state.config.data.features == "cached":
         num_used = len(images.train_ids), len(images.validation_ids)
         cache = open_cache(
@@ -89,14 +104,12 @@ def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:
     images.reader = state.input_of = Features(images.loader, base, cache)
 
 
-def compiles(config: Config, device: torch.device) -> bool:
-    return config.loop.compile == "on" or (config.loop.compile == "auto" and device.type == "cuda")
-
-
 def wrap(state: TrainState) -> None:
     """Compiles the trained part of the network and wraps it in DistributedDataParallel."""
     loop = state.config.loop
-    trainable: Any = torch.compile(state.trainable) if compiles(state.config, state.device) else state.trainable
+    trainable: Any = state.trainable
+    if compiles(state.config, state.device):
+        trainable = CompiledForFullBatches(trainable, full_sizes(loop, state.rank, state.world))
     if state.world > 1:
         factors = None
         # Not measured on a GPU. With gradient accumulation, ranks may exchange factors different numbers of times.

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from cifar_dist.config import CheckpointConfig, Config
-from cifar_dist.train.loop import TrainState
 from cifar_dist.train.saver import Saver
+from cifar_dist.train.state import TrainState
 
 AGREE_SECONDS = 2.0  # between agreements of the ranks; each costs some milliseconds
 MOST_STEPS = 1000  # between agreements

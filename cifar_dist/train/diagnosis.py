@@ -9,9 +9,9 @@ from cifar_dist.data import order
 from cifar_dist.run.network import weights_notice
 from cifar_dist.train.images import Images
 from cifar_dist.train.job import Plan
-from cifar_dist.train.loop import TrainState
 from cifar_dist.train.optim import schedule_factor
 from cifar_dist.train.reporting import Reporter
+from cifar_dist.train.state import TrainState
 from cifar_dist.train.validation import Validation
 
 GOOD_PER_MICRO_BATCH = 8  # images

@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Batch, Loader
+from cifar_dist.data.batch import Batch, planned_batch
+from cifar_dist.data.loader import Loader
 from cifar_dist.data.order import Augment, BatchPlan
 from cifar_dist.data.private import keep_own, one_at_a_time
 from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import FrozenBase
 
+LARGEST_SHARE = 3 / 4  # of the GPU's free memory that features may take
 LOCK_SECONDS = 120.0  # to wait for another process that creates the files
 
 
@@ -62,8 +64,7 @@ class FeatureCache:
 
     def rows(self, ids: np.ndarray, augment: Augment | None) -> np.ndarray:
         """Returns the row number of each image, given its flips."""
-        variants = 0 if augment is None else augment.flips @ np.array([1, 2])
-        return ids * self.num_variants + variants
+        return ids * self.num_variants + variants(augment)
 
     def take(self, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
         """Returns (features [n, C, side, side] on the CPU, bool [n]: which rows are stored and valid).
@@ -116,18 +117,82 @@ def expected_bytes(
     return round((num_train * seen + num_validation) * row_bytes)
 
 
+NUM_VARIANTS = {"none": 1, "horizontal": 2, "both": 4}  # by --flips
+
+
 def open_cache(
     config: Config, data_set: DataSet, base: FrozenBase, *, num_images: int, num_used: tuple[int, int]
 ) -> FeatureCache:
     """Opens this node's cache for a split of `num_images`. `num_used`: (train, validation) images that the run uses."""
     data = config.data
-    num_variants = {"none": 1, "horizontal": 2, "both": 4}[data.flips]
+    num_variants = NUM_VARIANTS[data.flips]
     itemsize = base.dtype.itemsize
     num_bytes = expected_bytes(*num_used, num_variants, config.loop.epochs, data.image_size, itemsize=itemsize)
     key = cache_key(base, data.image_size, data.input_range, num_variants)
     path = data_set.area / f"features-{key}.bin"
     side = math.ceil(data.image_size / 32)
     return FeatureCache(path, num_images, num_variants, base, side, num_bytes)
+
+
+class DeviceFeatures:
+    """The training input over a frozen base on a GPU: each image and flip goes through the base once per attempt.
+
+    `batches` replaces the loader's; its `images` are features. Raises UserError if `num_bytes`, the bytes that all
+    features take, do not fit into the GPU's memory.
+    """
+
+    def __init__(self, loader: Loader, base: FrozenBase, ids: np.ndarray, num_variants: int) -> None:
+        self.loader, self.base, self.num_variants = loader, base, num_variants
+        self.place = np.zeros(len(loader.staged), np.int64)  # of an image among those of the run
+        self.place[ids] = np.arange(len(ids))
+        side = math.ceil(loader.spec.image_size / 32)
+        shape = (len(ids) * num_variants, side, side, base.num_features)
+        num_bytes, free = math.prod(shape) * base.dtype.itemsize, free_memory(loader.device)
+        if num_bytes > free * LARGEST_SHARE:
+            raise UserError(
+                f"the cached features need {num_bytes / 2**30:.1f} GiB on the GPU, which has {free / 2**30:.1f} GiB "
+                "free and needs some for the network; use --features computed"
+            )
+        self.notice = f"cached features: {num_bytes / 2**30:.2f} GiB on the GPU ({free / 2**30:.1f} GiB free)"
+        self.features = torch.empty(shape, dtype=base.dtype, device=loader.device)  # as NHWC
+        self.is_stored = np.zeros(shape[0], bool)
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """Yields the planned batches. Only images without stored features are read."""
+        for plan in plans:
+            rows = self.place[plan.ids] * self.num_variants + variants(plan.augment)
+            missing = np.flatnonzero(~self.is_stored[rows])
+            if len(missing):
+                (batch,) = self.loader.batches([part_of(plan, missing)])
+                self.features[self._sent(rows[missing])] = self.base(batch.images).permute(0, 2, 3, 1)
+                self.is_stored[rows[missing]] = True
+            features = self.features[self._sent(rows)].permute(0, 3, 1, 2)
+            yield planned_batch(plan, features, self.loader.labels(plan.ids))
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Returns features [n, C, side, side] in the base's dtype, on the device."""
+        return batch.images
+
+    def _sent(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(rows).to(self.features.device, non_blocking=True)
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the free bytes of a GPU's memory, or of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def variants(augment: Augment | None) -> np.ndarray | int:
+    """Returns the number of each image's flip: int64 [n], or 0 without augmentation."""
+    return 0 if augment is None else augment.flips @ np.array([1, 2])
+
+
+def part_of(plan: BatchPlan, positions: np.ndarray) -> BatchPlan:
+    """Returns the plan with only the images at `positions`."""
+    augment = plan.augment and Augment(*(values[positions] for values in plan.augment))
+    return plan._replace(ids=plan.ids[positions], augment=augment)
 
 
 class Features:
@@ -156,8 +221,7 @@ class Features:
             features, is_stored = self.cache.take(self.cache.rows(plan.ids, plan.augment))
             missing = np.flatnonzero(~is_stored)
             taken.append((plan, features, missing))
-            augment = plan.augment and Augment(*(values[missing] for values in plan.augment))
-            yield plan._replace(ids=plan.ids[missing], augment=augment)
+            yield part_of(plan, missing)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Returns features [n, C, side, side] in the base's dtype, on the batch's device."""

@@ -5,14 +5,18 @@ from collections.abc import Iterator
 import torch
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Batch, Loader
+from cifar_dist.data.batch import Batch
+from cifar_dist.data.loader import Loader
 from cifar_dist.data.order import eval_plans, train_plans
 from cifar_dist.models.frozen import Head
 from cifar_dist.run.checkpoint import Cursor
 from cifar_dist.run.network import split_ids
-from cifar_dist.train.features import Features
+from cifar_dist.train.features import DeviceFeatures, Features
 
-EVAL_BATCH = 100
+
+def eval_batch(device: torch.device) -> int:
+    """Returns the images of a validation batch. A GPU wants more than a CPU."""
+    return 1000 if device.type == "cuda" else 100
 
 
 class Images:
@@ -20,7 +24,7 @@ class Images:
 
     def __init__(self, loader: Loader, config: Config, *, rank: int, world: int) -> None:
         self.loader, self.config, self.rank, self.world = loader, config, rank, world
-        self.reader: Loader | Features = loader
+        self.reader: Loader | Features | DeviceFeatures = loader
         self.train_ids, self.validation_ids = split_ids(config, loader.staged.labels)
 
     def train_batches(self, cursor: Cursor) -> Iterator[Batch]:
@@ -39,7 +43,9 @@ class Images:
         return self.reader.batches(plans)
 
     def validation_batches(self) -> Iterator[Batch]:
-        return self.reader.batches(eval_plans(self.validation_ids, EVAL_BATCH, self.rank, self.world))
+        return self.reader.batches(
+            eval_plans(self.validation_ids, eval_batch(self.loader.device), self.rank, self.world)
+        )
 
     def trained(self, model: torch.nn.Module) -> torch.nn.Module:
         """Returns the part of `model` that takes batches of `reader`: the head over a frozen base, else all of it."""

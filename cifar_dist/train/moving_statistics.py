@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cifar_dist.data.loader import Batch
+from cifar_dist.data.batch import Batch
 from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.run.network import Precision
-from cifar_dist.train.loop import images_of
+from cifar_dist.train.state import images_of
 
 
 def trained_batchnorms(model: nn.Module) -> list[KerasBatchNorm]:

@@ -5,9 +5,59 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from cifar_dist.config import OptimConfig
+
+NO_CORRECTION = 2.0**30  # steps after which torch's bias corrections of Adam are 1; adding 1 to it changes nothing
+
+
+def set_number(place: dict[str, Any], name: str, value: float, device: torch.device) -> None:
+    """Sets a number that a step reads. On a GPU it is a tensor that keeps its address, so a CUDA graph reads it too."""
+    if device.type != "cuda":
+        place[name] = value
+    elif isinstance(place.get(name), torch.Tensor) and place[name].device == device:
+        place[name].fill_(value)
+    else:
+        place[name] = torch.full((), value, device=device)
+
+
+class KerasAdam(torch.optim.Adam):
+    """Adam as Keras computes it: epsilon is added to sqrt(v) before the bias correction, which torch's Adam adds after.
+
+    The bias corrections are part of the learning rate, `set_step` puts them there. torch's own are switched off by a
+    step count so large that they are 1. `decoupled`: the weight decay is AdamW's.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, *, decoupled: bool) -> None:
+        for group in groups:
+            decay = group["weight_decay"]
+            group |= {"decay": decay if decoupled else 0.0, "weight_decay": 0.0 if decoupled else decay, "rate": 0.0}
+        on_gpu = groups[0]["params"][0].is_cuda
+        betas = (config.beta1, config.beta2)
+        super().__init__(groups, config.learning_rate, betas=betas, eps=config.epsilon, fused=True, capturable=on_gpu)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {
+                    "step": torch.full((), NO_CORRECTION, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():  # checkpoints of earlier versions hold the true step
+            state["step"].fill_(NO_CORRECTION)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        skipped = getattr(self, "found_inf", None)  # set by the loss scaler, which then skips the step
+        for group in self.param_groups:
+            if group["decay"]:
+                lost = group["rate"] * group["decay"]
+                kept = 1 - lost if skipped is None else 1 - lost * (1 - skipped)
+                torch._foreach_mul_([p for p in group["params"] if p.grad is not None], kept)
+        return super().step(closure)
 
 
 class Muon(torch.optim.Muon):
@@ -42,12 +92,11 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
     if config.optimizer == "sgd":
         groups, nesterov = decayed(parameters, config), config.momentum > 0
         return [torch.optim.SGD(groups, config.learning_rate, config.momentum, nesterov=nesterov, fused=True)]
-    adam: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": config.epsilon, "fused": True}
     if config.optimizer == "adam":
-        return [torch.optim.Adam(decayed(parameters, config), config.learning_rate, **adam)]
+        return [KerasAdam(decayed(parameters, config), config, decoupled=False)]
     kernels = [p for p in parameters if config.optimizer == "muon" and p.ndim == 4]
     others = [p for p in parameters if not any(p is kernel for kernel in kernels)]
-    adamw = torch.optim.AdamW(decayed(others, config), config.learning_rate, **adam)
+    adamw = KerasAdam(decayed(others, config), config, decoupled=True)
     return [Muon(kernels, config), adamw] if kernels else [adamw]
 
 
@@ -78,33 +127,57 @@ def schedule_factor(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def set_step(optimizers: list[torch.optim.Optimizer], config: OptimConfig, step: int, num_steps: int) -> float:
-    """Sets the learning rates and Adam's epsilon for the step. Returns the learning rate.
+    """Sets the learning rates for the step, with Adam's bias corrections. Returns the learning rate.
 
-    With muon it returns the learning rate of the AdamW parameters. Keras's Adam adds epsilon to sqrt(v) before the
-    bias correction, torch's Adam after it. Dividing epsilon by sqrt(1 - beta2^t) makes them equal.
+    With muon it returns the learning rate of the AdamW parameters.
     """
     factor = schedule_factor(config, step, num_steps)
     for optimizer in optimizers:
-        muon = isinstance(optimizer, Muon)
         for group in optimizer.param_groups:
-            group["lr"] = factor * (config.muon_learning_rate if muon else config.learning_rate)
-            if config.optimizer != "sgd" and not muon:
-                group["eps"] = config.epsilon / math.sqrt(1 - config.beta2 ** (step + 1))
+            device = group["params"][0].device
+            if isinstance(optimizer, Muon):
+                group["lr"] = factor * config.muon_learning_rate
+            elif isinstance(optimizer, KerasAdam):
+                correction = math.sqrt(1 - config.beta2 ** (step + 1)) / (1 - config.beta1 ** (step + 1))
+                set_number(group, "lr", factor * config.learning_rate * correction, device)
+                set_number(group, "rate", factor * config.learning_rate, device)
+            else:
+                set_number(group, "lr", factor * config.learning_rate, device)
     return factor * config.learning_rate
 
 
-def average_of(model: nn.Module, config: OptimConfig) -> AveragedModel | None:
-    """Returns the exponential moving average of weights and buffers, or None if `ema_decay` is 0.
+class Average(AveragedModel):
+    """The exponential moving average of weights and buffers.
 
     The decay warms up: after n steps it is at most (1 + n) / (10 + n), as in timm and TensorFlow. Otherwise the
     average of a short run would consist mostly of its random initial weights.
     """
-    if not config.ema_decay:
-        return None
 
-    def update(averages: Any, values: Any, num_averaged: Any) -> None:
-        n = int(average.n_averaged)  # n_averaged is on the CPU; reading num_averaged could wait for the GPU
-        get_ema_multi_avg_fn(min(config.ema_decay, (1 + n) / (10 + n)))(averages, values, num_averaged)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+        self.numbers: dict[str, Any] = {}
 
-    average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
-    return average
+    def set_step(self) -> None:
+        """Sets the weight of the next values, and counts them. Call it before each update."""
+        n = int(self.n_averaged)
+        new = 1.0 if n == 0 else 1 - min(self.decay, (1 + n) / (10 + n))
+        set_number(self.numbers, "new", new, next(self.module.parameters()).device)
+        self.n_averaged += 1
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Adds the model's values to the average. Waits for no device."""
+        averages, values = (
+            [t for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()] for m in (self.module, model)
+        )
+        new = self.numbers["new"]
+        if isinstance(new, float):
+            torch._foreach_lerp_(averages, values, new)
+        else:
+            torch._foreach_lerp_(averages, values, [new] * len(values))
+
+
+def average_of(model: nn.Module, config: OptimConfig) -> Average | None:
+    """Returns the average of the model's weights, or None if `ema_decay` is 0."""
+    return Average(model, config.ema_decay) if config.ema_decay else None

@@ -11,8 +11,9 @@ from torch.nn.utils import get_total_norm
 from cifar_dist.errors import UserError
 from cifar_dist.run.checkpoint import Checkpoint, CheckpointState
 from cifar_dist.run.folder import Run
-from cifar_dist.train.loop import TrainState, sum_over_ranks
+from cifar_dist.train.loop import sum_over_ranks
 from cifar_dist.train.moving_statistics import gather_statistics, set_statistics, split_statistics
+from cifar_dist.train.state import TrainState
 
 
 def models_of(state: TrainState) -> dict[str, torch.nn.Module]:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cifar_dist.data.loader import Batch
+from cifar_dist.data.batch import Batch
 from cifar_dist.run.log import RunLog
-from cifar_dist.train.loop import TrainState
+from cifar_dist.train.state import TrainState
 
 
 class Reporter:

@@ -21,6 +21,35 @@ def copied(tree: Any, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return [copied(value, copy) for value in tree] if isinstance(tree, list) else tree
 
 
+class HostMemory:
+    """Pinned host memory for the tensors of one state, kept from copy to copy.
+
+    Copies to it need no lock of the driver, which training's own copies would wait for."""
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+
+    def copy(self, state: CheckpointState) -> CheckpointState:
+        """Returns the state on the host; the next call overwrites it. Waits for the current stream."""
+        num_used = 0
+
+        def to_host(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal num_used
+            if tensor.device.type == "cpu":
+                return tensor
+            if num_used == len(self._tensors):
+                self._tensors.append(torch.empty(0))
+            kept = self._tensors[num_used]
+            if (kept.shape, kept.dtype, kept.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
+                kept = self._tensors[num_used] = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            num_used += 1
+            return kept.copy_(tensor, non_blocking=True)
+
+        on_host = CheckpointState(**copied(vars(state), to_host))
+        torch.cuda.current_stream().synchronize()
+        return on_host
+
+
 class Saver:
     """Stores the log and the checkpoints of one attempt of a run, in order, in one thread.
 
@@ -43,6 +72,7 @@ class Saver:
         self.attempts, self.checkpoints = run.attempts(driver), run.checkpoints
         self._fence()  # the log is cut at the mark, so a superseded attempt would delete newer lines
         self.log = RunLog(run.folder, global_step, mark)
+        self.host_memory = HostMemory()
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stall_seconds = 0.0  # time that save() took from training
         self.saved_at = time.monotonic()
@@ -89,7 +119,7 @@ class Saver:
         if ready:  # once the copy is made, move it to the host in parallel with training
             with torch.cuda.stream(self.side_stream):
                 ready.wait()
-                state = CheckpointState(**copied(vars(state), torch.Tensor.cpu))
+                state = self.host_memory.copy(state)
         self._store_log(taken)
         self.checkpoints.write(cursor, self.attempt, state, meta, self._fence)
         self._fence()

@@ -4,8 +4,9 @@ import torch
 
 from cifar_dist.run.checkpoint import Cursor
 from cifar_dist.train.images import Images
-from cifar_dist.train.loop import TrainState, sum_over_ranks, validate
+from cifar_dist.train.loop import sum_over_ranks, validate
 from cifar_dist.train.moving_statistics import average_batchnorm_over_ranks, recalibrate_batchnorm
+from cifar_dist.train.state import TrainState
 
 
 class Validation:

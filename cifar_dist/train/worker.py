@@ -21,11 +21,13 @@ from cifar_dist.train.cadence import AGREE_SECONDS, Cadence, RankZero
 from cifar_dist.train.diagnosis import Diagnosis, announce, bottleneck_verdict, schedule_warning
 from cifar_dist.train.images import Images
 from cifar_dist.train.job import Job, StartUp
-from cifar_dist.train.loop import Clock, TrainState, train_epoch
+from cifar_dist.train.loop import Clock, train_epoch
 from cifar_dist.train.rank_state import Found
 from cifar_dist.train.readiness import Readiness
 from cifar_dist.train.reporting import Reporter, record_samples
 from cifar_dist.train.saver import Saver
+from cifar_dist.train.state import TrainState
+from cifar_dist.train.step import Step
 from cifar_dist.train.tracing import Tracer
 from cifar_dist.train.validation import Validation
 
@@ -153,10 +155,11 @@ class Worker:
             self.tracer.start()
         if self.saver:
             self.job.progress.trains.remote()
+        step = Step(state)
         with contextlib.suppress(Stop):
             while state.cursor.epoch < self.plan.config.loop.epochs and not self.cadence.stops:
                 batches = record_samples(self.reporter, self.images.train_batches(state.cursor))
-                self._end_epoch(train_epoch(state, batches, self._after_step))
+                self._end_epoch(train_epoch(step, batches, self._after_step))
         self._close()
 
     def _after_step(self, clock: Clock) -> None:

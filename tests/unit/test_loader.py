@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from cifar_dist.data import order, sources, store
-from cifar_dist.data.loader import Batch, Loader, use_decoded
+from cifar_dist.data.batch import Batch
+from cifar_dist.data.loader import Loader, use_decoded
 from cifar_dist.data.order import STEPS_PER_DRAW, BatchPlan, ImageSpec, eval_plans, train_plans
 from cifar_dist.data.private import Staging
 from cifar_dist.data.staged import DataSet

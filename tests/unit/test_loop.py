@@ -16,14 +16,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Batch
+from cifar_dist.data.batch import Batch
 from cifar_dist.data.order import ImageSpec, epoch_order, rank_part, train_plans
 from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.run.checkpoint import Cursor
 from cifar_dist.run.network import Precision
 from cifar_dist.train import communication
 from cifar_dist.train.communication import FactoredLinear, factor_layers, parallel
-from cifar_dist.train.loop import Clock, TrainState, backward, sum_over_ranks, train_epoch, update, validate
+from cifar_dist.train.loop import Clock, sum_over_ranks, train_epoch, validate
 from cifar_dist.train.moving_statistics import (
     average_batchnorm_over_ranks,
     gather_statistics,
@@ -33,6 +33,8 @@ from cifar_dist.train.moving_statistics import (
     statistics_of,
 )
 from cifar_dist.train.optim import average_of, make_optimizers, schedule_factor
+from cifar_dist.train.state import TrainState
+from cifar_dist.train.step import Step, backward, update
 
 CPU = torch.device("cpu")
 NUM_CLASSES = 5
@@ -314,7 +316,9 @@ def train_until(stop: Cursor, file: Path, rank: int, world: int, settings: dict)
         last = stop.step if state.cursor.epoch == stop.epoch else NUM_STEPS
         batches = islice(planned_batches(state.cursor, rank, world), last - state.cursor.step)
         train_epoch(
-            state, recorded(batches), lambda _clock: steps[-1].update(totals=sum_over_ranks(state.totals).tolist())
+            Step(state),
+            recorded(batches),
+            lambda _clock: steps[-1].update(totals=sum_over_ranks(state.totals).tolist()),
         )
         if state.cursor.step == NUM_STEPS:
             state.cursor = Cursor(state.cursor.epoch + 1, 0)
@@ -394,7 +398,7 @@ def test_workers_that_come_and_go_train_as_if_nothing_had_happened(name, runs):
 
 
 def run(state: TrainState, batches: Iterable[Batch]) -> Clock:
-    return train_epoch(state, batches, lambda _clock: None)
+    return train_epoch(Step(state), batches, lambda _clock: None)
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -458,13 +462,13 @@ def test_learning_rate_follows_the_schedule_of_the_whole_run():
     state = state_of(plain_model(), schedule="cosine", epochs=3)
     state.cursor = Cursor(1, 2)
     rates = []
-    train_epoch(state, [whole(2)] * 3, lambda _clock: rates.append(state.learning_rate))
+    train_epoch(Step(state), [whole(2)] * 3, lambda _clock: rates.append(state.learning_rate))
     assert rates == [schedule_factor(state.config.optim, step, 15) for step in (7, 8, 9)]
 
 
 def test_average_of_weights_is_updated_each_step():
     state, seen = state_of(plain_model(), ema_decay=0.1, learning_rate=0.1), []
-    train_epoch(state, [whole(4, seed) for seed in range(3)], lambda _clock: seen.append(weights(state.model)))
+    train_epoch(Step(state), [whole(4, seed) for seed in range(3)], lambda _clock: seen.append(weights(state.model)))
     expected = 0.1 * (0.1 * seen[0] + 0.9 * seen[1]) + 0.9 * seen[2]
     assert torch.allclose(weights(state.average.module), expected, atol=1e-6)
 
@@ -480,7 +484,7 @@ def test_callback_comes_after_each_step_when_all_of_it_is_done():
 
     for epoch in range(2):
         state.cursor = Cursor(epoch, 0)
-        train_epoch(state, [whole(n, n) for n in (4, 3, 2)], after_step)
+        train_epoch(Step(state), [whole(n, n) for n in (4, 3, 2)], after_step)
     assert seen == [
         *((Cursor(0, 1), 1, 4, 4, True), (Cursor(0, 2), 2, 7, 7, True), (Cursor(0, 3), 3, 9, 9, True)),
         *((Cursor(1, 1), 4, 13, 4, True), (Cursor(1, 2), 5, 16, 7, True), (Cursor(1, 3), 6, 18, 9, True)),
@@ -491,7 +495,7 @@ def test_epoch_that_was_over_takes_no_step():
     state = state_of(plain_model())
     state.cursor = Cursor(0, 5)
     before = weights(state.model)
-    clock = train_epoch(state, [], pytest.fail)
+    clock = train_epoch(Step(state), [], pytest.fail)
     assert torch.equal(weights(state.model), before)
     assert (state.cursor, clock.num_images) == (Cursor(0, 5), 0)
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cifar_dist.config import Config
-from cifar_dist.data.loader import Batch
+from cifar_dist.data.batch import Batch
 from cifar_dist.errors import UserError
 from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor
@@ -32,9 +32,11 @@ from cifar_dist.storage import Folder
 from cifar_dist.train import cadence, rank_state
 from cifar_dist.train import worker as worker_module
 from cifar_dist.train.cadence import Agreement, Cadence
-from cifar_dist.train.loop import Clock, TrainState, update
+from cifar_dist.train.loop import Clock
 from cifar_dist.train.moving_statistics import gather_statistics
 from cifar_dist.train.optim import average_of, make_optimizers
+from cifar_dist.train.state import TrainState
+from cifar_dist.train.step import update
 from cifar_dist.train.validation import Validation
 from cifar_dist.train.worker import Worker
 
@@ -156,6 +158,7 @@ class Rank:
             images = torch.randn(5, 3, generator=torch.Generator().manual_seed(state.global_step))
             state.precision.scaler.scale(state.model(images).square().sum()).backward()
             update(state)
+            state.average.set_step()
             state.average.update_parameters(state.model)
             state.totals += torch.tensor([1.5, 2, 5])
             state.cursor = Cursor(state.cursor.epoch, state.cursor.step + 1)

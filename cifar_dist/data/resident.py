@@ -1,0 +1,113 @@
+"""A decoded split in a device's memory: picks, flips, normalizes, resizes, crops and cuts out there, without DALI.
+
+DALI decoded the pixels. What is computed from them here equals what pipeline.py computes; a test compares both.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cifar_dist.data.batch import Batch, planned_batch
+from cifar_dist.data.order import BatchPlan, ImageSpec, no_augment
+
+ROWS_PER_COPY = 4096
+NUM_SLOTS = 64  # batches that the host may be ahead of the device
+
+
+class ResidentImages:
+    """The pixels uint8 [n, H, W, 3] and labels int64 [n] of a split on `device`."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, spec: ImageSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+        for first in range(0, len(pixels), ROWS_PER_COPY):
+            rows = slice(first, first + ROWS_PER_COPY)
+            self.pixels[rows] = torch.from_numpy(np.array(pixels[rows])).to(device)
+        self._labels = torch.from_numpy(labels).to(device)
+        self._ring: list[PinnedSlot] = []
+        self._num_sent = 0
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """Yields the planned batches in order. Waits for nothing on the device."""
+        for plan in plans:
+            augment = plan.augment or no_augment(len(plan.ids), self.spec.image_size)
+            numbers = self._sent(np.column_stack([plan.ids, *augment]))
+            yield planned_batch(plan, augmented(self.pixels, numbers, self.spec), self._labels[numbers[:, 0]])
+
+    def _sent(self, numbers: np.ndarray) -> torch.Tensor:
+        """Returns the int64 numbers on the device, in one copy that the host does not wait for.
+
+        Pinned memory is kept: to get some from the driver waits while another thread copies, such as the saver's."""
+        if self.device.type != "cuda":
+            return torch.from_numpy(numbers)
+        if len(self._ring) < NUM_SLOTS:
+            self._ring.append(PinnedSlot())
+        self._num_sent += 1
+        return self._ring[self._num_sent % len(self._ring)].send(numbers, self.device)
+
+
+class PinnedSlot:
+    """Pinned memory from which one array at a time is sent to a GPU."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.int64)
+        self._sent = torch.cuda.Event()
+
+    def send(self, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+        self._sent.synchronize()  # the array sent before is on the device
+        if self._memory.numel() < numbers.size:
+            self._memory = torch.empty(numbers.size, dtype=torch.int64, pin_memory=True)
+        host = self._memory[: numbers.size].view(numbers.shape)
+        host.copy_(torch.from_numpy(numbers))
+        on_device = host.to(device, non_blocking=True)
+        self._sent.record()
+        return on_device
+
+
+def augmented(pixels: torch.Tensor, numbers: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """Returns float32 [n, 3, S, S] in the spec's range and memory format.
+
+    pixels: uint8 [N, H, W, 3]; numbers: int64 [n, 7], each image's row and its flips, crop and hole as in Augment.
+    """
+    ids, flip_x, flip_y, crop_y, crop_x, hole_y, hole_x = numbers.T
+    height, width, size = pixels.shape[1], pixels.shape[2], spec.image_size
+    mean, std = spec.mean_and_std
+    rows = flipped(torch.arange(height, device=pixels.device), flip_y, height)
+    columns = flipped(torch.arange(width, device=pixels.device), flip_x, width)
+    images = (pixels[ids[:, None, None], rows[:, :, None], columns[:, None, :]].float() - mean) * (1 / std)
+    images = images.permute(0, 3, 1, 2)
+    if (height, width) != (size, size):
+        images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+    if spec.crop_padding or spec.cutout_size:
+        images = cropped(images, (crop_y, crop_x), (hole_y, hole_x), spec.cutout_size, spec.fill)
+    layout = torch.channels_last if spec.channels_last else torch.contiguous_format
+    return images.contiguous(memory_format=layout)
+
+
+def flipped(places: torch.Tensor, flip: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns int64 [n, size]: for each image the source of each place, mirrored where `flip` is 1."""
+    return torch.where(flip[:, None] == 1, size - 1 - places, places)
+
+
+Corner = tuple[torch.Tensor, torch.Tensor]  # int64 [n] each: y and x
+
+
+def cropped(images: torch.Tensor, crop: Corner, hole: Corner, cutout_size: int, fill: float) -> torch.Tensor:
+    """Returns the images [n, 3, S, S] shifted by their crops; `fill` is outside the image and in the holes."""
+    size = images.shape[-1]
+    places = torch.arange(size, device=images.device)
+    rows, columns = (places + start[:, None] for start in crop)
+    shown = within(rows, size)[:, :, None] & within(columns, size)[:, None, :]
+    if cutout_size:
+        in_rows, in_columns = (within(places - start[:, None], cutout_size) for start in hole)
+        shown &= ~(in_rows[:, :, None] & in_columns[:, None, :])
+    every = torch.arange(len(images), device=images.device)[:, None, None]
+    rows, columns = rows.clamp(0, size - 1)[:, :, None], columns.clamp(0, size - 1)[:, None, :]
+    moved = images.permute(0, 2, 3, 1)[every, rows, columns].permute(0, 3, 1, 2)
+    return torch.where(shown[:, None], moved, fill)
+
+
+def within(places: torch.Tensor, size: int) -> torch.Tensor:
+    return (places >= 0) & (places < size)
