@@ -3,6 +3,7 @@
 import functools
 import operator
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,7 @@ def evaluate(
     """
     if num_shards < 1:
         raise UserError(f"--shards must be 1 or more, not {num_shards}")
-    task = ray.remote(evaluate_shard).options(num_cpus=1, num_gpus=int(gpu), max_retries=3)
+    task = task_of(evaluate_shard, gpu=gpu)
 
     def start(run: Run, best: Checkpoint) -> list[Any]:
         settings: dict[str, Any] = {"splits": splits, "num_shards": num_shards, "gpu": gpu, "flip_tta": flip_tta}
@@ -94,6 +95,15 @@ def evaluate(
         tables, counts = {s: t for s, (t, _) in merged.items()}, {s: c for s, (_, c) in merged.items()}
         evaluations.append(Evaluation(run=run, checkpoint=best, predictions=tables, counts=counts))
     return evaluations
+
+
+def task_of(function: Callable[..., Any], *, gpu: bool) -> Any:
+    """Returns the function as a Ray task, on a GPU in a fresh process each time.
+
+    A process keeps the GPU that it used first, and memory there. Ray ends it only if `num_gpus` is given here, not in
+    `options`.
+    """
+    return ray.remote(num_cpus=1, num_gpus=int(gpu), max_retries=3)(function)
 
 
 def with_flipped(splits: tuple[str, ...], flip_tta: bool) -> tuple[str, ...]:

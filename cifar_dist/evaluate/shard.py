@@ -17,7 +17,7 @@ from cifar_dist.evaluate.scores import Counts, count
 from cifar_dist.models.frozen import InferenceModel, inference_copy
 from cifar_dist.run.checkpoint import Checkpoint
 from cifar_dist.run.folder import Run
-from cifar_dist.run.network import build_model, image_spec, split_ids
+from cifar_dist.run.network import build_model, image_spec, split_ids, use_exact_fp32
 
 BATCH = 100
 TOP_K = 5
@@ -74,8 +74,7 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     Computes in fp32. The batches do not depend on the number of shards, so the results do not either.
     """
     torch.set_num_threads(shard.num_threads)
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    use_exact_fp32()
     device = torch.device("cuda", 0) if shard.gpu else torch.device("cpu")
     data = DataSet.open(shard.data.uri, shard.data.staging)  # opened again, because this node may see another data set
     check_checkpoint(shard.checkpoint, data.manifest, shard.run)

@@ -113,12 +113,17 @@ def count_resource(name: str) -> int:
 
 
 def uses_gpu(device: str, num_tasks: int = 1) -> bool:
-    """Whether `auto`, `cpu` or `gpu` means a GPU on the connected cluster. Raises UserError if there are too few."""
+    """Whether `auto`, `cpu` or `gpu` means a GPU on the connected cluster. Raises UserError if `gpu` finds too few."""
     num_gpus = count_resource("GPU")
-    gpu = device == "gpu" or (device == "auto" and num_gpus > 0)
-    if gpu and num_gpus < num_tasks:
+    if device == "gpu" and num_gpus < num_tasks:
         raise UserError(f"{num_tasks} workers need a GPU each, the cluster has {num_gpus}; use --device cpu or fewer")
-    return gpu
+    if device == "auto" and 0 < num_gpus < num_tasks:
+        print(
+            f"WARNING: {num_tasks} workers need a GPU each and the cluster has {num_gpus}: running on CPUs; "
+            f"--workers {num_gpus} uses GPUs",
+            flush=True,
+        )
+    return device != "cpu" and num_gpus >= num_tasks
 
 
 NODE_SECONDS = 60.0  # for a node to answer preflight's questions

@@ -106,6 +106,12 @@ def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarra
     )
 
 
+def use_exact_fp32() -> None:
+    """Makes fp32 fp32 on a GPU: by default cuDNN's convolutions round their input to TF32, with 10 bits."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 class Precision:
     """The resolved precision of a run on a device: fp32, bf16 or fp16.
 

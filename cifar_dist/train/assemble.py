@@ -12,7 +12,7 @@ from cifar_dist.data.private import Staging
 from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import split_frozen
-from cifar_dist.run.network import Precision, build_model, image_spec
+from cifar_dist.run.network import Precision, build_model, image_spec, use_exact_fp32
 from cifar_dist.train.communication import parallel
 from cifar_dist.train.compiled import CompiledForFullBatches, compiles, full_sizes
 from cifar_dist.train.features import NUM_VARIANTS, DeviceFeatures, Features, open_cache
@@ -21,12 +21,6 @@ from cifar_dist.train.job import Job
 from cifar_dist.train.optim import average_of, make_optimizers
 from cifar_dist.train.reporting import Reporter
 from cifar_dist.train.state import TrainState
-
-
-def use_exact_fp32() -> None:
-    """Makes fp32 fp32 on a GPU: by default cuDNN's convolutions round their input to TF32, with 10 bits."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def open_data(job: Job) -> DataSet:

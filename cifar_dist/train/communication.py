@@ -142,9 +142,11 @@ def parallel(
     """
     layers = factor_layers(model, *factors) if factors else []
     factored = {parameter for layer in layers for parameter in layer.parameters()}
-    model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if p in factored]  # type: ignore[assignment]
+    # Buffers are left alone, neither sent at the start nor before each step: each rank has its own moving statistics.
+    ignored = [name for name, parameter in model.named_parameters() if parameter in factored]
+    model._ddp_params_and_buffers_to_ignore = [*ignored, *(name for name, _ in model.named_buffers())]  # type: ignore[assignment]
     devices = [device] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     communication = Communication(wrapped, gradient_dtype, device)
     for layer in layers:
         layer.communication = communication

@@ -32,7 +32,11 @@ class KerasAdam(torch.optim.Adam):
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig, *, decoupled: bool) -> None:
         for group in groups:
             decay = group["weight_decay"]
-            group |= {"decay": decay if decoupled else 0.0, "weight_decay": 0.0 if decoupled else decay, "rate": 0.0}
+            group |= {
+                "decay": decay if decoupled else 0.0,
+                "weight_decay": 0.0 if decoupled else decay,
+                "rate": config.learning_rate,
+            }
         on_gpu = groups[0]["params"][0].is_cuda
         betas = (config.beta1, config.beta2)
         super().__init__(groups, config.learning_rate, betas=betas, eps=config.epsilon, fused=True, capturable=on_gpu)

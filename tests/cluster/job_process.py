@@ -38,10 +38,12 @@ class Job:
         Job.started.append(self)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the job has ended
         name, _, value = self.tag.partition("=")
+        address = {"RAY_ADDRESS": "" if local else Job.address}
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / script), *args],
             cwd=os.sep,
-            env={**os.environ, "RAY_ADDRESS": "" if local else Job.address, **(env or {}), name: value},
+            # These tests mean CPUs, also on a machine with a GPU.
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **address, **(env or {}), name: value},
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

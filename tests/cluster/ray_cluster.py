@@ -19,7 +19,7 @@ class Nodes:
         self.num_cpus = num_cpus
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()},
+            head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": True, "dashboard_port": free_port()},
         )
         self.nodes: list[Any] = []
         for _ in range(num_nodes):
@@ -30,7 +30,7 @@ class Nodes:
         return self.cluster.address
 
     def add(self) -> Any:
-        self.nodes.append(self.cluster.add_node(num_cpus=self.num_cpus))
+        self.nodes.append(self.cluster.add_node(num_cpus=self.num_cpus, num_gpus=0))
         return self.nodes[-1]
 
     def of_process(self, pid: int) -> Any:

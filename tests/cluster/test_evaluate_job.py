@@ -13,6 +13,7 @@ import ray
 from job_process import Job, run_job, train_args, wait_until
 from moto.server import ThreadedMotoServer
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray_cluster import Nodes
 
 from cifar_dist.data.staged import DataSet
@@ -118,6 +119,21 @@ def test_a_shard_that_is_lost_four_times_is_given_up(
         driver.evaluate(chosen, data, str(tmp_path), num_shards=1)
     assert len(attempts.read_text().splitlines()) == 4
     assert not list(tmp_path.glob("predictions/*"))
+
+
+def test_a_shard_on_a_gpu_has_a_process_of_its_own(nodes: Nodes) -> None:
+    """Ray counts GPUs that it is told of, so this needs none."""
+    node = nodes.cluster.add_node(num_cpus=1, num_gpus=1)
+    connect(nodes.address, 1)
+    try:
+        for gpu, num_processes in ((True, 3), (False, 1)):
+            task = driver.task_of(lambda: os.getpid(), gpu=gpu)  # noqa: PLW0108 - Ray takes no built-in function
+            where = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+            pids = [ray.get(task.options(scheduling_strategy=where).remote()) for _ in range(3)]
+            assert len(set(pids)) == num_processes
+    finally:
+        ray.shutdown()
+        nodes.cluster.remove_node(node)
 
 
 def test_a_run_of_another_data_set_is_refused(whole_run: tuple[Path, str], shapes_uri: str, tmp_path: Path) -> None:

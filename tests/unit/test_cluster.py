@@ -338,6 +338,31 @@ def test_without_a_temporary_folder_it_is_said(environment: dict[str, str], monk
         local_cluster.temporary_folder()
 
 
+# GPUs.
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "num_workers", "expected"),
+    [
+        *(("auto", 0, 1, False), ("auto", 1, 1, True), ("auto", 4, 2, True), ("auto", 1, 2, False)),
+        *(("cpu", 4, 1, False), ("gpu", 2, 2, True)),
+    ],
+)
+def test_auto_takes_gpus_where_they_suffice(device, num_gpus, num_workers, expected, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": float(num_gpus), "CPU": 8.0})
+    assert cluster.uses_gpu(device, num_workers) is expected
+    said = capsys.readouterr().out
+    assert ("2 workers need a GPU each and the cluster has 1: running on CPUs" in said) is (
+        (device, num_gpus, num_workers) == ("auto", 1, 2)
+    )
+
+
+def test_too_few_gpus_that_were_asked_for_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
+    with pytest.raises(UserError, match="2 workers need a GPU each, the cluster has 1; use --device cpu or fewer"):
+        cluster.uses_gpu("gpu", 2)
+
+
 # The process that ends a cluster.
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cifar_dist.config import OptimConfig
-from cifar_dist.train.optim import Muon, average_of, make_optimizers, schedule_factor, set_step
+from cifar_dist.train.optim import KerasAdam, Muon, average_of, make_optimizers, schedule_factor, set_step
 
 NUM_STEPS = 8
 
@@ -137,7 +137,7 @@ def test_muon_takes_convolution_kernels_and_adamw_the_rest(frozen):
     for i in frozen:
         model[i].requires_grad_(False)
     before, optimizers = copy.deepcopy(model), make_optimizers(model, MUON)
-    assert [type(o) for o in optimizers] == [Muon, torch.optim.AdamW][len(frozen) == 2 :]
+    assert [type(o) for o in optimizers] == [Muon, KerasAdam][len(frozen) == 2 :]
     kernels = [model[i].weight for i in (0, 2) if i not in frozen]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 4]
     assert [id(p) for p in optimizers[-1].param_groups[0]["params"]] == [id(p) for p in others]
@@ -197,9 +197,10 @@ def test_the_schedule_moves_both_rates_of_muon():
     for step in (0, 4, 7):
         factor = (1 + math.cos(math.pi * step / NUM_STEPS)) / 2
         assert set_step(optimizers, MUON, step, NUM_STEPS) == pytest.approx(1e-3 * factor)
-        assert [o.param_groups[0]["lr"] for o in optimizers] == pytest.approx([0.05 * factor, 1e-3 * factor])
-        epsilons = [o.param_groups[0]["eps"] for o in optimizers]
-        assert epsilons == pytest.approx([1e-7, 1e-7 / math.sqrt(1 - 0.999 ** (step + 1))])
+        correction = math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        rates = [o.param_groups[0]["lr"] for o in optimizers]
+        assert rates == pytest.approx([0.05 * factor, 1e-3 * factor * correction])
+        assert optimizers[1].param_groups[0]["rate"] == pytest.approx(1e-3 * factor)
 
 
 # Schedules.
@@ -254,12 +255,32 @@ def test_schedules_are_pure_functions_of_the_step():
 
 
 def test_set_step_does_not_depend_on_earlier_steps():
-    """A resumed run starts with a fresh optimizer at its step: rate and epsilon must be those of the step."""
+    """A resumed run starts with a fresh optimizer at its step: the rate must be that of the step."""
     config = OptimConfig(schedule="cosine")
     (straight,), (jumped,) = (make_optimizers(nn.Linear(1, 1), config) for _ in range(2))
     returned = [set_step([straight], config, step, 10) for step in range(6)][-1]
-    assert set_step([jumped], config, 5, 10) == returned == straight.param_groups[0]["lr"]
-    assert jumped.param_groups[0]["eps"] == straight.param_groups[0]["eps"] == 1e-7 / math.sqrt(1 - 0.999**6)
+    assert set_step([jumped], config, 5, 10) == returned == straight.param_groups[0]["rate"]
+    assert jumped.param_groups[0]["lr"] == straight.param_groups[0]["lr"] != returned
+
+
+def test_a_state_of_an_earlier_version_goes_on_with_the_rule_of_keras():
+    """It holds the true number of steps, from which torch would compute bias corrections once more."""
+    config, ends = OptimConfig(), []
+    for step_stored in (None, 3.0):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 1)
+        (optimizer,) = make_optimizers(model, config)
+        for step in range(6):
+            if step == 3:
+                stored = optimizer.state_dict()
+                if step_stored:
+                    stored["state"][0]["step"] = torch.tensor(step_stored)
+                optimizer.load_state_dict(copy.deepcopy(stored))
+            set_step([optimizer], config, step, NUM_STEPS)
+            model.weight.grad, model.bias.grad = torch.ones_like(model.weight), torch.ones_like(model.bias)
+            optimizer.step()
+        ends.append(model.weight.detach())
+    assert torch.equal(*ends)
 
 
 # Average of weights.
@@ -298,6 +319,7 @@ def test_average_follows_weights_and_buffers(decay):
     for value in values:
         nn.init.constant_(model[0].weight, value)
         nn.init.constant_(model[1].running_mean, 10 * value)
+        average.set_step()
         average.update_parameters(model)
     expected = values[0]
     for n, value in enumerate(values[1:], 1):

@@ -154,7 +154,7 @@ def test_plan_of_a_stored_run_writes_nothing(planned, run, tmp_path, shapes_uri)
 FREE = {
     *("epochs", "weights", "cache", "cache_budget_mib", "dali_threads", "log_every_steps", "chance_warning_steps"),
     *("features", "record_samples", "checkpoint_every_steps", "checkpoint_every_seconds", "storage_retry_seconds"),
-    "keep_checkpoints",
+    *("keep_checkpoints", "cuda_graph"),
 }
 
 
