@@ -43,7 +43,7 @@ from cifar_dist.train import assemble, rank_state  # noqa: E402
 from cifar_dist.train.communication import parallel  # noqa: E402
 from cifar_dist.train.loop import train_epoch, validate  # noqa: E402
 from cifar_dist.train.optim import average_of, make_optimizers  # noqa: E402
-from cifar_dist.train.saver import copied  # noqa: E402
+from cifar_dist.train.saver import HostMemory, copied  # noqa: E402
 from cifar_dist.train.state import TrainState  # noqa: E402
 from cifar_dist.train.step import Step  # noqa: E402
 
@@ -236,7 +236,7 @@ def state_part(smoke: Smoke) -> None:
                 stopped = train(*smoke.state(**more), stop_at=5)
                 meta = rank_state.checkpoint_meta(stopped, stopped.totals.tolist(), None)
                 held = rank_state.checkpoint_state(stopped, rank_state.gather_rows(stopped))
-                held = CheckpointState(**copied(vars(held), lambda tensor: tensor.cpu().clone()))
+                held = HostMemory().copy(CheckpointState(**copied(vars(held), torch.clone)))
                 state, images = smoke.state(**more)
                 checkpoint = Checkpoint("here", {**meta, **stopped.cursor._asdict(), "attempt": 1})
                 rank_state.restore(state, checkpoint, held, "here")

@@ -46,7 +46,8 @@ class HostMemory:
             return kept.copy_(tensor, non_blocking=True)
 
         on_host = CheckpointState(**copied(vars(state), to_host))
-        torch.cuda.current_stream().synchronize()
+        if num_used:
+            torch.cuda.current_stream().synchronize()
         return on_host
 
 

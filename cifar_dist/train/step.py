@@ -27,7 +27,7 @@ class Step:
     def __init__(self, state: TrainState) -> None:
         self.state = state
         self._num_steps = state.config.loop.epochs * state.steps_per_epoch
-        self._num_warm_ups_left = NUM_WARM_UP_STEPS if uses_graph(state) else -1
+        self._num_warm_ups_left = NUM_WARM_UP_STEPS
         self._stream = torch.cuda.Stream(state.device) if uses_graph(state) else None
         self._graph: Graph | None = None
 
