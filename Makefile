@@ -63,6 +63,7 @@ bench: $(SYNCED) ## what docs/ quotes, on DATA, a prepared CIFAR-10 (hours; writ
 	$(PYTHON) benchmarks/job.py --data $(DATA) --rounds 3 --num-skipped 10 --num-steps 20 --global-batch-size 64
 	$(PYTHON) benchmarks/peers.py --data $(DATA) --rounds 3 --num-skipped 2 --num-steps 5 --global-batch-size 64
 	$(PYTHON) benchmarks/recovery.py
+	! nvidia-smi || $(PYTHON) benchmarks/gpu_suite.py --data $(DATA) --minutes 4.3
 
 imagenet-check: $(SYNCED) ## download ResNet50V2's ImageNet weights and hold them against Keras (needs network)
 	$(PYTHON) jobs/weights.py --out .weights

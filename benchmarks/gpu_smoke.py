@@ -119,7 +119,7 @@ class Smoke:
         base, state.trainable = assemble.split_frozen(state.model, state.precision.dtype)
         if base is not None:
             state.input_of = lambda batch: base(batch.images)
-        assemble.wrap(state)
+        assemble.wrap(state, NUM_IMAGES)
         return state, ResidentImages(pixels, labels, spec, self.device)
 
 

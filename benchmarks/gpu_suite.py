@@ -200,7 +200,7 @@ class Rank:
         )
         self.state, self.images = assemble.assemble(job, suite.device, rank=0, world=1, local_world=1)
         assemble.split_base(self.state, self.images, SimpleNamespace(say=print))  # type: ignore[arg-type]
-        assemble.wrap(self.state)
+        assemble.wrap(self.state, len(self.images.train_ids))
         if ranks:
             wrapped = parallel(self.state.trainable, suite.device, self.state.config.loop.gradient_dtype)
             self.state.trainable, self.state.communication = wrapped

@@ -66,7 +66,7 @@ class DataConfig(TrainingSection):
     )
     features: str = option(
         "computed",
-        help="frozen resnet50v2: cached keeps the output of the base on the node's disk, per image and flip",
+        help="frozen resnet50v2: cached keeps the base's output per image and flip, on the GPU or on the node's disk",
         choices=("computed", "cached"),
         may_change=True,
     )
@@ -131,7 +131,9 @@ class LoopConfig(TrainingSection):
         help="auto: channels_last on GPUs, in bf16, and for resnet50v2 on CPUs",
         choices=("auto", "contiguous", "channels_last"),
     )
-    compile: str = option("auto", help="use torch.compile (auto: on GPUs only)", choices=("auto", "on", "off"))
+    compile: str = option(
+        "auto", help="use torch.compile for full batches (auto: on GPUs only)", choices=("auto", "on", "off")
+    )
     cuda_graph: str = option(
         "auto",
         help="auto: on a GPU, a worker that trains alone runs a step as one CUDA graph, but for muon",

@@ -138,6 +138,11 @@ def num_rank_parts(size: int, world: int) -> int:
     return max(1, min(world, size // LEAST_PER_RANK))
 
 
+def num_micro_batches(num_images: int, accumulation_steps: int) -> int:
+    """Returns into how many parts a rank splits its images of a step: a small last step into fewer."""
+    return min(accumulation_steps, max(1, num_images // LEAST_PER_RANK))
+
+
 def fewest_per_micro_batch(global_batch_size: int, world: int, accumulation_steps: int) -> int:
     """Returns the smallest number of images in a micro-batch of any rank, in a full step."""
     part = global_batch_size // world

@@ -27,45 +27,42 @@ from cifar_dist.launch import ray_private
 # Ray's longest socket path below its temporary folder, and the longest socket path on Linux.
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 LONGEST_SOCKET = 107
-# Ray's agents outlive a driver that was killed. After the driver's end, this script kills the processes of its cluster:
-# those with argv[1] in their environment and those that descend from them. The agents need the second rule: they write
-# their title over their environment. The script gives up after argv[2] seconds.
+# Ray's agents outlive a driver that has ended. After the driver's end, this script kills the processes of its cluster:
+# those with argv[1] in their environment and those that write to files of Ray's session, whose folder the driver sent.
+# The agents need the second rule: they write their title over their environment. It gives up after argv[2] seconds.
 GUARDIAN = """
 import os, signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-sys.stdin.read()
-mark, end, num_empty, ours = sys.argv[1].encode(), time.monotonic() + float(sys.argv[2]), 0, set()
+driver = str(os.getppid())  # it may still be on its way out
+session = sys.stdin.read()
+mark, end, num_empty = sys.argv[1].encode(), time.monotonic() + float(sys.argv[2]), 0
+
+def writes(pid):
+    for fd in os.listdir(f"/proc/{pid}/fd") if session else ():
+        if os.readlink(f"/proc/{pid}/fd/{fd}").startswith(session + "/"):
+            with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+                flags = next(line.split()[1] for line in file if line.startswith("flags:"))
+            if int(flags, 8) & os.O_ACCMODE != os.O_RDONLY:
+                return True
+    return False
+
 while num_empty < 20 and time.monotonic() < end:  # a process that is just being started shows no environment
-    parents, found = {}, set()
+    num_empty += 1
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open(f"/proc/{pid}/stat", "rb") as stat, open(f"/proc/{pid}/environ", "rb") as environment:
-                state, parent, *fields = stat.read().rpartition(b")")[2].split()
-                process = int(pid), fields[17]  # with its start time, since numbers are used again
-                if state != b"Z":
-                    parents[process] = int(parent)
-                    if process in ours or mark in environment.read().split(b"\\0"):
-                        found.add(process)
-        except OSError:
-            pass
-    more = found
-    while more:
-        numbers = {number for number, _ in more}
-        more = {process for process, parent in parents.items() if parent in numbers} - found
-        found = found | more
-    num_empty = 0 if found else num_empty + 1
-    ours |= found
-    for number, _ in found:
-        try:
-            os.kill(number, signal.SIGKILL)
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                is_ours = pid != driver and (mark in file.read().split(b"\\0") or writes(pid))
+            if is_ours:
+                num_empty = 0
+                os.kill(int(pid), signal.SIGKILL)
         except OSError:
             pass
     time.sleep(0.1)
 """
 GUARDIAN_SECONDS = 30.0
 
-guardians: list[subprocess.Popen] = []
+guardians: list["Guardian"] = []
 
 
 def start(num_workers: int) -> None:
@@ -75,7 +72,7 @@ def start(num_workers: int) -> None:
     """
     folder, mark = temporary_folder(), secrets.token_hex(16)
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-    start_guardian(mark)
+    guardian = Guardian(mark)
     set_up_local_cluster(mark, secrets.token_hex(32), loopback)
     ray_private.forget_token()  # of an earlier cluster of this process
     ray_private.stay_on_loopback()
@@ -84,7 +81,7 @@ def start(num_workers: int) -> None:
     torch_import.start()
     try:
         with no_sigterm(), ray_private.own_handlers():
-            ray.init(
+            context = ray.init(
                 address="local",
                 num_cpus=max(num_cpus(), num_workers),  # more workers than cores are slow, but allowed for trials
                 include_dashboard=False,
@@ -98,6 +95,7 @@ def start(num_workers: int) -> None:
         ) from error
     finally:
         torch_import.join()
+    guardian.tell(context.address_info["session_dir"])  # type: ignore[attr-defined]
     ray_private.trim_own_cluster()
     atexit.register(ray.shutdown)  # runs before Ray's own exit handler, which first sleeps half a second
 
@@ -115,18 +113,27 @@ def no_sigterm() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start_guardian(mark: str) -> None:
-    """Starts a process that waits for this process to end, and then kills the processes of its cluster."""
-    guardian = subprocess.Popen(
-        [sys.executable, "-S", "-E", "-c", GUARDIAN, f"{MARK}={mark}", str(GUARDIAN_SECONDS)],
-        stdin=subprocess.PIPE,  # closed by the kernel when this process ends
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-        env=without_mark(),
-    )
-    guardians.append(guardian)  # keeps the pipe open: garbage collection would close it
+class Guardian:
+    """A process that waits for this process to end, and then kills the processes of its cluster."""
+
+    def __init__(self, mark: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", GUARDIAN, f"{MARK}={mark}", str(GUARDIAN_SECONDS)],
+            stdin=subprocess.PIPE,  # closed by the kernel when this process ends
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+            env=without_mark(),
+            text=True,
+        )
+        guardians.append(self)  # keeps the pipe open: garbage collection would close it
+
+    def tell(self, session_folder: str) -> None:
+        """Tells it the folder of Ray's session."""
+        assert self.process.stdin
+        self.process.stdin.write(os.path.realpath(session_folder))  # as /proc names files
+        self.process.stdin.flush()
 
 
 def temporary_folder() -> str:

@@ -15,7 +15,7 @@ from cifar_dist.models.frozen import split_frozen
 from cifar_dist.run.network import Precision, build_model, image_spec, use_exact_fp32
 from cifar_dist.train.communication import parallel
 from cifar_dist.train.compiled import CompiledForFullBatches, compiles, full_sizes
-from cifar_dist.train.features import NUM_VARIANTS, DeviceFeatures, Features, open_cache
+from cifar_dist.train.features import NUM_VARIANTS, DeviceFeatures, Features, fits_device, open_cache
 from cifar_dist.train.images import Images, eval_batch
 from cifar_dist.train.job import Job
 from cifar_dist.train.optim import average_of, make_optimizers
@@ -51,7 +51,7 @@ def assemble(job: Job, device: torch.device, *, rank: int, world: int, local_wor
         spec,
         device=device,
         num_threads=config.data.dali_threads or num_threads,
-        max_batch_size=max(-(-config.loop.global_batch_size // world), eval_batch(device)),
+        max_batch_size=max(-(-config.loop.global_batch_size // world), eval_batch(device, config.data.image_size)),
         cache=config.data.cache,
         cache_budget_mib=config.data.cache_budget_mib,
         synthetic=config.data.synthetic_data,
@@ -82,28 +82,28 @@ def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:
         return
     if compiles(state.config, state.device):
         base.compile()
-    cache = None
-    if state.config.data.features == "cached" and state.device.type == "cuda":
-        ids = np.concatenate([images.train_ids, images.validation_ids])
-        kept = DeviceFeatures(images.loader, base, ids, NUM_VARIANTS[state.config.data.flips])
-        reporter.say(kept.notice)
-        images.reader = state.input_of = kept
-        return
-    if state.config.data.features == "cached":
-        num_used = len(images.train_ids), len(images.validation_ids)
-        cache = open_cache(
-            state.config, images.loader.data, base, num_images=len(images.loader.staged), num_used=num_used
-        )
-        reporter.say(cache.notice)
-    images.reader = state.input_of = Features(images.loader, base, cache)
+    data, loader = state.config.data, images.loader
+    images.reader = state.input_of = Features(loader, base)
+    if data.features == "cached":
+        ids, num_variants = np.concatenate([images.train_ids, images.validation_ids]), NUM_VARIANTS[data.flips]
+        if fits_device(loader, base, len(ids) * num_variants):
+            num_at_once = -(-state.config.loop.global_batch_size // state.world)
+            kept = DeviceFeatures(loader, base, ids, num_variants=num_variants, num_at_once=num_at_once)
+            images.reader = state.input_of = kept
+            reporter.say(kept.notice)
+        else:
+            num_used = len(images.train_ids), len(images.validation_ids)
+            cache = open_cache(state.config, loader.data, base, num_images=len(loader.staged), num_used=num_used)
+            images.reader = state.input_of = Features(loader, base, cache)
+            reporter.say(cache.notice)
 
 
-def wrap(state: TrainState) -> None:
+def wrap(state: TrainState, num_train: int) -> None:
     """Compiles the trained part of the network and wraps it in DistributedDataParallel."""
     loop = state.config.loop
     trainable: Any = state.trainable
     if compiles(state.config, state.device):
-        trainable = CompiledForFullBatches(trainable, full_sizes(loop, state.rank, state.world))
+        trainable = CompiledForFullBatches(trainable, full_sizes(loop, num_train, state.rank, state.world))
     if state.world > 1:
         factors = None
         # Not measured on a GPU. With gradient accumulation, ranks may exchange factors different numbers of times.

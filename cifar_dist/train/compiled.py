@@ -26,7 +26,9 @@ class CompiledForFullBatches(nn.Module):
         return (self.compiled if len(x) in self.sizes else self.network)(x)
 
 
-def full_sizes(loop: LoopConfig, rank: int, world: int) -> set[int]:
+def full_sizes(loop: LoopConfig, num_train: int, rank: int, world: int) -> set[int]:
     """Returns the numbers of images in the forward passes of a rank's part of a full step."""
-    start, stop, _, _ = order.rank_part(0, loop.global_batch_size, loop.global_batch_size, rank, world)
-    return {len(chunk) for chunk in torch.arange(stop - start).tensor_split(loop.accumulation_steps)}
+    batch = min(loop.global_batch_size, num_train)
+    start, stop, _, _ = order.rank_part(0, batch, batch, rank, world)
+    num_chunks = order.num_micro_batches(stop - start, loop.accumulation_steps)
+    return {len(chunk) for chunk in torch.arange(stop - start).tensor_split(num_chunks)}

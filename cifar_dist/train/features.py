@@ -137,35 +137,31 @@ def open_cache(
 class DeviceFeatures:
     """The training input over a frozen base on a GPU: each image and flip goes through the base once per attempt.
 
-    `batches` replaces the loader's; its `images` are features. Raises UserError if `num_bytes`, the bytes that all
-    features take, do not fit into the GPU's memory.
+    `batches` replaces the loader's; its `images` are features. The base always gets `num_at_once` images, some of them
+    twice if need be: another size would be compiled anew, and would round otherwise.
     """
 
-    def __init__(self, loader: Loader, base: FrozenBase, ids: np.ndarray, num_variants: int) -> None:
-        self.loader, self.base, self.num_variants = loader, base, num_variants
+    def __init__(
+        self, loader: Loader, base: FrozenBase, ids: np.ndarray, *, num_variants: int, num_at_once: int
+    ) -> None:
+        self.loader, self.base, self.num_variants, self.num_at_once = loader, base, num_variants, num_at_once
         self.place = np.zeros(len(loader.staged), np.int64)  # of an image among those of the run
         self.place[ids] = np.arange(len(ids))
-        side = math.ceil(loader.spec.image_size / 32)
-        shape = (len(ids) * num_variants, side, side, base.num_features)
-        num_bytes, free = math.prod(shape) * base.dtype.itemsize, free_memory(loader.device)
-        if num_bytes > free * LARGEST_SHARE:
-            raise UserError(
-                f"the cached features need {num_bytes / 2**30:.1f} GiB on the GPU, which has {free / 2**30:.1f} GiB "
-                "free and needs some for the network; use --features computed"
-            )
-        self.notice = f"cached features: {num_bytes / 2**30:.2f} GiB on the GPU ({free / 2**30:.1f} GiB free)"
+        shape = device_shape(loader, base, len(ids) * num_variants)
         self.features = torch.empty(shape, dtype=base.dtype, device=loader.device)  # as NHWC
         self.is_stored = np.zeros(shape[0], bool)
+        self.notice = f"cached features: {self.features.nbytes / 2**30:.2f} GiB of the GPU's memory"
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """Yields the planned batches. Only images without stored features are read."""
         for plan in plans:
             rows = self.place[plan.ids] * self.num_variants + variants(plan.augment)
             missing = np.flatnonzero(~self.is_stored[rows])
-            if len(missing):
-                (batch,) = self.loader.batches([part_of(plan, missing)])
-                self.features[self._sent(rows[missing])] = self.base(batch.images).permute(0, 2, 3, 1)
-                self.is_stored[rows[missing]] = True
+            for first in range(0, len(missing), self.num_at_once):
+                part = np.resize(missing[first : first + self.num_at_once], self.num_at_once)
+                (batch,) = self.loader.batches([part_of(plan, part)])
+                self.features[self._sent(rows[part])] = self.base(batch.images).permute(0, 2, 3, 1)
+            self.is_stored[rows] = True
             features = self.features[self._sent(rows)].permute(0, 3, 1, 2)
             yield planned_batch(plan, features, self.loader.labels(plan.ids))
 
@@ -177,11 +173,17 @@ class DeviceFeatures:
         return torch.from_numpy(rows).to(self.features.device, non_blocking=True)
 
 
-def free_memory(device: torch.device) -> int:
-    """Returns the free bytes of a GPU's memory, or of this machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def device_shape(loader: Loader, base: FrozenBase, num_rows: int) -> tuple[int, int, int, int]:
+    side = math.ceil(loader.spec.image_size / 32)
+    return num_rows, side, side, base.num_features
+
+
+def fits_device(loader: Loader, base: FrozenBase, num_rows: int) -> bool:
+    """Whether so many rows of features fit into the loader's GPU beside the network. False without a GPU."""
+    if loader.device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(loader.device)
+    return math.prod(device_shape(loader, base, num_rows)) * base.dtype.itemsize <= free * LARGEST_SHARE
 
 
 def variants(augment: Augment | None) -> np.ndarray | int:

@@ -14,9 +14,9 @@ from cifar_dist.run.network import split_ids
 from cifar_dist.train.features import DeviceFeatures, Features
 
 
-def eval_batch(device: torch.device) -> int:
-    """Returns the images of a validation batch. A GPU wants more than a CPU."""
-    return 1000 if device.type == "cuda" else 100
+def eval_batch(device: torch.device, image_size: int) -> int:
+    """Returns the images of a validation batch. A GPU wants more than a CPU, of small images."""
+    return max(100, min(1000, 1000 * 224**2 // image_size**2)) if device.type == "cuda" else 100
 
 
 class Images:
@@ -44,7 +44,9 @@ class Images:
 
     def validation_batches(self) -> Iterator[Batch]:
         return self.reader.batches(
-            eval_plans(self.validation_ids, eval_batch(self.loader.device), self.rank, self.world)
+            eval_plans(
+                self.validation_ids, eval_batch(self.loader.device, self.config.data.image_size), self.rank, self.world
+            )
         )
 
     def trained(self, model: torch.nn.Module) -> torch.nn.Module:

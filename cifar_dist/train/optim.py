@@ -49,9 +49,15 @@ class KerasAdam(torch.optim.Adam):
                 }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the moments. The settings stay those of this run: earlier versions and other devices have others."""
+        own = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for state in self.state.values():  # checkpoints of earlier versions hold the true step
-            state["step"].fill_(NO_CORRECTION)
+        for group, settings in zip(self.param_groups, own, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group |= {"params": parameters, **settings}
+        for state in self.state.values():  # earlier versions hold the true step
+            state["step"] = torch.full_like(state["exp_avg"].flatten()[0], NO_CORRECTION, dtype=torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -88,6 +94,18 @@ class Muon(torch.optim.Muon):
         super().step(closure)
         for kernel, matrix in zip(self.kernels, self.param_groups[0]["params"], strict=True):
             kernel.data.copy_(matrix.data.view(kernel.shape))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Loads a stored state, and gives its tensors the memory format of their parameters.
+
+    The stored run may have had another format, and torch's fused optimizers pair the elements by their place in memory.
+    """
+    optimizer.load_state_dict(stored)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.ndim:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:

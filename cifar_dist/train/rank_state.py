@@ -13,6 +13,7 @@ from cifar_dist.run.checkpoint import Checkpoint, CheckpointState
 from cifar_dist.run.folder import Run
 from cifar_dist.train.loop import sum_over_ranks
 from cifar_dist.train.moving_statistics import gather_statistics, set_statistics, split_statistics
+from cifar_dist.train.optim import load_optimizer
 from cifar_dist.train.state import TrainState
 
 
@@ -84,7 +85,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, loaded: CheckpointState, 
             state.average.module.load_state_dict(loaded.average or {})
             state.average.n_averaged.fill_(meta["num_averaged"])
         for optimizer, stored in zip(state.optimizers, loaded.optimizer["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
+            load_optimizer(optimizer, stored)
         state.precision.scaler.load_state_dict(loaded.optimizer["scaler"])
         if meta["world_size"] == state.world:  # otherwise all ranks start from the mean of the statistics
             for name, rows in loaded.ranks.items():

@@ -99,8 +99,7 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     DistributedDataParallel averages over ranks, so each rank scales its summed loss by world / global size. The
     result is exact even if the ranks have different numbers of images.
     """
-    max_chunks = max(1, len(batch.labels) // order.LEAST_PER_RANK)  # a small last step is split into fewer chunks
-    num_chunks = min(state.config.loop.accumulation_steps, max_chunks)
+    num_chunks = order.num_micro_batches(len(batch.labels), state.config.loop.accumulation_steps)
     chunks = list(zip(batch.images.tensor_split(num_chunks), batch.labels.tensor_split(num_chunks), strict=True))
     counted = batch.num_counted > 0
     totals = torch.zeros(3, dtype=torch.float64, device=state.device)

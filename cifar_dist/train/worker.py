@@ -54,7 +54,7 @@ def train_worker(job: Job, a_node_is_leaving: Callable[[], bool]) -> None:
     worker.resume(found)
     with readiness.together():
         assemble.split_base(state, images, worker.reporter)
-    assemble.wrap(state)
+    assemble.wrap(state, len(images.train_ids))
     worker.run()
 
 

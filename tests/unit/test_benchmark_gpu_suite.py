@@ -84,7 +84,7 @@ def test_the_smoke_test_passes_here() -> None:
     code, printed = run_script("gpu_smoke.py", "--device", "cpu", "--parts", *parts)
     assert code == 0, printed
     assert printed.count("ok   graphs: ") == 11
-    assert printed.splitlines()[-1] == "everything works"
+    assert "everything works" in printed.splitlines()
 
 
 @pytest.mark.parametrize(("name", "size"), [("fan", 32), ("resnet50v2", 96)])

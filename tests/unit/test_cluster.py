@@ -250,7 +250,7 @@ def test_ray_is_told_to_stay_on_loopback_and_what_keeps_it_from_starting_is_one_
 
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)  # type: ignore[attr-defined]
-    monkeypatch.setattr(local_cluster, "start_guardian", lambda _: None)
+    monkeypatch.setattr(local_cluster, "Guardian", lambda _: None)
     monkeypatch.setattr(local_cluster, "num_cpus", lambda: 3)
     monkeypatch.setattr(local_cluster, "temporary_folder", lambda: "/t")
     with pytest.raises(UserError, match=r"Ray did not start on this machine: no room; .* /t/session_latest/logs$"):
@@ -370,13 +370,6 @@ def sleeper(mark: str) -> subprocess.Popen:
     return subprocess.Popen(["sleep", "60"], env={"A": "b", environ.MARK: mark, "Z": ""}, start_new_session=True)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
 def start(mark: str, seconds: float = 20, before: str = "") -> subprocess.Popen:
     command = [sys.executable, "-S", "-E", "-c", before + GUARDIAN, f"{environ.MARK}={mark}", str(seconds)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -405,26 +398,27 @@ def test_the_guardian_ends_its_cluster_and_nothing_else(mark: str) -> None:
             process.wait()
 
 
-def test_the_guardian_ends_descendants_that_show_no_environment(mark: str) -> None:
-    """As Ray's agents do, which write their title over it."""
-    grandchild = ["env", "-i", "sh", "-c", "sleep 61 & echo $!; wait"]
-    parent = subprocess.Popen(grandchild, env={**os.environ, environ.MARK: mark}, stdout=subprocess.PIPE, text=True)
-    # `env -i` replaces the marked process: what is marked is its parent.
-    shell = ["sh", "-c", 'env -i sh -c "sleep 62 & echo \\$!; wait" & wait']
-    marked = subprocess.Popen(shell, env={**os.environ, environ.MARK: mark}, stdout=subprocess.PIPE, text=True)
+def test_the_guardian_ends_what_writes_to_the_session_but_not_what_reads_it(mark: str, tmp_path: Path) -> None:
+    """Ray's agents write their title over their environment, so they show no mark."""
+    session, other = tmp_path / "session_1", tmp_path / "session_10"
+    for folder in (session, other):
+        folder.mkdir()
+        (folder / "agent.log").write_text("")
+    shell = 'exec sleep 60 {}"$1/agent.log"'
+    processes = {
+        name: subprocess.Popen(["sh", "-c", shell.format(how), "sh", folder], env={})
+        for name, how, folder in (("writer", ">>", session), ("reader", "<", session), ("other", ">>", other))
+    }
+    mine = (session / "driver.log").open("w")  # of the process that started the guardian
     guardian = start(mark)
     try:
-        unmarked, hidden = int(parent.stdout.readline()), int(marked.stdout.readline())
-        assert mark.encode() not in Path(f"/proc/{hidden}/environ").read_bytes()
-        guardian.communicate(timeout=10)
-        assert not is_alive(hidden)
-        assert is_alive(unmarked)  # no ancestor of it shows the mark
-        assert marked.wait(5) == -signal.SIGKILL
+        time.sleep(0.5)
+        guardian.communicate(str(session), timeout=20)
+        assert processes["writer"].wait(5) == -signal.SIGKILL
+        assert [processes[name].poll() for name in ("reader", "other")] == [None] * 2
     finally:
-        for pid in (unmarked, hidden):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for process in (guardian, parent, marked):
+        mine.close()
+        for process in (guardian, *processes.values()):
             process.kill()
             process.wait()
 
@@ -451,8 +445,8 @@ def test_the_guardian_gives_up_on_what_it_may_not_end_and_does_not_keep_a_core_b
 
 def test_the_guardian_waits_for_the_end_of_the_process_that_started_it(mark: str) -> None:
     code = (
-        "import os, sys; from cifar_dist.launch import local_cluster; local_cluster.start_guardian(sys.argv[1]);"
-        "print(local_cluster.guardians[0].pid, flush=True); sys.stdin.read()"
+        "import os, sys; from cifar_dist.launch import local_cluster; local_cluster.Guardian(sys.argv[1]);"
+        "print(local_cluster.guardians[0].process.pid, flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = sleeper(mark)

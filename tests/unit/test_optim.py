@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ import torch
 from torch import nn
 
 from cifar_dist.config import OptimConfig
-from cifar_dist.train.optim import KerasAdam, Muon, average_of, make_optimizers, schedule_factor, set_step
+from cifar_dist.train.optim import (
+    KerasAdam,
+    Muon,
+    average_of,
+    load_optimizer,
+    make_optimizers,
+    schedule_factor,
+    set_step,
+)
 
 NUM_STEPS = 8
 
@@ -263,24 +272,53 @@ def test_set_step_does_not_depend_on_earlier_steps():
     assert jumped.param_groups[0]["lr"] == straight.param_groups[0]["lr"] != returned
 
 
-def test_a_state_of_an_earlier_version_goes_on_with_the_rule_of_keras():
-    """It holds the true number of steps, from which torch would compute bias corrections once more."""
-    config, ends = OptimConfig(), []
-    for step_stored in (None, 3.0):
-        torch.manual_seed(0)
-        model = nn.Linear(6, 1)
-        (optimizer,) = make_optimizers(model, config)
-        for step in range(6):
-            if step == 3:
-                stored = optimizer.state_dict()
-                if step_stored:
-                    stored["state"][0]["step"] = torch.tensor(step_stored)
-                optimizer.load_state_dict(copy.deepcopy(stored))
+@pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_a_state_of_an_earlier_version_goes_on_with_the_rule_of_keras(name, kind):
+    """It is torch's own, with the true number of steps, an epsilon of its own, and other settings."""
+    config = OptimConfig(optimizer=name, weight_decay=0.1, learning_rate=0.01)
+    model = nn.Linear(6, 1)
+    (straight,) = make_optimizers(model, config)
+    for step in range(3):
+        set_step([straight], config, step, NUM_STEPS)
+        model.weight.grad, model.bias.grad = torch.ones_like(model.weight), torch.ones_like(model.bias)
+        straight.step()
+    other = copy.deepcopy(model)
+    (resumed,) = make_optimizers(other, config)
+    old = kind(other.parameters(), 0.01, eps=3.2e-6, weight_decay=0.1, fused=True)
+    for parameter, moments in zip(other.parameters(), straight.state.values(), strict=True):
+        old.state[parameter] = {**moments, "step": torch.tensor(3.0)}
+    load_optimizer(resumed, copy.deepcopy(old.state_dict()))
+    for step in range(3, 6):
+        for optimizer, network in ((straight, model), (resumed, other)):
             set_step([optimizer], config, step, NUM_STEPS)
-            model.weight.grad, model.bias.grad = torch.ones_like(model.weight), torch.ones_like(model.bias)
+            network.weight.grad, network.bias.grad = torch.ones_like(network.weight), torch.ones_like(network.bias)
             optimizer.step()
-        ends.append(model.weight.detach())
-    assert torch.equal(*ends)
+    assert same_weights(model, other)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_state_of_another_memory_format_goes_on_the_same(name):
+    config, ends = OptimConfig(optimizer=name, learning_rate=0.01), []
+    for formats in ((torch.contiguous_format,) * 2, (torch.channels_last, torch.contiguous_format)):
+        state: Any = None
+        torch.manual_seed(0)
+        weights = nn.Conv2d(4, 5, 3).state_dict()
+        for memory_format in formats:
+            model = nn.Conv2d(4, 5, 3).to(memory_format=memory_format)
+            model.load_state_dict(weights)
+            (optimizer,) = make_optimizers(model, config)
+            if state:
+                load_optimizer(optimizer, state)
+            for step in range(3):
+                set_step([optimizer], config, step, NUM_STEPS)
+                for parameter in model.parameters():
+                    generator = torch.Generator().manual_seed(step)
+                    drawn = torch.randn(parameter.shape, generator=generator)
+                    parameter.grad = torch.empty_like(parameter).copy_(drawn)
+                optimizer.step()
+            state, weights = copy.deepcopy(optimizer.state_dict()), model.state_dict()
+        ends.append(weights["weight"])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-7)
 
 
 # Average of weights.
