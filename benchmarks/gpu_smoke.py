@@ -33,7 +33,7 @@ import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
-from cifar_dist.data.order import ImageSpec, train_plans  # noqa: E402
+from cifar_dist.data.order import ImageSpec, eval_plans, train_plans  # noqa: E402
 from cifar_dist.data.resident import ResidentImages  # noqa: E402
 from cifar_dist.models.layers import Dropout, Flatten, KerasBatchNorm  # noqa: E402
 from cifar_dist.recipes import recipe_config  # noqa: E402
@@ -208,7 +208,12 @@ def steps(smoke: Smoke) -> None:
 
 
 def validation(state: TrainState, images: ResidentImages) -> list[float]:
-    return validate(state.model, batches(state, images), state.precision, state.input_of).tolist()
+    """Between two epochs, as a run does: validation runs in inference mode, on the loader that training uses."""
+    train(state, images, num_epochs=1)
+    plans = eval_plans(np.arange(NUM_IMAGES), NUM_IMAGES, 0, 1)
+    totals = validate(state.model, images.batches(plans), state.precision, state.input_of)
+    train(state, images, num_epochs=2)
+    return totals.tolist()
 
 
 def graphs(smoke: Smoke) -> None:
