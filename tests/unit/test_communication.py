@@ -132,7 +132,7 @@ def test_workers_on_cpus_exchange_factors_by_themselves(settings, world, chosen,
     state = SimpleNamespace(
         config=config, trainable=model, world=world, device=CPU, precision=precision, communication=None
     )
-    wrap(state)
+    wrap(state, 1000)
     assert isinstance(model[0], FactoredLinear) is chosen
     assert isinstance(state.trainable, DistributedDataParallel) is (world > 1)
     assert (state.communication is None) is (world == 1)
