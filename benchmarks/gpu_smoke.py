@@ -38,11 +38,10 @@ from cifar_dist.data.resident import ResidentImages  # noqa: E402
 from cifar_dist.models.layers import Dropout, Flatten, KerasBatchNorm  # noqa: E402
 from cifar_dist.recipes import recipe_config  # noqa: E402
 from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor  # noqa: E402
-from cifar_dist.run.network import Precision, build_model, image_spec, use_exact_fp32  # noqa: E402
+from cifar_dist.run.network import build_model, image_spec, use_exact_fp32  # noqa: E402
 from cifar_dist.train import assemble, rank_state  # noqa: E402
 from cifar_dist.train.communication import parallel  # noqa: E402
 from cifar_dist.train.loop import train_epoch, validate  # noqa: E402
-from cifar_dist.train.optim import average_of, make_optimizers  # noqa: E402
 from cifar_dist.train.saver import HostMemory, copied  # noqa: E402
 from cifar_dist.train.state import TrainState  # noqa: E402
 from cifar_dist.train.step import Step  # noqa: E402
@@ -102,20 +101,8 @@ class Smoke:
         random = np.random.default_rng(0)
         labels = random.integers(0, NUM_CLASSES, NUM_IMAGES)
         pixels = random.integers(0, 256, (NUM_IMAGES, 32, 32, 3), dtype=np.uint8)
-        state = TrainState(
-            config=config,
-            model=model,
-            trainable=model,
-            optimizers=make_optimizers(model, config.optim),
-            precision=Precision(config.loop.precision, self.device),
-            average=average_of(model, config.optim),
-            device=self.device,
-            rank=0,
-            world=1,
-            num_threads=torch.get_num_threads(),
-            steps_per_epoch=-(-NUM_IMAGES // BATCH),
-            totals=torch.zeros(3, dtype=torch.float64, device=self.device),
-        )
+        numbers = {"rank": 0, "world": 1, "num_threads": torch.get_num_threads(), "num_train": NUM_IMAGES}
+        state = assemble.new_state(config, model, self.device, **numbers)
         base, state.trainable = assemble.split_frozen(state.model, state.precision.dtype)
         if base is not None:
             state.input_of = lambda batch: base(batch.images)

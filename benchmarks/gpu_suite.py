@@ -1,4 +1,4 @@
-"""What one GPU reaches with this project's own code: training, input, checkpoints, evaluation, each beside a floor.
+"""What one GPU reaches with this project's own code: training beside a floor, input, checkpoints, validation.
 
     python benchmarks/gpu_suite.py [--data DATA] [--minutes 9] [--sections NAME ...]
 
@@ -57,7 +57,7 @@ from cifar_dist.train.loop import train_epoch, validate  # noqa: E402
 from cifar_dist.train.saver import Saver  # noqa: E402
 from cifar_dist.train.step import Step  # noqa: E402
 
-DRIVER = "0" * 32
+DRIVER = "0" * 32  # a driver's id, which must be hexadecimal
 EPOCH_IMAGES = 45_000  # CIFAR-10's train split without the validation images
 SHAPES = 6000, 100  # drawn for train and test without --data
 
@@ -92,7 +92,7 @@ class Suite:
         ways = {name: lambda call=call: self.seconds_per_call(call) for name, call in calls.items()}
         return measure(ways, self.args.rounds)
 
-    def add_rates(self, what: str, rounds: list[dict[str, float]], base: str = "", digits: int = 0) -> dict[str, Any]:
+    def add_rates(self, what: str, rounds: list[dict[str, float]], base: str = "") -> dict[str, Any]:
         """Lines of the table, from images/s by way; `base`: the way that the ratios are over."""
         found: dict[str, Any] = {"images_per_second": {way: summary(r[way] for r in rounds) for way in rounds[0]}}
         if base:
@@ -100,7 +100,7 @@ class Suite:
         for way, rate in found["images_per_second"].items():
             epoch = f"{EPOCH_IMAGES / rate['median']:.2f}"
             over = cell(found["ratio"][way]) if base and way != base else ""
-            self.rows.append((f"{what}: {way}", cell(rate, digits), epoch, over))
+            self.rows.append((f"{what}: {way}", cell(rate, 0), epoch, over))
         return found
 
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from cifar_dist.config import Config
 from cifar_dist.cpus import num_cpus
 from cifar_dist.data import order
 from cifar_dist.data.loader import Loader
@@ -58,7 +60,16 @@ def assemble(job: Job, device: torch.device, *, rank: int, world: int, local_wor
     )
     images = Images(loader, config, rank=rank, world=world)
     model = build_model(config, data.manifest.num_classes, spec, device)
-    state = TrainState(
+    num_train = len(images.train_ids)
+    state = new_state(config, model, device, rank=rank, world=world, num_threads=num_threads, num_train=num_train)
+    return state, images
+
+
+def new_state(
+    config: Config, model: nn.Module, device: torch.device, *, rank: int, world: int, num_threads: int, num_train: int
+) -> TrainState:
+    """Returns the state before the first of `num_train` images, with the optimizers and the average of the weights."""
+    return TrainState(
         config=config,
         model=model,
         trainable=model,
@@ -69,10 +80,9 @@ def assemble(job: Job, device: torch.device, *, rank: int, world: int, local_wor
         rank=rank,
         world=world,
         num_threads=num_threads,
-        steps_per_epoch=order.num_steps(len(images.train_ids), config.loop.global_batch_size),
+        steps_per_epoch=order.num_steps(num_train, config.loop.global_batch_size),
         totals=torch.zeros(3, dtype=torch.float64, device=device),
     )
-    return state, images
 
 
 def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:

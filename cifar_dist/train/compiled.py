@@ -14,7 +14,7 @@ def compiles(config: Config, device: torch.device) -> bool:
 class CompiledForFullBatches(nn.Module):
     """A network that is compiled for batches of the given sizes, and runs as it is for others.
 
-    An epoch's smaller last batch would else be compiled too: on an H100, 18 s for Fan, to save milliseconds an epoch.
+    An epoch's smaller last batch would else be compiled too, which takes many seconds to save milliseconds an epoch.
     """
 
     def __init__(self, network: nn.Module, sizes: set[int]) -> None:

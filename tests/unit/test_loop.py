@@ -23,6 +23,7 @@ from cifar_dist.run.checkpoint import Cursor
 from cifar_dist.run.network import Precision
 from cifar_dist.train import communication
 from cifar_dist.train.communication import FactoredLinear, factor_layers, parallel
+from cifar_dist.train.images import eval_batch
 from cifar_dist.train.loop import Clock, sum_over_ranks, train_epoch, validate
 from cifar_dist.train.moving_statistics import (
     average_batchnorm_over_ranks,
@@ -104,6 +105,11 @@ def totals_of(model: nn.Module, batch: Batch) -> list[float]:
     logits = model(batch.images)
     loss = F.cross_entropy(logits, batch.labels, reduction="sum").item()
     return [loss, (logits.argmax(1) == batch.labels).sum().item(), len(batch.labels)]
+
+
+def test_a_gpu_validates_small_images_in_large_batches() -> None:
+    assert [eval_batch(torch.device("cuda"), side) for side in (32, 224, 448, 4096)] == [1000, 1000, 250, 100]
+    assert eval_batch(CPU, 32) == 100
 
 
 # The gradient.
