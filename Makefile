@@ -10,7 +10,9 @@ endif
 # Compiled once here, packages start several times faster in every Ray worker.
 export UV_COMPILE_BYTECODE ?= 1
 PYTHON := .venv/bin/python
-SYNCED := .venv/.synced
+# The builds of torch and DALI: cuda13, or cuda12 for older GPU drivers (docs/training.md, GPUs).
+CUDA ?= cuda13
+SYNCED := .venv/.synced-$(CUDA)
 
 .PHONY: help demo test test-slow mutants image-test lowest lint format types settings bench imagenet-check clean
 help:
@@ -33,7 +35,7 @@ image-test: $(SYNCED) ## build the image and run it confined (needs root, builda
 
 lowest: $(SYNCED) ## the unit tests with the lowest versions that pyproject.toml allows (in .venv-lowest)
 	$(UV) venv --quiet --clear --python $(PYTHON) .venv-lowest
-	$(UV) pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable .
+	$(UV) pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[cuda12]"
 	$(UV) pip install --quiet --python .venv-lowest/bin/python --group dev
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow" tests/unit
 
@@ -73,8 +75,8 @@ clean: ## remove what make made, but for uv
 	rm -rf .venv .venv-lowest demo .weights .pytest_cache .mypy_cache .ruff_cache
 
 $(SYNCED): pyproject.toml uv.lock | $(UV)
-	$(UV) sync --locked
-	@touch $@
+	$(UV) sync --locked --extra $(CUDA)
+	@rm -f .venv/.synced* && touch $@
 
 .uv/bin/uv:
 	@echo "uv is not on PATH: installing it into .uv"

@@ -160,16 +160,23 @@ class LoopConfig(TrainingSection):
         may_change=True,
     )
 
+    def compiles(self, *, gpu: bool) -> bool:
+        """Whether full batches run through torch.compile."""
+        return self.compile == "on" or (self.compile == "auto" and gpu)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(TrainingSection):
     table, heading = "checkpoint", "checkpoints"
 
     checkpoint_every_steps: int = option(
-        0, help="optimizer steps between checkpoints inside an epoch (0: by time only)", minimum=0, may_change=True
+        0, help="optimizer steps between checkpoints (0: by time only)", minimum=0, may_change=True
     )
     checkpoint_every_seconds: float = option(
-        300.0, help="seconds between checkpoints inside an epoch (0: not by time)", minimum=0, may_change=True
+        300.0,
+        help="most seconds between checkpoints; best epochs and the last always have one (0: all epochs do)",
+        minimum=0,
+        may_change=True,
     )
     storage_retry_seconds: float = option(
         60.0,

@@ -100,6 +100,20 @@ def prepare_environment() -> str | None:
     return cluster_address(os.environ.get("RAY_ADDRESS", ""))
 
 
+def set_up_compiler(cache_folder: str, num_processes: int) -> None:
+    """Sets where torch's compiler keeps what it has compiled, and in how many processes it compiles.
+
+    By default it starts one per CPU of the host, for each worker. The folder must be the user's own: code is loaded
+    from it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache_folder)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(num_processes))
+
+
+def c_compiler() -> str | None:
+    """Returns the C compiler that the user has chosen, or None."""
+    return os.environ.get("CC") or None
+
+
 def ray_address() -> str | None:
     return os.environ.get("RAY_ADDRESS")
 

@@ -5,7 +5,21 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from cifar_dist.errors import UserError
+
 PACKAGES = ("torch", "ray", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pyarrow", "numpy", "cifar-dist")
+
+
+DALI_PACKAGES = tuple(name for name in PACKAGES if "dali" in name)
+
+
+def check_dali() -> None:
+    """Raises UserError if DALI is not installed."""
+    if not package_versions().keys() & set(DALI_PACKAGES):
+        raise UserError(
+            "NVIDIA DALI is not installed; `uv sync --extra cuda13` (or cuda12, for older GPU drivers) installs it and "
+            "torch of the same CUDA generation, as `pip install cifar-dist[cuda13]` does"
+        )
 
 
 def package_versions() -> dict[str, str]:

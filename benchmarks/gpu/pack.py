@@ -1,6 +1,6 @@
 """Packs what a GPU machine without network lacks beside PyTorch: Ray, DALI and their needs, in two parts.
 
-    uv run python benchmarks/gpu/pack.py [--out .gpu] [--python 3.12] [--architecture 90]
+    .venv/bin/python benchmarks/gpu/pack.py [--out .gpu] [--python 3.12] [--architecture 90]
 
 The versions are those that are installed here. DALI's GPU code is kept for one architecture (90: H100 and H200), and
 parts that no run needs are left out: that makes 330 MiB of wheels two files of at most 56 MiB each. benchmarks/gpu's

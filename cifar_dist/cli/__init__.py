@@ -12,6 +12,7 @@ from typing import NoReturn
 from cifar_dist import environment, stopping
 from cifar_dist.errors import exit_code_of
 from cifar_dist.options import nearest
+from cifar_dist.versions import check_dali
 
 # Each job and its summary, in the usual order of use.
 JOBS = {
@@ -35,7 +36,15 @@ def run_job(job: str, words: list[str] | None = None, prog: str | None = None) -
     prog = prog or Path(sys.argv[0]).name
     words = sys.argv[1:] if words is None else words
     debug = "--debug" in words
-    sys.exit(exit_code_of(lambda: (module := module_of(job)).run(module.COMMAND.parse(words, prog)), debug))
+
+    def run() -> None:
+        module = module_of(job)
+        given = module.COMMAND.parse(words, prog)
+        if job != "weights":
+            check_dali()
+        module.run(given)
+
+    sys.exit(exit_code_of(run, debug))
 
 
 def main() -> NoReturn:

@@ -164,7 +164,15 @@ def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
     cache, manifest = plan.config.data, plan.data.manifest
     shape, num_rows = manifest.image_shape("train"), manifest.num_rows("train")
     decoded = use_decoded(shape, num_rows, cache.cache, cache.cache_budget_mib)
-    found = preflight.assess(seen, manifest, token=token, decoded=decoded, use_gpu=use_gpu, written=written)
+    found = preflight.assess(
+        seen,
+        manifest,
+        token=token,
+        decoded=decoded,
+        use_gpu=use_gpu,
+        compiles=plan.config.loop.compiles(gpu=use_gpu),
+        written=written,
+    )
     return [*unreachable, *found]
 
 

@@ -7,7 +7,6 @@ seconds to load.
 import os
 import shutil
 import socket
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from cifar_dist.data.manifest import Manifest, read_manifest
 from cifar_dist.data.staged import staging_root
 from cifar_dist.errors import UserError
+from cifar_dist.launch import cuda
 from cifar_dist.storage import Folder
 from cifar_dist.versions import package_versions
 
@@ -24,8 +24,6 @@ FOLDER = "preflight"  # in the run's folder, for files that show whether all nod
 MIB = 1 << 20
 # NCCL and Ray's object store use /dev/shm. Containers get 64 MiB by default, which is too little for both.
 LEAST_SHM_BYTES, GOOD_SHM_BYTES = 64 * MIB, 512 * MIB
-# Oldest driver branch for a CUDA major version (NVIDIA's CUDA compatibility guide).
-LEAST_DRIVER = {"nvidia-dali-cuda130": 580, "nvidia-dali-cuda120": 525}
 
 
 @dataclass(frozen=True)
@@ -72,19 +70,11 @@ def gather_facts(node: str, run_uri: str, data_uri: str, staging_folder: str | N
         "staging": staging,
         "disk_free_bytes": shutil.disk_usage(existing).free,
         "shm_free_bytes": shutil.disk_usage(shm).free if shm.exists() else 0,
-        "gpus": value_or_fault(gpus),
+        "gpus": value_or_fault(cuda.gpus),
+        "torch_cuda": cuda.torch_cuda(),
+        "c_compiler": value_or_fault(cuda.c_compiler),
+        "rdma": cuda.rdma(),
     }
-
-
-def gpus() -> str:
-    """Returns a line 'driver version, name' for each GPU, or nvidia-smi's error message. '' without nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=30).stdout.strip()
-    except subprocess.TimeoutExpired:
-        return "nvidia-smi does not answer"
 
 
 def num_bytes_to_stage(manifest: Manifest, decoded: bool) -> int:
@@ -97,14 +87,25 @@ def num_bytes_to_stage(manifest: Manifest, decoded: bool) -> int:
 
 
 def assess(
-    seen: list[dict[str, Any]], manifest: Manifest, *, token: str, decoded: bool, use_gpu: bool, written: list[str]
+    seen: list[dict[str, Any]],
+    manifest: Manifest,
+    *,
+    token: str,
+    decoded: bool,
+    use_gpu: bool,
+    compiles: bool,
+    written: list[str],
 ) -> list[Finding]:
-    """Returns the findings on the facts in `seen`. `written`: names in the preflight folder that the driver sees."""
+    """Returns the findings on the facts in `seen`. `written`: names in the preflight folder that the driver sees.
+
+    `compiles`: whether torch.compile will need a C compiler on a GPU."""
     need = num_bytes_to_stage(manifest, decoded)
     found: list[Finding] = []
     for facts in seen:
         checks = [versions(facts), storage(facts, token, written), data_set(facts, manifest), disk(facts, need)]
-        checks += [shared_memory(facts), *([gpu_driver(facts)] if use_gpu else [])]
+        checks += [shared_memory(facts)]
+        checks += [cuda_build(facts), gpu_driver(facts), rdma(facts)] if use_gpu else []
+        checks += [compiler(facts)] if use_gpu and compiles else []
         node = f"{facts['name']}/{facts['node'][:8]}"
         for check, text, fault, warning in checks:
             status = "failed" if fault else "warning" if warning else "ok"
@@ -153,20 +154,23 @@ def shared_memory(facts: dict[str, Any]) -> Check:
 
 
 def gpu_driver(facts: dict[str, Any]) -> Check:
-    return "GPU driver", facts["gpus"].replace("\n", "; "), driver_fault(facts["gpus"], facts["packages"]), ""
+    return "GPU driver", facts["gpus"].replace("\n", "; "), cuda.gpu_fault(facts["gpus"], facts["torch_cuda"]), ""
 
 
-def driver_fault(gpus: str, packages: dict[str, str]) -> str:
-    """Returns why the driver in `gpus` does not fit the installed CUDA build of DALI, or ''."""
-    least = min((LEAST_DRIVER[name] for name in packages if name in LEAST_DRIVER), default=0)
-    version = gpus.split(",", maxsplit=1)[0].strip()
-    if not version.split(".")[0].isdigit():
-        output = "; ".join(gpus.splitlines()) or "it is not there"
-        return f"nvidia-smi names no driver ({output}); install NVIDIA's driver, or use --device cpu"
-    if int(version.split(".")[0]) < least:
-        fault = f"driver {version} is older than {least}, which this build of DALI and torch needs"
-        return f"{fault}; see docs/training.md, GPUs"
-    return ""
+def cuda_build(facts: dict[str, Any]) -> Check:
+    fault = cuda.build_fault(facts["torch_cuda"], facts["packages"])
+    return "CUDA build", f"torch and DALI for CUDA {facts['torch_cuda']}", fault, ""
+
+
+def compiler(facts: dict[str, Any]) -> Check:
+    found = facts["c_compiler"]
+    return "compiler", found, found.removeprefix("fault: ") if found.startswith("fault: ") else "", ""
+
+
+def rdma(facts: dict[str, Any]) -> Check:
+    found = facts["rdma"] or "no RDMA device: NCCL uses TCP between nodes"
+    limited = f"{found}: NCCL locks more; allow it (`ulimit -l unlimited`, LimitMEMLOCK of the container runtime)"
+    return "RDMA", found, "", limited * (bool(facts["rdma"]) and "unlimited" not in found)
 
 
 def table(findings: list[Finding]) -> str:

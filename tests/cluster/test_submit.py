@@ -94,11 +94,12 @@ def test_a_stopped_job_leaves_no_worker_and_a_run_that_goes_on(head: HeadNode, t
 def test_nodes_without_the_image_get_the_environment_from_uv(head: HeadNode, tiny_uri: str, tmp_path: Path) -> None:
     """The locked environment is made in the uploaded folder, for the driver and for the workers."""
     assert shutil.which("uv", path=head.environment["PATH"]), "make installs uv into .uv where it is not on PATH"
-    environment = '{"py_executable": "uv run --locked --no-dev"}'
+    environment = '{"py_executable": "uv run --locked --no-dev --extra cuda13"}'
     words = train(tiny_uri, tmp_path, submit=("--runtime-env-json", environment))
     place = words.index("--")
     before = set(head.uploads())
-    code, output = head.job("submit", *words[: place + 1], "uv", "run", "--locked", "--no-dev", *words[place + 1 :])
+    run = ("uv", "run", "--locked", "--no-dev", "--extra", "cuda13")
+    code, output = head.job("submit", *words[: place + 1], *run, *words[place + 1 :])
     assert code == 0, output
     assert "run run finished: best" in output
     # The upload is the same as before unless a file has changed, so its folder may be too.

@@ -230,9 +230,16 @@ def scale(r: Rendered) -> Iterator[str]:
         yield "less than one CPU for each worker"
 
 
+RDMA = "rdma/rdma_shared_device_a"
+
+
+def uses_rdma(container: dict[str, Any]) -> bool:
+    return RDMA in container.get("resources", {}).get("requests", {})
+
+
 @rule
 def security(r: Rendered) -> Iterator[str]:
-    """Kubernetes's `restricted` profile, a read-only root, and no token but the autoscaler's."""
+    """Kubernetes's `restricted` profile but for RDMA, a read-only root, and no token but the autoscaler's."""
     for name, pod in r.pods.items():
         context = pod.get("securityContext", {})
         wanted = {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000}
@@ -249,11 +256,13 @@ def security(r: Rendered) -> Iterator[str]:
         contexts = [c.get("securityContext", {}) for c in pod["containers"] + pod.get("initContainers", [])]
         if name == "head" and r.elastic:
             contexts.append(r.cluster.get("autoscalerOptions", {}).get("securityContext", {}))
-        confined = {
+        confined: dict[str, Any] = {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         }
+        if name.startswith("worker") and uses_rdma(r.containers[name]):  # which reads and writes locked memory
+            confined["capabilities"]["add"] = ["IPC_LOCK"]
         if any(c != confined for c in contexts):
             yield f"a container of the {name} is not confined"
     if r.one("ServiceAccount").get("automountServiceAccountToken") is not False:
@@ -268,7 +277,8 @@ def resources(r: Rendered) -> Iterator[str]:
         parts["autoscaler"] = r.cluster.get("autoscalerOptions", {}).get("resources", {})
     for name, part in parts.items():
         requests, limits = part.get("requests", {}), part.get("limits", {})
-        if set(requests) - {"cpu", "memory", "nvidia.com/gpu"} or not {"cpu", "memory"} <= set(requests):
+        known = {"cpu", "memory", "nvidia.com/gpu"} | ({RDMA} if name.startswith("worker") else set())
+        if set(requests) - known or not {"cpu", "memory"} <= set(requests):
             yield f"the {name} requests {sorted(requests)}"
         if limits != {k: v for k, v in requests.items() if k != "cpu"}:
             yield f"the {name}'s limits are not its requests"

@@ -105,15 +105,29 @@ def test_names_and_images_of_ones_own_reach_the_job_and_s3_takes_the_place_of_th
     assert faults(documents) == []
 
 
+def test_workers_get_an_rdma_device_and_may_lock_memory_and_nobody_else(tmp_path: Path) -> None:
+    documents = with_component(tmp_path, "rdma", WORKERS="4")
+    containers = Rendered(documents).containers
+    worker = containers.pop("worker workers")
+    for part in ("requests", "limits"):
+        assert worker["resources"][part]["rdma/rdma_shared_device_a"] == "1"
+        assert worker["resources"][part]["nvidia.com/gpu"] == "4"
+    assert worker["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert {"name": "NCCL_IB_HCA", "value": "mlx5"} in worker["env"]
+    assert "rdma" not in json.dumps(containers)
+    assert "IPC_LOCK" not in json.dumps(containers)
+    assert faults(documents) == []
+
+
 def examples(kind: str) -> list[dict[str, Any]]:
     """The YAML of docs/kubernetes.md of one kind."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "kubernetes.md").read_text(), re.DOTALL)
     return [d for block in blocks for d in yaml.safe_load_all(block) if d["kind"] == kind]
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_overlays_that_the_docs_show_are_valid(number: int, tmp_path: Path) -> None:
-    assert len(examples("Kustomization")) == 3  # the third is the subject of test_monitoring.py
+    assert len(examples("Kustomization")) == 4  # the last is the subject of test_monitoring.py
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
     own = tmp_path / "k8s" / "overlays" / "own"
     own.mkdir()
@@ -121,7 +135,7 @@ def test_the_overlays_that_the_docs_show_are_valid(number: int, tmp_path: Path) 
     documents = render(own)
     assert faults(documents) == []
     command = Rendered(documents).command()
-    assert ("--epochs", "s3://bucket/cifar-dist?region=eu-west-1")[number] in command
+    assert ("--epochs", "deck_fan", "s3://bucket/cifar-dist?region=eu-west-1")[number] in command
 
 
 def test_the_reader_that_the_docs_show_is_valid_and_confined(rendered: dict[str, Documents]) -> None:

@@ -52,7 +52,7 @@ def test_it_changes_nothing_of_the_job(monitored: Documents) -> None:
 
 
 def test_the_docs_show_it(monitored: Documents) -> None:
-    shown = examples("Kustomization")[2]
+    shown = examples("Kustomization")[3]
     assert shown["components"] == ["../../components/monitoring"]
     assert {d["kind"] for d in monitored} >= {"PodMonitor", "RayJob"}
 

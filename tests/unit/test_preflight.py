@@ -8,21 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from cifar_dist.data import staged
 from cifar_dist.data.manifest import read_manifest
 from cifar_dist.data.private import Staging
 from cifar_dist.data.staged import DataSet
-from cifar_dist.launch.preflight import (
-    FOLDER,
-    Finding,
-    assess,
-    driver_fault,
-    gather_facts,
-    gpus,
-    num_bytes_to_stage,
-    table,
-)
+from cifar_dist.launch import preflight
+from cifar_dist.launch.preflight import FOLDER, Finding, assess, gather_facts, num_bytes_to_stage, table
 from cifar_dist.storage import Folder
 from cifar_dist.versions import package_versions
 
@@ -51,9 +44,12 @@ def facts(run_uri, shapes_uri, staging_folder) -> dict:
 def judged(facts, shapes_uri) -> Callable:
     """The findings by check, for facts with changes."""
 
-    def act(use_gpu: bool = False, written: tuple = (NODE, "token"), decoded: bool = True, **changes) -> dict:
+    def act(
+        use_gpu: bool = False, written: tuple = (NODE, "token"), decoded: bool = True, compiles: bool = True, **changes
+    ) -> dict:
         seen = {**copy.deepcopy(facts), **changes}
         settings = {"token": TOKEN, "decoded": decoded, "use_gpu": use_gpu, "written": list(written)}
+        settings["compiles"] = compiles
         findings = assess([seen], read_manifest(shapes_uri), **settings)
         assert {finding.node for finding in findings} == {f"{seen['name']}/01234567"}
         return {finding.check: finding for finding in findings}
@@ -88,6 +84,7 @@ def test_node_writes_its_name_and_reads_the_token(run_uri, shapes_uri, staging_f
 def test_look_is_plain_values_that_any_node_can_send(facts):
     kinds = {type(value) for value in [*facts.values(), *facts["packages"].values()]}
     assert kinds == {str, bool, int, dict}
+    assert facts["torch_cuda"] == (torch.version.cuda or "")
 
 
 def test_node_that_has_staged_the_data_says_so(run_uri, shapes_uri, staging_folder):
@@ -148,27 +145,6 @@ def test_staging_folder_by_default_is_the_stores_own(run_uri, shapes_uri, tmp_pa
     assert Path(seen["staging_folder"]).parent == tmp_path
 
 
-def nvidia_smi(folder: Path, script: str) -> None:
-    folder.mkdir()
-    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "nvidia-smi").chmod(0o755)
-
-
-def test_gpus_are_what_nvidia_smi_lists(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert gpus() == ""
-    nvidia_smi(tmp_path / "bin", 'echo "$@" > "$0.args"; echo "580.65.06, NVIDIA H200"; echo "580.65.06, NVIDIA H200"')
-    assert gpus() == "580.65.06, NVIDIA H200\n580.65.06, NVIDIA H200"
-    words = (tmp_path / "bin" / "nvidia-smi.args").read_text()
-    assert words.strip() == "--query-gpu=driver_version,name --format=csv,noheader"
-
-
-def test_nvidia_smi_that_fails_is_heard(tmp_path, monkeypatch):
-    nvidia_smi(tmp_path / "bin", 'echo "NVIDIA-SMI has failed: no driver"; exit 9')
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert "NVIDIA-SMI has failed: no driver" in driver_fault(gpus(), package_versions())
-
-
 def test_neither_torch_nor_ray_is_loaded():
     """They take seconds, on every node."""
     heavy = "{'torch', 'ray', 'nvidia', 'torchvision'}"
@@ -194,7 +170,7 @@ def test_sound_node_has_nothing_to_say_but_ok(judged, facts, shapes_uri):
 def test_each_node_is_judged_by_itself(facts, shapes_uri):
     other = {**facts, "node": "fedcba9876543210", "name": "other", "shm_free_bytes": 0}
     manifest, written = read_manifest(shapes_uri), [NODE, "fedcba9876543210"]
-    found = assess([facts, other], manifest, token=TOKEN, decoded=True, use_gpu=False, written=written)
+    found = assess([facts, other], manifest, token=TOKEN, decoded=True, use_gpu=False, compiles=False, written=written)
     assert [finding.check for finding in found] == CHECKS * 2
     assert [finding.node for finding in found] == [f"{facts['name']}/01234567"] * 5 + ["other/fedcba98"] * 5
     assert [finding.status for finding in found] == ["ok"] * 9 + ["failed"]
@@ -292,41 +268,59 @@ def test_small_shared_memory_is_warned_of_and_too_small_fails(free_mib, status, 
         assert text == f"/dev/shm has {free_mib} MiB free; mount a larger one (docker run --shm-size=1g)"
 
 
-def test_gpus_are_judged_only_where_they_are_used(judged):
-    assert "GPU driver" not in judged(gpus="")
-    assert list(judged(True, gpus="580.65.06, NVIDIA H200")) == [*CHECKS, "GPU driver"]
+H200 = "580.65.06, 9.0, NVIDIA H200"
+FITS = {"torch_cuda": "13.2", "c_compiler": "/usr/bin/gcc", "rdma": "mlx5_0; unlimited MiB may be locked"}
+BUILD = {"packages": {"nvidia-dali-cuda130": "2.4"}}
 
 
-BUILDS = {"cuda130": ("nvidia-dali-cuda130", 580), "cuda120": ("nvidia-dali-cuda120", 525)}
+@pytest.fixture
+def on_gpus(judged, monkeypatch) -> Callable:
+    """The findings of a run on GPUs, by default of a node on which all is right."""
+    monkeypatch.setattr(preflight, "package_versions", lambda: BUILD["packages"])
+    return lambda **changes: judged(True, **{"gpus": f"{H200}\n{H200}", **FITS, **BUILD, **changes})
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_driver_must_be_as_new_as_the_build_of_dali_needs(build):
-    name, least = BUILDS[build]
-    assert driver_fault(f"{least}.10, NVIDIA H200\n{least}.10, NVIDIA H200", {name: "2.4"}) == ""
-    assert driver_fault(f"{least + 100}.1, NVIDIA H200", {name: "2.4"}) == ""
-    text = driver_fault(f"{least - 1}.99, NVIDIA H200", {name: "2.4"})
-    assert text.startswith(f"driver {least - 1}.99 is older than {least}, which this build of DALI and torch needs")
-    assert "docs/training.md, GPUs" in text
+def test_gpus_are_judged_only_where_they_are_used(judged, on_gpus):
+    assert list(judged(gpus="", torch_cuda="", c_compiler="fault: none")) == CHECKS
+    found = on_gpus()
+    assert list(found) == [*CHECKS, "CUDA build", "GPU driver", "RDMA", "compiler"]
+    assert {finding.status for finding in found.values()} == {"ok"}
+    assert found["GPU driver"].text == f"{H200}; {H200}"
+    assert found["CUDA build"].text == "torch and DALI for CUDA 13.2"
 
 
-def test_old_or_missing_driver_fails_and_a_new_one_is_named(judged, facts):
-    """On the build of DALI that is installed here."""
-    (least,) = (least for name, least in BUILDS.values() if name in facts["packages"])
-    found = judged(True, gpus=f"{least}.65, NVIDIA H200\n{least}.65, NVIDIA H100")
-    assert found["GPU driver"].status == "ok"
-    assert found["GPU driver"].text == f"{least}.65, NVIDIA H200; {least}.65, NVIDIA H100"
-    text = only(judged(True, gpus=f"{least - 1}.1, Tesla T4"), "GPU driver", "failed")
-    assert f"driver {least - 1}.1 is older than {least}" in text
-    text = only(judged(True, gpus=""), "GPU driver", "failed")
+def test_old_or_missing_driver_fails(on_gpus):
+    text = only(on_gpus(gpus="550.54.15, 8.0, NVIDIA A100"), "GPU driver", "failed")
+    assert text.startswith(
+        "driver 550.54.15 is older than 580, which torch and DALI for CUDA 13.2 need; install `uv sync"
+    )
+    assert "--extra cuda12`; see docs/training.md, GPUs" in text
+    text = only(on_gpus(gpus=""), "GPU driver", "failed")
     assert text == "nvidia-smi names no driver (it is not there); install NVIDIA's driver, or use --device cpu"
 
 
 @pytest.mark.parametrize("said", ["NVIDIA-SMI has failed.\n\nMake sure.", "fault: [Errno 13] no"])
-def test_what_nvidia_smi_says_instead_of_a_driver_is_passed_on_in_one_line(said, judged):
-    text = only(judged(True, gpus=said), "GPU driver", "failed")
+def test_what_nvidia_smi_says_instead_of_a_driver_is_passed_on_in_one_line(said, on_gpus):
+    text = only(on_gpus(gpus=said), "GPU driver", "failed")
     assert text.startswith(f"nvidia-smi names no driver ({said.splitlines()[0]}")
     assert "install NVIDIA's driver, or use --device cpu" in text
+
+
+def test_torch_of_another_generation_than_dali_fails(on_gpus):
+    text = only(on_gpus(torch_cuda="12.8", gpus=H200), "CUDA build", "failed")
+    assert text.startswith("torch is built for CUDA 12.8 and DALI for CUDA 13; install them together: `uv sync --extra")
+
+
+def test_a_compiler_is_asked_for_only_where_something_is_compiled(on_gpus):
+    fault = "there is no C compiler: install gcc, set CC, or use --compile off"
+    assert only(on_gpus(c_compiler=f"fault: {fault}"), "compiler", "failed") == fault
+    assert "compiler" not in on_gpus(c_compiler=f"fault: {fault}", compiles=False)
+
+
+def test_memory_that_may_not_be_locked_is_warned_of_where_there_is_rdma(on_gpus):
+    text = only(on_gpus(rdma="mlx5_0, mlx5_1; 8 MiB may be locked"), "RDMA", "warning")
+    assert text.startswith("mlx5_0, mlx5_1; 8 MiB may be locked: NCCL locks more; allow it (`ulimit -l unlimited`")
+    assert on_gpus(rdma="")["RDMA"].text == "no RDMA device: NCCL uses TCP between nodes"
 
 
 # The table.
