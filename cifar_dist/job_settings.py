@@ -68,7 +68,9 @@ class Launch(ClusterSettings):
         common=True,
     )
     max_failures: int = option(3, help="failures of workers after which the run is given up", minimum=0)
-    collective_timeout_seconds: int = option(120, help="seconds that workers wait for one that hangs", minimum=1)
+    collective_timeout_seconds: int | None = option(
+        None, help="seconds that workers wait for one that hangs (default: 600 on GPUs, 120 on CPUs)", minimum=1
+    )
     resize_seconds: float = option(60.0, help="MIN:MAX: seconds between looks for more workers", minimum=1)
     profile: bool = option(False, help="store torch.profiler's trace of five steps in the run's folder")
 
@@ -82,6 +84,12 @@ class Launch(ClusterSettings):
                 f"--name {self.name!r} is no run name: up to 100 letters, digits, dots, dashes and underscores, "
                 "beginning with a letter or digit; a folder goes into --storage"
             )
+
+    def limit_seconds(self, *, gpu: bool) -> int:
+        """Returns the limit of every wait of one worker for another.
+
+        On GPUs, NCCL ends the process of a worker that waits longer, so the limit is generous there."""
+        return self.collective_timeout_seconds or (600 if gpu else 120)
 
     @property
     def num_workers(self) -> int:

@@ -18,6 +18,11 @@ class Inputs(Section):
     data: str = option(help="the data set that the runs were trained on", metavar="URI", common=True)
     out: str = option(help="folder for predictions, report.json and report.html", metavar="URI", common=True)
     overwrite: bool = option(False, help="replace files of these names that no evaluation wrote")
+    precision: str = option(
+        "run",
+        help="run: that of each run's training, where the processor has it; fp32: for exact comparisons",
+        choices=("run", "fp32"),
+    )
 
 
 COMMAND = Command(
@@ -38,6 +43,7 @@ def run(given: Given) -> None:
         settings=given.build(EvaluationSettings),
         where=given.build(ClusterSettings),
         overwrite=inputs.overwrite,
+        precision=inputs.precision,
     )
 
 
@@ -57,6 +63,7 @@ def evaluate(
     settings: EvaluationSettings,
     where: ClusterSettings,
     overwrite: bool = False,
+    precision: str = "run",
 ) -> str:
     """Evaluates the runs and writes the report. Returns the URI of the report's page."""
     from cifar_dist.data.private import Staging  # noqa: PLC0415 - slow import, not needed for help
@@ -75,7 +82,14 @@ def evaluate(
     if not cluster.count_resource("CPU"):
         raise UserError("the cluster has no CPUs to evaluate on; wait for its workers, or check --address")
     evaluations = driver.evaluate(
-        chosen, data, out, num_shards=num_shards, splits=settings.splits, gpu=gpu, flip_tta=settings.flip_tta
+        chosen,
+        data,
+        out,
+        num_shards=num_shards,
+        splits=settings.splits,
+        gpu=gpu,
+        flip_tta=settings.flip_tta,
+        precision=precision,
     )
     page = report.write_report(evaluations, data, out)
     for evaluation in evaluations:

@@ -24,13 +24,18 @@ from cifar_dist.run.checkpoint import Checkpoint
 from cifar_dist.run.folder import Run
 from cifar_dist.storage import Folder
 
+OF_RUN = "run"  # the precision in which a run was trained
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The evaluation of a run's best checkpoint: predictions in id order, and counts, by split."""
+    """The evaluation of a run's best checkpoint: predictions in id order, and counts, by split.
+
+    `precision`: in which it was computed, fp32, bf16 or fp16."""
 
     run: Run
     checkpoint: Checkpoint
+    precision: str
     predictions: dict[str, pa.Table]
     counts: dict[str, Counts]
 
@@ -64,10 +69,12 @@ def evaluate(
     splits: tuple[str, ...] = SPLITS,
     gpu: bool = False,
     flip_tta: bool = False,
+    precision: str = OF_RUN,
 ) -> list[Evaluation]:
     """Evaluates each chosen run on the connected cluster and writes OUT/predictions/RUN-SPLIT.parquet.
 
-    With `flip_tta` it also evaluates each split with flip test-time augmentation, as SPLIT+flip.
+    `precision`: fp32, or OF_RUN for each run's own. With `flip_tta` it also evaluates each split with flip test-time
+    augmentation, as SPLIT+flip.
 
     Raises UserError unless each image has exactly one prediction.
     """
@@ -77,6 +84,7 @@ def evaluate(
 
     def start(run: Run, best: Checkpoint) -> list[Any]:
         settings: dict[str, Any] = {"splits": splits, "num_shards": num_shards, "gpu": gpu, "flip_tta": flip_tta}
+        settings["precision"] = precision_of(best, precision, gpu=gpu)
         shards = [Shard(run=run, checkpoint=best, data=data, index=i, **settings) for i in range(num_shards)]
         return [task.remote(shard) for shard in shards]
 
@@ -93,8 +101,19 @@ def evaluate(
             pq.write_table(table, buffer)
             folder.write(predictions_name(run.name, split), buffer.getvalue().to_pybytes())
         tables, counts = {s: t for s, (t, _) in merged.items()}, {s: c for s, (_, c) in merged.items()}
-        evaluations.append(Evaluation(run=run, checkpoint=best, predictions=tables, counts=counts))
+        used = precision_of(best, precision, gpu=gpu)
+        evaluations.append(Evaluation(run=run, checkpoint=best, precision=used, predictions=tables, counts=counts))
     return evaluations
+
+
+def precision_of(checkpoint: Checkpoint, wanted: str, *, gpu: bool) -> str:
+    """Returns the precision of an evaluation: the wanted one, or that of the checkpoint's training.
+
+    CPUs have no instructions for fp16, so a run that was trained in it is evaluated in fp32 there."""
+    trained = checkpoint.meta.get("precision", "fp32")
+    if wanted != OF_RUN:
+        return wanted
+    return "fp32" if trained == "fp16" and not gpu else trained
 
 
 def task_of(function: Callable[..., Any], *, gpu: bool) -> Any:

@@ -132,6 +132,7 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
         "name": evaluation.run.name,
         "model": meta["model"],
         "checkpoint": evaluation.checkpoint.name,
+        "evaluation_precision": evaluation.precision,
         "weights": meta["weights"],
         "splits": {
             split: {**scores(counts, class_names), "counts": counts.to_dict()}

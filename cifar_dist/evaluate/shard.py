@@ -17,9 +17,8 @@ from cifar_dist.evaluate.scores import Counts, count
 from cifar_dist.models.frozen import InferenceModel, inference_copy
 from cifar_dist.run.checkpoint import Checkpoint
 from cifar_dist.run.folder import Run
-from cifar_dist.run.network import build_model, image_spec, split_ids, use_exact_fp32
+from cifar_dist.run.network import Precision, build_model, eval_batch, image_spec, split_ids, use_exact_fp32
 
-BATCH = 100
 TOP_K = 5
 SPLITS = ("train", "validation", "test")
 FLIPPED = "+flip"  # suffix of a split's name: predictions from the mean logits of an image and its mirror image
@@ -27,7 +26,7 @@ FLIPPED = "+flip"  # suffix of a split's name: predictions from the mean logits 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Part `index` of `num_shards` of the evaluation of one checkpoint."""
+    """Part `index` of `num_shards` of the evaluation of one checkpoint. `precision`: fp32, bf16 or fp16."""
 
     run: Run
     checkpoint: Checkpoint
@@ -35,6 +34,7 @@ class Shard:
     splits: tuple[str, ...]
     index: int
     num_shards: int
+    precision: str = "fp32"
     gpu: bool = False
     num_threads: int = 1
     flip_tta: bool = False
@@ -71,7 +71,7 @@ def ids_of(split: str, config: Config, labels: np.ndarray) -> np.ndarray:
 def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     """Returns the predictions (id, label, prediction_1..k, probability_1..k, loss) and their counts, by split.
 
-    Computes in fp32. The batches do not depend on the number of shards, so the results do not either.
+    The batches do not depend on the number of shards, so the results do not either.
     """
     torch.set_num_threads(shard.num_threads)
     use_exact_fp32()
@@ -80,7 +80,14 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     check_checkpoint(shard.checkpoint, data.manifest, shard.run)
     config = Config.from_dict(shard.checkpoint.meta["config"])
     spec = image_spec(config, device)
-    network = load_network(shard, config, build_model(config, data.manifest.num_classes, spec, device))
+    precision, batch_size = Precision(shard.precision, device), eval_batch(device, config.data.image_size)
+    model = build_model(config, data.manifest.num_classes, spec, device)
+    network = load_network(shard, config, model, precision.dtype)
+
+    def logits_of(images: torch.Tensor) -> torch.Tensor:
+        with precision.autocast():
+            return network(images).float()
+
     loaders = {
         stored: Loader(
             data,
@@ -88,7 +95,7 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
             spec,
             device=device,
             num_threads=shard.num_threads,
-            max_batch_size=BATCH,
+            max_batch_size=batch_size,
             cache=config.data.cache,
             cache_budget_mib=config.data.cache_budget_mib,
         )
@@ -97,19 +104,19 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     results: dict[str, tuple[pa.Table, Counts]] = {}
     for split in shard.splits:
         loader = loaders[stored_split(split)]
-        plans = eval_plans(ids_of(split, config, loader.staged.labels), BATCH, shard.index, shard.num_shards)
+        plans = eval_plans(ids_of(split, config, loader.staged.labels), batch_size, shard.index, shard.num_shards)
         rows: dict[str, list[list[np.ndarray]]] = {split: [], **({split + FLIPPED: []} if shard.flip_tta else {})}
         for batch in loader.batches(plans):
-            logits = network(batch.images).float()
+            logits = logits_of(batch.images)
             rows[split].append(predict(logits, batch.labels, batch.ids))
             if shard.flip_tta:
-                both = (logits + network(batch.images.flip(3)).float()) / 2
+                both = (logits + logits_of(batch.images.flip(3))) / 2
                 rows[split + FLIPPED].append(predict(both, batch.labels, batch.ids))
         results |= {name: collect(parts, data.manifest.num_classes) for name, parts in rows.items()}
     return results
 
 
-def load_network(shard: Shard, config: Config, model: torch.nn.Module) -> InferenceModel:
+def load_network(shard: Shard, config: Config, model: torch.nn.Module, dtype: torch.dtype) -> InferenceModel:
     """Returns the network with the checkpoint's average of the weights, or with its weights if it has no average."""
     checkpoints = shard.run.checkpoints
     loaded = checkpoints.load(shard.checkpoint, optimizer=False)
@@ -118,7 +125,7 @@ def load_network(shard: Shard, config: Config, model: torch.nn.Module) -> Infere
     except RuntimeError as error:
         where = checkpoints.where(shard.checkpoint.name)
         raise UserError(f"the weights of {where} do not fit {config.model.model}; train the run again") from error
-    return inference_copy(model)
+    return inference_copy(model, dtype)
 
 
 def predict(logits: torch.Tensor, labels: torch.Tensor, ids: np.ndarray) -> list[np.ndarray]:

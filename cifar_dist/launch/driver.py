@@ -78,6 +78,7 @@ def drive(plan: Plan, start_up: StartUp | None = None) -> RunResult:
         start_up=start_up,
         num_cpus_per_worker=int(resources["CPU"]),
         git_commit=git_commit(),
+        limit_seconds=plan.launch.limit_seconds(gpu="GPU" in resources),
     )
     if plan.launch.min_workers:
         ray_private.look_for_nodes()
@@ -107,7 +108,7 @@ def preflight_passed(plan: Plan) -> dict[str, float]:
 
 def make_trainer(job: Job, resources: dict[str, float]) -> Trainer:
     """Returns Ray Train's trainer for a job. `resources`: of each worker."""
-    launch, limit_seconds = job.plan.launch, job.plan.launch.collective_timeout_seconds
+    launch, limit_seconds = job.plan.launch, job.limit_seconds
     use_gpu, owns_cluster = "GPU" in resources, launch.cluster is None
     limit_waits(limit_seconds)
     filesystem, path = open_uri(job.plan.run.uri)

@@ -100,12 +100,13 @@ def split_frozen(model: nn.Module, dtype: torch.dtype) -> tuple[FrozenBase | Non
     return None, model
 
 
-def inference_copy(model: nn.Module) -> "InferenceModel":
-    return InferenceModel(*split_frozen(model, torch.float32))
+def inference_copy(model: nn.Module, dtype: torch.dtype) -> "InferenceModel":
+    """Returns the network for evaluation; `dtype`: of its frozen base. The head computes as autocast says."""
+    return InferenceModel(*split_frozen(model, dtype))
 
 
 class InferenceModel:
-    """The network for evaluation in fp32: images -> logits."""
+    """The network for evaluation: images -> logits."""
 
     def __init__(self, base: FrozenBase | None, head: nn.Module) -> None:
         self.base, self.head = base, head.eval()

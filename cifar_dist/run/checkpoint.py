@@ -64,15 +64,8 @@ class Checkpoint:
         return self.meta["attempt"], self.cursor
 
     @property
-    def score(self) -> tuple[float, float]:
-        """Sort key of `best`: (validation accuracy, minus validation loss). Checkpoints within an epoch rank low."""
-        metrics = self.meta["metrics"]
-        if not metrics:
-            return -1.0, 0.0
-        accuracy, loss = metrics["validation_accuracy"], metrics["validation_loss"]
-        if accuracy is None or loss is None:  # not finite: ranks lowest
-            return -math.inf, -math.inf
-        return accuracy, -loss
+    def score(self) -> "Score":
+        return score_of(self.meta["metrics"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +80,24 @@ class CheckpointState:
     ranks: Mapping[str, "torch.Tensor"]
     optimizer: dict[str, Any]
     log: Mark | None = None
+
+
+Score = tuple[float, float]
+
+
+def score_of(metrics: Mapping[str, Any] | None) -> Score:
+    """Returns the sort key of `best`: (validation accuracy, minus validation loss).
+
+    A checkpoint within an epoch, without metrics, ranks below all others. One whose loss is not finite ranks lowest."""
+    if not metrics:
+        return -1.0, 0.0
+    accuracy, loss = metrics["validation_accuracy"], metrics["validation_loss"]
+    if accuracy is None or loss is None or not math.isfinite(loss):  # None: not finite, as stored
+        return LOWEST
+    return accuracy, -loss
+
+
+LOWEST: Score = (-math.inf, -math.inf)
 
 
 def name_of(cursor: Cursor, attempt: int) -> str:
@@ -114,6 +125,7 @@ def check_meta(meta: dict[str, Any]) -> None:
     others: dict[str, Callable[[Any], bool]] = {
         "weights": lambda v: v is None or {"uri", "sha256", "is_imagenet"} <= v.keys(),
         "class_names": is_texts,
+        "precision": lambda v: v in ("fp32", "bf16", "fp16"),
         "totals": lambda v: len(v) == 3 and all(map(is_number, v)),
         **dict.fromkeys(("num_averaged", "num_train", "num_threads_per_worker"), is_number),
     }

@@ -1,5 +1,7 @@
 """Builds a rank's images, network and optimizers; then splits off the frozen base and wraps the network in DDP."""
 
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,19 +12,21 @@ from cifar_dist.config import Config
 from cifar_dist.cpus import num_cpus
 from cifar_dist.data import order
 from cifar_dist.data.loader import Loader
-from cifar_dist.data.private import Staging
-from cifar_dist.data.staged import DataSet
+from cifar_dist.data.private import Staging, private_folder
+from cifar_dist.data.staged import DataSet, staging_root
+from cifar_dist.environment import set_up_compiler
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import split_frozen
-from cifar_dist.run.network import Precision, build_model, image_spec, use_exact_fp32
+from cifar_dist.run.network import Precision, build_model, eval_batch, image_spec, use_exact_fp32
 from cifar_dist.train.communication import parallel
-from cifar_dist.train.compiled import CompiledForFullBatches, compiles, full_sizes
+from cifar_dist.train.compiled import CompiledForFullBatches, full_sizes
 from cifar_dist.train.features import NUM_VARIANTS, DeviceFeatures, Features, fits_device, open_cache
-from cifar_dist.train.images import Images, eval_batch
+from cifar_dist.train.images import Images
 from cifar_dist.train.job import Job
 from cifar_dist.train.optim import average_of, make_optimizers
 from cifar_dist.train.reporting import Reporter
-from cifar_dist.train.state import TrainState
+from cifar_dist.train.state import START, TrainState
+from cifar_dist.train.step import backward, without_exchange
 
 
 def open_data(job: Job) -> DataSet:
@@ -46,6 +50,8 @@ def assemble(job: Job, device: torch.device, *, rank: int, world: int, local_wor
     torch.use_deterministic_algorithms(config.loop.deterministic)
     torch.backends.cudnn.benchmark = not config.loop.deterministic
     use_exact_fp32()
+    compiled = private_folder(staging_root(job.plan.data.staging.folder) / "compiled")
+    set_up_compiler(str(compiled), num_threads)
     data, spec = open_data(job), image_spec(config, device)
     loader = Loader(
         data,
@@ -90,7 +96,7 @@ def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:
     base, state.trainable = split_frozen(state.model, state.precision.dtype)
     if base is None:
         return
-    if compiles(state.config, state.device):
+    if state.compiles:
         base.compile()
     data, loader = state.config.data, images.loader
     images.reader = state.input_of = Features(loader, base)
@@ -112,13 +118,31 @@ def wrap(state: TrainState, num_train: int) -> None:
     """Compiles the trained part of the network and wraps it in DistributedDataParallel."""
     loop = state.config.loop
     trainable: Any = state.trainable
-    if compiles(state.config, state.device):
+    if state.compiles:
         trainable = CompiledForFullBatches(trainable, full_sizes(loop, num_train, state.rank, state.world))
     if state.world > 1:
         factors = None
         # Not measured on a GPU. With gradient accumulation, ranks may exchange factors different numbers of times.
-        if state.device.type == "cpu" and loop.accumulation_steps == 1:
+        # A compiled network is compiled before the first step, when ranks must not wait for each other.
+        is_plain = loop.accumulation_steps == 1 and not state.compiles
+        if state.device.type == "cpu" and is_plain:
             factors = loop.global_batch_size, state.precision.dtype
         # Each rank keeps its own moving statistics. Validation and checkpoints average them.
         trainable, state.communication = parallel(trainable, state.device, loop.gradient_dtype, factors)
     state.trainable = trainable
+
+
+def compile_now(state: TrainState, images: Images) -> None:
+    """If the network is compiled, compiles it for full batches, which takes up to minutes, and leaves no trace.
+
+    In the first step, faster ranks would wait for slower ones with a time limit."""
+    if not state.compiles:
+        return
+    kept = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
+    (batch,) = islice(images.train_batches(START), 1)
+    batch = replace(batch, images=state.input_of(batch))
+    with without_exchange(state.trainable):
+        backward(state, batch)
+    state.model.zero_grad(set_to_none=True)
+    for name, buffer in state.model.named_buffers():
+        buffer.copy_(kept[name])

@@ -1,6 +1,5 @@
 """How workers exchange gradients (all-reduce or factors, fp32 or bf16), and the time that training waits for it."""
 
-import time
 from typing import Any
 
 import torch
@@ -10,62 +9,55 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from cifar_dist.train.moment import Moment
+
 BUCKET_BYTES = 25 << 20  # DistributedDataParallel's default: a larger gradient is exchanged alone
+
+Wait = tuple[Moment, Moment]
 
 
 class Communication:
     """Measures the time from the last gradient of each backward pass to the end of the gradient exchange.
 
     Communication that overlaps with the backward pass costs no time and is not counted. Waiting for a slower worker
-    is counted. On a GPU, `seconds` reads two events recorded in the compute stream. `num_rows` is the largest number
-    of images of any rank in this step.
+    is counted. On a GPU, both moments are in the compute stream. `num_rows` is the largest number of images of any
+    rank in this step.
     """
 
     num_rows = 1
 
     def __init__(self, model: DistributedDataParallel, gradient_dtype: str, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+        self.device = device
         self.exchange = bf16_compress_hook if gradient_dtype == "bf16" else allreduce_hook
         self.reset()
         model.register_comm_hook(dist.group.WORLD, self._hook)
 
     def reset(self) -> None:
-        self._seconds, self._last = 0.0, self._now()
-        self._pairs: list[tuple[Any, Any]] = []
-
-    def _now(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._last = Moment(self.device)
+        self._waits: list[Wait] = []
 
     def _hook(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         if bucket.is_last():
-            self._last = self._now()
+            self._last = Moment(self.device)
         return self.exchange(group, bucket)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """[n, k] on each rank -> [world * num_rows, k]: the rows of all ranks, zero-padded to `num_rows` a rank."""
-        start = self._now()
+        start = Moment(self.device)
         padded = F.pad(rows, (0, 0, 0, self.num_rows - len(rows))).contiguous()
         every = padded.new_empty(dist.get_world_size() * self.num_rows, rows.shape[1])
         dist.all_gather_into_tensor(every, padded)
-        self._pairs.append((start, self._now()))
+        self._waits.append((start, Moment(self.device)))
         return every
 
     def end(self) -> None:
         """Ends the measurement of a step. Call it after the backward pass that exchanged gradients."""
-        self._pairs.append((self._last, self._now()))
+        self._waits.append((self._last, Moment(self.device)))
 
-    def seconds(self) -> float:
-        """Returns the seconds of all steps since the last reset. On a GPU it waits for the device."""
-        for start, end in self._pairs:
-            if self.on_gpu:
-                end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000 if self.on_gpu else end - start
-        self._pairs.clear()
-        return self._seconds
+    def take(self) -> list[Wait]:
+        """Returns start and end of each wait since the last reset or take."""
+        taken, self._waits = self._waits, []
+        return taken
 
 
 class Factored(torch.autograd.Function):
@@ -99,7 +91,6 @@ class FactoredLinear(nn.Linear):
 
     communication: Communication
 
-    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)

@@ -3,12 +3,8 @@
 import torch
 from torch import nn
 
-from cifar_dist.config import Config, LoopConfig
+from cifar_dist.config import LoopConfig
 from cifar_dist.data import order
-
-
-def compiles(config: Config, device: torch.device) -> bool:
-    return config.loop.compile == "on" or (config.loop.compile == "auto" and device.type == "cuda")
 
 
 class CompiledForFullBatches(nn.Module):

@@ -10,13 +10,8 @@ from cifar_dist.data.loader import Loader
 from cifar_dist.data.order import eval_plans, train_plans
 from cifar_dist.models.frozen import Head
 from cifar_dist.run.checkpoint import Cursor
-from cifar_dist.run.network import split_ids
+from cifar_dist.run.network import eval_batch, split_ids
 from cifar_dist.train.features import DeviceFeatures, Features
-
-
-def eval_batch(device: torch.device, image_size: int) -> int:
-    """Returns the images of a validation batch. A GPU wants more than a CPU, of small images."""
-    return max(100, min(1000, 1000 * 224**2 // image_size**2)) if device.type == "cuda" else 100
 
 
 class Images:

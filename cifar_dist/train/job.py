@@ -43,7 +43,8 @@ class Plan:
 class Job:
     """The inputs of every worker. `progress` is the handle of a Ray actor (launch/progress.py).
 
-    `driver` and `attempt` are the driver's claim on the run (run/ownership.py).
+    `driver` and `attempt` are the driver's claim on the run (run/ownership.py). `limit_seconds` limits every wait of
+    one rank for another.
     """
 
     plan: Plan
@@ -53,8 +54,4 @@ class Job:
     start_up: StartUp
     num_cpus_per_worker: int
     git_commit: str
-
-    @property
-    def limit_seconds(self) -> float:
-        """The limit of every wait of one rank for another, in seconds."""
-        return self.plan.launch.collective_timeout_seconds
+    limit_seconds: int

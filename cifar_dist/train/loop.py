@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,16 +12,20 @@ from torch import nn
 from cifar_dist.data.batch import Batch
 from cifar_dist.run.checkpoint import Cursor
 from cifar_dist.run.network import Precision
-from cifar_dist.train.communication import Communication
+from cifar_dist.train.communication import Communication, Wait
+from cifar_dist.train.moment import Moment
 from cifar_dist.train.state import images_of
 from cifar_dist.train.step import Step
+
+CPU = torch.device("cpu")
 
 
 class Clock:
     """Splits wall time into waiting for data, waiting for gradients and the rest. Counts the images of all ranks."""
 
-    def __init__(self, communication: Communication | None = None) -> None:
-        self.start, self.data_wait_seconds, self.num_images = time.perf_counter(), 0.0, 0
+    def __init__(self, communication: Communication | None = None, device: torch.device = CPU) -> None:
+        self.device, self.start = device, Moment(device)
+        self.data_wait_seconds, self.communication_seconds, self.num_images = 0.0, 0.0, 0
         self.communication = communication
         if communication:
             communication.reset()
@@ -36,9 +41,26 @@ class Clock:
             self.num_images += batch.global_size
             yield batch
 
+    def lap(self) -> "Lap":
+        """Returns the times from the start until now. Does not wait for the device."""
+        waits = self.communication.take() if self.communication else []
+        return Lap(self, Moment(self.device), self.num_images, self.data_wait_seconds, waits)
+
+
+class Lap(NamedTuple):
+    """The times of a clock from its start to `end`. `waits`: for gradients, since the lap before."""
+
+    clock: Clock
+    end: Moment
+    num_images: int
+    data_wait_seconds: float
+    waits: list[Wait]
+
     def rates(self) -> dict[str, float]:
-        communication_seconds = self.communication.seconds() if self.communication else 0.0
-        seconds = max(time.perf_counter() - self.start, 1e-9)
+        """Returns rates and seconds. Waits until `end` has passed. Called once for each lap, in order."""
+        seconds = max(self.end.seconds_since(self.clock.start), 1e-9)
+        self.clock.communication_seconds += sum(end.seconds_since(start) for start, end in self.waits)
+        communication_seconds = self.clock.communication_seconds
         return {
             "images_per_second": round(self.num_images / seconds, 2),
             "data_wait_share": round(self.data_wait_seconds / seconds, 4),
@@ -53,7 +75,7 @@ def train_epoch(step: Step, batches: Iterable[Batch], after_step: Callable[[Cloc
     """Trains from the cursor to the end of its epoch. Only `after_step` may wait for the device."""
     state = step.state
     state.trainable.train()
-    clock = Clock(state.communication)
+    clock = Clock(state.communication, state.device)
     for batch in clock.waiting(batches):
         step(batch)
         state.cursor = Cursor(state.cursor.epoch, state.cursor.step + 1)

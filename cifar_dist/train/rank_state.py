@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,11 +10,11 @@ from torch.nn.utils import get_total_norm
 
 from cifar_dist.errors import UserError
 from cifar_dist.run.checkpoint import Checkpoint, CheckpointState
-from cifar_dist.run.folder import Run
 from cifar_dist.train.loop import sum_over_ranks
 from cifar_dist.train.moving_statistics import gather_statistics, set_statistics, split_statistics
 from cifar_dist.train.optim import load_optimizer
 from cifar_dist.train.state import TrainState
+from cifar_dist.train.trees import mapped
 
 
 def models_of(state: TrainState) -> dict[str, torch.nn.Module]:
@@ -33,21 +33,26 @@ def finite_totals(state: TrainState, latest: Callable[[], Checkpoint | None]) ->
     `latest` waits for pending writes and returns the newest checkpoint, for the message.
     """
     totals = sum_over_ranks(state.totals).tolist()
-    if not math.isfinite(totals[0]):
-        raise divergence("the training loss", state, latest())
+    check_loss(totals[0], state.global_step, latest)
     return totals
+
+
+def check_loss(loss: float, global_step: int, latest: Callable[[], Checkpoint | None]) -> None:
+    """Raises UserError if the training loss up to a step is not finite. `latest`: as for `finite_totals`."""
+    if not math.isfinite(loss):
+        raise divergence("the training loss", global_step, latest())
 
 
 def check_weights(state: TrainState, latest: Callable[[], Checkpoint | None]) -> None:
     """Raises UserError if a weight is not finite."""
     if not math.isfinite(get_total_norm([p.detach() for p in state.model.parameters()])):
-        raise divergence("a weight", state, latest())
+        raise divergence("a weight", state.global_step, latest())
 
 
-def divergence(subject: str, state: TrainState, kept: Checkpoint | None) -> UserError:
+def divergence(subject: str, global_step: int, kept: Checkpoint | None) -> UserError:
     good = f"its last good checkpoint {kept.name} is kept" if kept else "it had no checkpoint yet"
     return UserError(
-        f"{subject} became infinite or not a number by step {state.global_step}; the run stopped, {good}. Lower "
+        f"{subject} became infinite or not a number by step {global_step}; the run stopped, {good}. Lower "
         "--learning-rate, set --clip-norm, or use another --precision, under another --name"
     )
 
@@ -103,29 +108,59 @@ def restore(state: TrainState, checkpoint: Checkpoint, loaded: CheckpointState, 
         state.totals += torch.tensor(meta["totals"], dtype=torch.float64, device=state.device)
 
 
+def check_precision(state: TrainState) -> None:
+    """Raises UserError on every rank if the ranks compute in different precisions."""
+    precisions: list[Any] = [None] * state.world
+    dist.all_gather_object(precisions, state.precision.name)
+    if len(set(precisions)) > 1:
+        raise UserError(f"the workers' processors differ: --precision auto means {set(precisions)}; name one of them")
+
+
 Found = tuple[Checkpoint, CheckpointState]
 
 
-def agree_on_checkpoint(state: TrainState, found: Found | None, run: Run, expect: dict[str, Any]) -> Found | None:
-    """Returns the newest checkpoint that every rank can read, or None if the run has no checkpoint.
-
-    `found` is this rank's newest checkpoint. Raises UserError if the ranks see different storage, or compute in
-    different precisions.
-    """
-    ages: list[Any] = [None] * state.world
-    own_newest = (found[0].age, found[0].name) if found else None
-    dist.all_gather_object(ages, (own_newest, state.precision.name))
-    ages, precisions = (list(values) for values in zip(*ages, strict=True))
-    if len(set(precisions)) > 1:
-        raise UserError(f"the workers' processors differ: --precision auto means {set(precisions)}; name one of them")
-    if None in ages and any(ages):
-        raise UserError(
-            f"the workers do not see the same checkpoints in {run.uri}; is the storage shared by all nodes?"
-        )
-    if found is None:
+def found_by_rank_zero(found: Found | None, state: TrainState) -> Found | None:
+    """Returns rank 0's checkpoint on every rank, or None if it has none. All ranks call it."""
+    whole = {"name": found[0].name, "meta": found[0].meta, **vars(found[1])} if found else None
+    whole = from_rank_zero(whole, state)
+    if state.rank == 0:
+        return found
+    if whole is None:
         return None
-    common = min(ages)[1]
-    if found[0].name != common:
-        checkpoint = next(c for c in run.checkpoints.all() if c.name == common)
-        found = checkpoint, run.checkpoints.load(checkpoint, expect)
-    return found
+    checkpoint = Checkpoint(whole.pop("name"), whole.pop("meta"))
+    return checkpoint, CheckpointState(**whole)
+
+
+class SentTensor(NamedTuple):
+    """Stands for a tensor that rank 0 sends on its own: the number in the order of sending, shape and dtype."""
+
+    number: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def from_rank_zero(tree: Any, state: TrainState) -> Any:
+    """Returns rank 0's nested dicts, lists and plain values. Their tensors are on the state's device on other ranks.
+
+    All ranks call it; `tree` counts on rank 0 only. So one rank reads a checkpoint from storage, and not all."""
+    if state.world == 1:
+        return tree
+    tensors: list[torch.Tensor] = []
+
+    def put(tensor: torch.Tensor) -> SentTensor:
+        tensors.append(tensor)
+        return SentTensor(len(tensors) - 1, tensor.shape, tensor.dtype)
+
+    described = [mapped(tree, torch.Tensor, put) if state.rank == 0 else None]
+    dist.broadcast_object_list(described, 0)
+
+    def take(place: SentTensor) -> torch.Tensor:
+        if state.rank == 0:
+            tensor = tensors[place.number].to(state.device).contiguous()
+        else:
+            tensor = torch.empty(place.shape, dtype=place.dtype, device=state.device)
+        dist.broadcast(tensor, 0)
+        return tensor
+
+    received = mapped(described[0], SentTensor, take)
+    return tree if state.rank == 0 else received

@@ -1,13 +1,20 @@
 """Sends a rank's messages to the driver and writes the run's log. Only rank 0 does either."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from cifar_dist.data.batch import Batch
 from cifar_dist.run.log import RunLog
 from cifar_dist.train.state import TrainState
+
+
+class Place(NamedTuple):
+    """The epoch and the step of a run at which something was measured."""
+
+    epoch: int
+    global_step: int
 
 
 class Reporter:
@@ -38,15 +45,18 @@ class Reporter:
         if fault:
             self.say(f"WARNING: {fault}; going on from the checkpoint before it")
 
-    def record(self, kind: str, **values: Any) -> None:
-        """Adds a line to the log."""
-        if self.log:
-            self.log.add(kind, self.state.cursor.epoch, self.state.global_step, **values)
+    def place(self) -> Place:
+        return Place(self.state.cursor.epoch, self.state.global_step)
 
-    def send(self, values: dict[str, Any]) -> None:
+    def record(self, kind: str, place: Place | None = None, **values: Any) -> None:
+        """Adds a line to the log, of the given place or else of the current one."""
+        if self.log:
+            self.log.add(kind, *(place or self.place()), **values)
+
+    def send(self, values: dict[str, Any], place: Place | None = None) -> None:
         """Sends metrics to the driver, for its display and for Prometheus."""
         if self.log:
-            position = {"global_step": self.state.global_step, "epoch": self.state.cursor.epoch}
+            position = (place or self.place())._asdict()
             self.progress.update.remote({**position, "steps_per_epoch": self.state.steps_per_epoch, **values})
 
 

@@ -1,24 +1,15 @@
 """Stores a run's log and checkpoints from rank 0, in a thread, while training continues."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cifar_dist.run.checkpoint import CheckpointState, Cursor, Mark
 from cifar_dist.run.folder import Run
 from cifar_dist.run.log import RunLog, Taken
-
-
-def copied(tree: Any, copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Returns nested dicts and lists with every tensor copied by `copy`."""
-    if isinstance(tree, torch.Tensor):
-        return copy(tree)
-    if isinstance(tree, dict):
-        return {key: copied(value, copy) for key, value in tree.items()}
-    return [copied(value, copy) for value in tree] if isinstance(tree, list) else tree
+from cifar_dist.train.trees import mapped
 
 
 class HostMemory:
@@ -45,10 +36,18 @@ class HostMemory:
             num_used += 1
             return kept.copy_(tensor, non_blocking=True)
 
-        on_host = CheckpointState(**copied(vars(state), to_host))
+        on_host = CheckpointState(**mapped(vars(state), torch.Tensor, to_host))
         if num_used:
             torch.cuda.current_stream().synchronize()
         return on_host
+
+
+class Write(NamedTuple):
+    """A write in the saver's thread, of a checkpoint or else of the log."""
+
+    outcome: Future[None]
+    is_checkpoint: bool
+    is_best: bool
 
 
 class Saver:
@@ -77,12 +76,13 @@ class Saver:
         self.side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stall_seconds = 0.0  # time that save() took from training
         self.saved_at = time.monotonic()
-        self._pool, self._last = ThreadPoolExecutor(1), Future[None]()
-        self._last.set_result(None)
+        self._pool = ThreadPoolExecutor(1)
+        self._writes: list[Write] = []  # in order, those that are not known to be done
 
     def wait(self) -> None:
         """Waits until all pending writes are done."""
-        self._last.result()
+        while self._writes:
+            self._finish_first()
 
     def close(self) -> None:
         """Waits for pending writes, ends the thread and closes the log."""
@@ -90,38 +90,63 @@ class Saver:
         self._pool.shutdown()
         self.log.close()
 
-    def save(self, cursor: Cursor, state: CheckpointState, meta: dict[str, Any]) -> None:
+    def save(self, cursor: Cursor, state: CheckpointState, meta: dict[str, Any], *, is_best: bool = False) -> None:
         """Copies the state on its device, which takes milliseconds, and stores the copy in the background.
 
-        First waits for the previous checkpoint, so that at most one copy exists at a time.
+        One checkpoint is written at a time, and the next one waits. A newer one takes its place, unless only the
+        waiting one is the best (`is_best`): then this call waits for the write before. Training does not wait for a
+        storage that takes longer than an epoch.
         """
         start = time.perf_counter()
-        self.wait()
+        self._make_room(is_best)
         taken = self.log.take()
-        copy = CheckpointState(**copied(vars(state), torch.clone) | {"log": taken.mark})
+        copy = [CheckpointState(**mapped(vars(state), torch.Tensor, torch.clone) | {"log": taken.mark})]
         ready = None
         if self.side_stream:
             ready = torch.cuda.Event()
             ready.record()
-        self._last = self._pool.submit(self._store, cursor, copy, taken, meta, ready)
+        self._submit_log(taken)
+        self._writes.append(Write(self._pool.submit(self._store, cursor, copy, meta, ready), True, is_best))
         self.saved_at = time.monotonic()
         self.stall_seconds += time.perf_counter() - start
 
     def flush_if_due(self) -> None:
         """Stores the log if it is due and no other write is running."""
-        if self.log.is_due and self._last.done():
+        if self.log.is_due and all(write.outcome.done() for write in self._writes):
             self.wait()
-            self._last = self._pool.submit(self._store_log, self.log.take())
+            self._submit_log(self.log.take())
+
+    def _submit_log(self, taken: Taken) -> None:
+        self._writes.append(Write(self._pool.submit(self._store_log, taken), False, False))
+
+    def _make_room(self, is_best: bool) -> None:
+        """Drops the checkpoint that waits, or waits for the one before it: at most two copies exist at a time."""
+        while self._writes and self._writes[0].outcome.done():
+            self._finish_first()
+        checkpoints = [write for write in self._writes if write.is_checkpoint]
+        if len(checkpoints) < 2:
+            return
+        running, waiting = checkpoints
+        if (is_best or not waiting.is_best) and waiting.outcome.cancel():
+            self._writes.remove(waiting)
+        else:
+            while running in self._writes:
+                self._finish_first()
+
+    def _finish_first(self) -> None:
+        """Waits for the oldest write. If that failed, this call and every later one raises its error."""
+        self._writes[0].outcome.result()
+        del self._writes[0]
 
     def _store(
-        self, cursor: Cursor, state: CheckpointState, taken: Taken, meta: dict[str, Any], ready: torch.cuda.Event | None
+        self, cursor: Cursor, copy: list[CheckpointState], meta: dict[str, Any], ready: torch.cuda.Event | None
     ) -> None:
-        """Stores the log and the checkpoint, then deletes old checkpoints."""
-        if ready:  # once the copy is made, move it to the host in parallel with training
+        """Stores the checkpoint, then deletes old checkpoints."""
+        state = copy.pop()
+        if ready:  # once the copy is made, move it to the host in parallel with training, and free it
             with torch.cuda.stream(self.side_stream):
                 ready.wait()
                 state = self.host_memory.copy(state)
-        self._store_log(taken)
         self.checkpoints.write(cursor, self.attempt, state, meta, self._fence)
         self._fence()
         self.checkpoints.keep(self.num_kept, self.attempt)

@@ -50,3 +50,7 @@ class TrainState:
     @property
     def global_step(self) -> int:
         return self.cursor.epoch * self.steps_per_epoch + self.cursor.step
+
+    @property
+    def compiles(self) -> bool:
+        return self.config.loop.compiles(gpu=self.device.type == "cuda")

@@ -1,7 +1,7 @@
 """One training step: gradients, update, average. On a GPU, one CUDA graph runs the steps of full batches."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -93,6 +93,11 @@ def run(state: TrainState, batch: Batch) -> None:
         state.average.update_parameters(state.model)
 
 
+def without_exchange(network: nn.Module) -> AbstractContextManager[None]:
+    """Returns a context in which the ranks exchange no gradients."""
+    return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
+
+
 def backward(state: TrainState, batch: Batch) -> torch.Tensor:
     """Adds the gradient of the mean loss over the *global* batch; returns this rank's float64 [3] totals.
 
@@ -107,8 +112,7 @@ def backward(state: TrainState, batch: Batch) -> torch.Tensor:
         state.communication.num_rows = -(-batch.global_size // order.num_rank_parts(batch.global_size, state.world))
     for i, (inputs, labels) in enumerate(chunks):
         last = i == num_chunks - 1
-        ddp = state.trainable if isinstance(state.trainable, DistributedDataParallel) else None
-        with ddp.no_sync() if ddp and not last else nullcontext():
+        with nullcontext() if last else without_exchange(state.trainable):
             with state.precision.autocast():
                 logits = state.trainable(inputs)
             smoothing = state.config.optim.label_smoothing

@@ -13,7 +13,7 @@ import torch
 
 from cifar_dist.data.manifest import Manifest
 from cifar_dist.errors import UserError
-from cifar_dist.run.checkpoint import Checkpoint, Cursor
+from cifar_dist.run.checkpoint import LOWEST, Checkpoint, Cursor, score_of
 from cifar_dist.run.folder import Run
 from cifar_dist.run.network import expected_of, load_start_weights
 from cifar_dist.train import assemble, rank_state
@@ -28,6 +28,7 @@ from cifar_dist.train.reporting import Reporter, record_samples
 from cifar_dist.train.saver import Saver
 from cifar_dist.train.state import TrainState
 from cifar_dist.train.step import Step
+from cifar_dist.train.step_log import StepLog
 from cifar_dist.train.tracing import Tracer
 from cifar_dist.train.validation import Validation
 
@@ -55,6 +56,8 @@ def train_worker(job: Job, a_node_is_leaving: Callable[[], bool]) -> None:
     with readiness.together():
         assemble.split_base(state, images, worker.reporter)
     assemble.wrap(state, len(images.train_ids))
+    with readiness.together():
+        assemble.compile_now(state, images)
     worker.run()
 
 
@@ -73,6 +76,7 @@ class Worker:
         self.reporter = Reporter(job.progress, state)
         self.validation = Validation(state, images)
         self.diagnosis = Diagnosis(state, self.manifest.num_classes, self.reporter, self.validation)
+        self.step_log = StepLog(state, self.reporter, self.diagnosis, self._latest)
         self.cadence = Cadence(plan.config, None)
         self.waits = {"seconds": 0.0, "data_wait_seconds": 0.0, "communication_seconds": 0.0}
         self.logged_stall_seconds, self.started_at, self.is_resumed = 0.0, time.monotonic(), False
@@ -84,31 +88,36 @@ class Worker:
         return self.plan.data.manifest
 
     def claim(self) -> Found | None:
-        """Returns the newest checkpoint that this rank can read. Rank 0 first claims the run."""
-        job = self.job
-        if self.state.rank == 0:
-            attempts = self.run_folder.attempts(job.driver)
-            if ray.get(job.progress.started.remote(), timeout=job.limit_seconds) > 1:  # the ranks were restarted
-                self.attempt = attempts.claim(takeover=False)
-            else:
-                self.start_up = job.start_up
-            attempts.check(self.attempt)
-        expect = expected_of(self.plan.config, self.manifest)
-        return self.run_folder.checkpoints.load_newest(expect, self.reporter.note_checkpoint)
+        """On rank 0: claims the run, and reads the newest checkpoint, or else the start weights, for all ranks."""
+        job, config = self.job, self.plan.config
+        if self.state.rank != 0:
+            return None
+        attempts = self.run_folder.attempts(job.driver)
+        if ray.get(job.progress.started.remote(), timeout=job.limit_seconds) > 1:  # the ranks were restarted
+            self.attempt = attempts.claim(takeover=False)
+        else:
+            self.start_up = job.start_up
+        attempts.check(self.attempt)
+        expect = expected_of(config, self.manifest)
+        found = self.run_folder.checkpoints.load_newest(expect, self.reporter.note_checkpoint)
+        if found is None and load_start_weights(config, self.state.model) != self.plan.weights:
+            raise UserError(f"{config.model.weights} is another file than the one that the job was started with")
+        return found
 
     def resume(self, found: Found | None) -> None:
-        """Starts from the newest checkpoint that every rank can read, or from the start weights."""
+        """Starts from rank 0's checkpoint or start weights. All ranks call it."""
         config, state = self.plan.config, self.state
-        found = rank_state.agree_on_checkpoint(state, found, self.run_folder, expected_of(config, self.manifest))
+        rank_state.check_precision(state)
+        found = rank_state.found_by_rank_zero(found, state)
         if found:
             checkpoint, loaded = found
             rank_state.restore(state, checkpoint, loaded, self.run_folder.checkpoints.where(checkpoint.name))
-            made, now = checkpoint.meta["precision"], state.precision.name
-            if made != now:
+            now = state.precision.name
+            if (made := checkpoint.meta["precision"]) != now:
                 self.reporter.say(f"WARNING: {checkpoint.name} was trained in {made}, this goes on in {now}")
             self.reporter.say(f"continuing from {checkpoint.name} (attempt {self.attempt})")
-        elif load_start_weights(config, state.model) != self.plan.weights:
-            raise UserError(f"{config.model.weights} is not the same file on every worker; is it shared?")
+        elif config.model.weights:
+            state.model.load_state_dict(rank_state.from_rank_zero(dict(state.model.state_dict()), state))
         self.is_resumed = found is not None
         if state.rank == 0:
             self._open_saver(found)
@@ -127,14 +136,16 @@ class Worker:
             num_kept=config.checkpoint.keep_checkpoints,
         )
         self.reporter.log = self.saver.log
+        best = self.run_folder.checkpoints.best() if found else None
         zero = RankZero(
             config.checkpoint,
             saver=self.saver,
             a_node_is_leaving=self.a_node_is_leaving,
             asks_to_stop=self._is_asked_to_stop,
             say=self.reporter.say,
+            best=best.score if best else LOWEST,
         )
-        self.cadence = Cadence(config, zero.decide)
+        self.cadence = Cadence(config, zero)
         if self.saver.log.lost:
             self.reporter.warn("log_lost", self.saver.log.lost)
         if found and (message := schedule_warning(self.state, found[0].meta)):
@@ -171,7 +182,7 @@ class Worker:
             self.reporter.say(str(self.start_up))
             self.start_up = None
         if self.cadence.is_logged(state):
-            self._log_step(clock)
+            self.step_log.begin(clock)
         if self.cadence.is_checkpoint_due(state):
             self._store()
         if self.cadence.ends_here(state):
@@ -179,27 +190,19 @@ class Worker:
         if self.saver:
             self.saver.flush_if_due()
 
-    def _log_step(self, clock: Clock) -> None:
-        state = self.state
-        loss, correct, seen = self._finite_totals()
-        line = {"step": state.cursor.step, "train_loss": loss / seen, "train_accuracy": correct / seen}
-        line |= {"learning_rate": state.learning_rate, **clock.rates()}
-        self.reporter.record("step", **line)
-        self.reporter.send(line)
-        self.diagnosis.check_training(correct / seen, int(seen))
-
     def _end_epoch(self, clock: Clock) -> None:
-        """Validates, logs the epoch, moves the cursor to the next epoch and stores a checkpoint."""
+        """Validates, logs the epoch, moves the cursor to the next epoch and stores a checkpoint if it is due."""
         state, loop = self.state, self.plan.config.loop
-        loss, correct, seen = self._finite_totals()
-        rates = clock.rates()  # after computing the totals, which waits for the device
+        self.step_log.finish()
+        loss, correct, seen = rank_state.finite_totals(state, self._latest)
+        rates = clock.lap().rates()
         self.waits = {name: seconds + rates[name] for name, seconds in self.waits.items()}
         network = self.validation.network()
         start = time.perf_counter()
         if loop.recalibrate_batches:
             self.validation.recalibrate(network, loop.recalibrate_batches)
         validation_loss, num_correct, num_validation = self.validation.totals(network)
-        metrics = {
+        metrics: dict[str, Any] = {
             "train_loss": loss / seen,
             "train_accuracy": correct / seen,
             "validation_loss": validation_loss / num_validation,
@@ -212,7 +215,7 @@ class Worker:
         }
         if not math.isfinite(validation_loss):
             text = f"the validation loss after epoch {state.cursor.epoch + 1} is not finite: it is stored as null"
-            text += ", and this checkpoint is never the best; try --precision fp32"
+            text += ", and this epoch is never the best; try --precision fp32"
             self.reporter.warn("validation_not_finite", text)
         self.diagnosis.check_training(correct / seen, int(seen))
         self.diagnosis.check_validation(network, correct / seen, num_correct / num_validation)
@@ -225,10 +228,9 @@ class Worker:
         state.cursor = Cursor(epoch + 1, 0)
         state.totals.zero_()
         self.reporter.send({"epoch_done": epoch, **metrics})
-        self._store(metrics)
-
-    def _finite_totals(self) -> list[float]:
-        return rank_state.finite_totals(self.state, self._latest)
+        end = self.cadence.end_of_epoch(state, score_of(metrics))
+        if end.is_due:
+            self._store(metrics, is_best=end.is_best)
 
     def _latest(self) -> Checkpoint | None:
         """Returns the newest checkpoint, after all pending writes are done."""
@@ -236,14 +238,15 @@ class Worker:
             self.saver.wait()
         return self.run_folder.checkpoints.latest()
 
-    def _store(self, metrics: dict[str, Any] | None = None) -> None:
+    def _store(self, metrics: dict[str, Any] | None = None, *, is_best: bool = False) -> None:
         """Stores a checkpoint. All ranks call this method, at an epoch's end with `metrics`.
 
         Weights that are not finite are never stored. Storing changes no training state, so the times at which
         checkpoints are written do not affect the result.
         """
         state, plan = self.state, self.plan
-        totals = self._finite_totals()
+        self.step_log.finish()  # the log up to here belongs to the checkpoint
+        totals = rank_state.finite_totals(state, self._latest)
         rank_state.check_weights(state, self._latest)
         rows = rank_state.gather_rows(state)
         if self.saver is None:
@@ -257,7 +260,7 @@ class Worker:
             "num_train": len(self.images.train_ids),
             "git_commit": self.job.git_commit,
         }
-        self.saver.save(state.cursor, rank_state.checkpoint_state(state, rows), meta)
+        self.saver.save(state.cursor, rank_state.checkpoint_state(state, rows), meta, is_best=is_best)
 
     def _close(self) -> None:
         """Waits for all pending writes. Raises UserError, which ends the run, if the run was asked to stop."""

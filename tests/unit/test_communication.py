@@ -18,6 +18,7 @@ from cifar_dist.train.assemble import wrap
 from cifar_dist.train.communication import Communication, FactoredLinear, factor_layers, parallel
 from cifar_dist.train.diagnosis import bottleneck_verdict
 from cifar_dist.train.loop import Clock
+from cifar_dist.train.moment import Moment
 
 CPU = torch.device("cpu")
 
@@ -54,15 +55,23 @@ def test_gradients_are_exchanged_in_the_type_that_was_asked_for():
 @pytest.mark.usefixtures("group")
 def test_waiting_is_measured_and_taken_out_of_computing():
     _, communication = gradients("fp32", torch.rand(5, 9))
-    first = communication.seconds()
-    assert first > 0
-    assert communication.seconds() == first  # nothing more has been exchanged
+    ((start, end),) = communication.take()
+    assert end.seconds_since(start) > 0
+    assert communication.take() == []  # nothing more has been exchanged
+    communication.end()
     clock = Clock(communication)
-    assert communication.seconds() == 0  # a clock starts anew
-    communication._pairs.append((1.0, 1.25))
-    rates = clock.rates()
-    assert rates["communication_seconds"] == 0.25
-    assert rates["compute_seconds"] == pytest.approx(rates["seconds"] - 0.25, abs=0.002)
+    assert communication.take() == []  # a clock starts anew
+    for seconds in (0.25, 0.5):  # each lap counts from the start
+        communication._waits.append((at(1.0), at(1.25)))
+        rates = clock.lap().rates()
+        assert rates["communication_seconds"] == seconds
+        assert rates["compute_seconds"] == pytest.approx(rates["seconds"] - seconds, abs=0.002)
+
+
+def at(seconds: float) -> Moment:
+    moment = Moment(CPU)
+    moment._time = seconds
+    return moment
 
 
 @pytest.mark.usefixtures("group")
@@ -130,7 +139,7 @@ def test_workers_on_cpus_exchange_factors_by_themselves(settings, world, chosen,
     config, model = Config().replace(**settings), nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 3))
     precision = Precision(config.loop.precision, CPU)
     state = SimpleNamespace(
-        config=config, trainable=model, world=world, device=CPU, precision=precision, communication=None
+        config=config, trainable=model, world=world, device=CPU, precision=precision, communication=None, compiles=False
     )
     wrap(state, 1000)
     assert isinstance(model[0], FactoredLinear) is chosen

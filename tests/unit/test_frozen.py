@@ -64,7 +64,7 @@ def test_head_on_features_is_the_model(model, images):
     model.eval()
     with torch.no_grad():
         expected = model(images)
-        assert error(inference_copy(model)(images), expected) < 1e-5
+        assert error(inference_copy(model, torch.float32)(images), expected) < 1e-5
 
 
 def test_what_is_trained_whole_is_not_split():

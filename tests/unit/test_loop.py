@@ -20,10 +20,9 @@ from cifar_dist.data.batch import Batch
 from cifar_dist.data.order import ImageSpec, epoch_order, rank_part, train_plans
 from cifar_dist.models.layers import KerasBatchNorm
 from cifar_dist.run.checkpoint import Cursor
-from cifar_dist.run.network import Precision
+from cifar_dist.run.network import Precision, eval_batch
 from cifar_dist.train import communication
 from cifar_dist.train.communication import FactoredLinear, factor_layers, parallel
-from cifar_dist.train.images import eval_batch
 from cifar_dist.train.loop import Clock, sum_over_ranks, train_epoch, validate
 from cifar_dist.train.moving_statistics import (
     average_batchnorm_over_ranks,
@@ -172,7 +171,7 @@ def in_a_group(rank: int, world: int) -> dict:
     gradients, totals = [], []
     for n in (7, 2):
         state = state_of(plain_model(), rank, world, accumulation_steps=2)
-        state.trainable = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        state.trainable = DistributedDataParallel(state.model, gradient_as_bucket_view=True)
         totals.append(sum_over_ranks(backward(state, part(whole(n), rank, world))))
         gradients.append(gradient(state.model))
     factored = with_factors(rank, world)
@@ -209,7 +208,7 @@ def with_factors(rank: int, world: int) -> list[torch.Tensor]:
         state.trainable, state.communication = parallel(state.model, CPU, "fp32", (2, torch.float32))
         assert [type(layer) for layer in state.model[1::2]] == [FactoredLinear, nn.Linear]
         backward(state, part(whole(n), rank, world))
-        assert len(state.communication._pairs) == 3  # two factors, and the other layer's gradient
+        assert len(state.communication._waits) == 3  # two factors, and the other layer's gradient
         gradients.append(gradient(state.model))
     torch.set_num_threads(1 + rank)
     assert not factor_layers(plain_model(), 2, torch.float32)  # each would multiply in its own way
@@ -304,7 +303,7 @@ def train_until(stop: Cursor, file: Path, rank: int, world: int, settings: dict)
     """Goes on from what is stored in `file`, if it is there, and stores what it has come to; returns what it saw."""
     state, steps = state_of(conv_model(), rank, world, NUM_STEPS, epochs=NUM_EPOCHS, seed=SEED, **settings), []
     if world > 1:
-        state.trainable = DistributedDataParallel(state.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        state.trainable = DistributedDataParallel(state.model, gradient_as_bucket_view=True)
     if file.exists():
         stored = torch.load(file, weights_only=True)
         state.model.load_state_dict(stored["model"])
@@ -547,7 +546,7 @@ def test_clock_counts_waiting_apart_from_working():
     clock = Clock()
     for _ in clock.waiting(slow()):
         time.sleep(0.02)
-    rates = clock.rates()
+    rates = clock.lap().rates()
     assert 0.15 <= clock.data_wait_seconds <= rates["seconds"] - 0.06 + 0.001
     assert rates["data_wait_share"] == pytest.approx(clock.data_wait_seconds / rates["seconds"], abs=0.01)
     assert rates["images_per_second"] == pytest.approx(6 / rates["seconds"], rel=0.05)

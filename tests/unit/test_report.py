@@ -348,7 +348,8 @@ def evaluation(run: Run, merged: dict, name: str, model: str) -> Evaluation:
     named = Path(run.run_uri).with_name(name)
     if not named.exists():
         named.symlink_to(run.run_uri)
-    return Evaluation(run=run_folder.Run(str(named)), checkpoint=checkpoint, predictions=tables, counts=counts)
+    named_run = run_folder.Run(str(named))
+    return Evaluation(run=named_run, checkpoint=checkpoint, precision="bf16", predictions=tables, counts=counts)
 
 
 @pytest.fixture(scope="module")

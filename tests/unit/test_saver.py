@@ -198,7 +198,7 @@ def test_the_newest_and_the_best_are_kept(uri):
     saver = saver_of(uri, num_kept=2)
     for epoch, score in enumerate([(0.1, 1.0), (0.9, 1.0), None, None, None], 1):
         saver.save(Cursor(epoch, 0), state(epoch), meta_of(score))
-    saver.wait()
+        saver.wait()
     assert [c.cursor.epoch for c in Checkpoints(uri).all()] == [2, 4, 5]
 
 
@@ -214,20 +214,42 @@ def test_checkpoints_are_of_the_savers_attempt(uri):
 # The thread.
 
 
-def test_a_second_save_waits_for_the_first(uri, gates):
-    """So that at most one copy of the state is in memory."""
+@pytest.mark.parametrize(
+    ("best", "stored"),
+    [
+        ((), [1, 4]),  # each newer one takes the place of the one that waits
+        ((1,), [1, 4]),
+        ((2, 3), [1, 3, 4]),  # 3 is better than 2; 4 is not better than 3
+        ((2, 3, 4), [1, 4]),
+    ],
+)
+def test_while_one_checkpoint_is_written_the_best_and_the_newest_wait(uri, gates, best, stored):
+    """Of 1 to 4. The call for 4 waits only where 3 must not be dropped, until 1 is stored."""
     saver = saver_of(uri)
-    gate = held(saver, gates)
-    save(saver, 1)
+    gate = held(saver, gates, 2)  # the first checkpoint's, after the log's
+    for epoch in (1, 2, 3):
+        saver.log.add("step", epoch, epoch, train_loss=1.0)
+        saver.save(Cursor(epoch, 0), state(epoch), meta_of(), is_best=epoch in best)
+    assert gate.reached.wait(60)
+    saver.log.add("step", 4, 4, train_loss=1.0)
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(save, saver, 2)
-        assert gate.reached.wait(60)
-        with pytest.raises(TimeoutError):
-            second.result(0.2)
+        last = pool.submit(saver.save, Cursor(4, 0), state(4), meta_of(), is_best=4 in best)
+        if 3 in stored:
+            with pytest.raises(TimeoutError):
+                last.result(0.2)
+        else:
+            last.result(60)
         gate.passed.set()
-        second.result(60)
+        last.result(60)
     saver.wait()
-    assert [c.cursor.epoch for c in Checkpoints(uri).all()] == [1, 2]
+    checkpoints = Checkpoints(uri)
+    assert [c.cursor.epoch for c in checkpoints.all()] == stored
+    assert steps(uri) == [1, 2, 3, 4]  # nothing of the log is dropped
+    for checkpoint in checkpoints.all():
+        loaded = checkpoints.load(checkpoint)
+        assert same(without_log(loaded), without_log(state(checkpoint.cursor.epoch)))
+        content = read_log(Folder(uri))[: loaded.log.num_bytes]
+        assert len(content.splitlines()) == checkpoint.cursor.epoch
     assert saver.stall_seconds > 0
 
 
@@ -308,12 +330,12 @@ def test_a_stale_saver_stores_nothing_more(uri, monkeypatch):
     old = saver_of(uri, A, num_kept=1)
     for epoch in (1, 2):
         save(old, epoch)
-    old.wait()
+        old.wait()
     new = saver_of(uri, B)
     for epoch in (1, 2):
         new.log.add("step", epoch, epoch, train_loss=1.0)
         save(new, epoch, state(epoch + 10))
-    new.wait()
+        new.wait()
     before = tree(Path(uri))
     monkeypatch.setattr(log_module, "FLUSH_SECONDS", -1.0)
     old.log.add("step", 9, 9, train_loss=9.0)
@@ -344,7 +366,7 @@ def test_a_saver_that_becomes_stale_while_it_stores_publishes_nothing(uri, gates
     for epoch in (1, 2, 3):
         new.log.add("step", epoch, epoch, train_loss=1.0)
         save(new, epoch)
-    new.wait()
+        new.wait()
     before = tree(Path(uri))
     gate.passed.set()
     with pytest.raises(UserError, match="taken over as attempt 2 by process"):

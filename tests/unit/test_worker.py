@@ -23,7 +23,7 @@ from cifar_dist.config import Config
 from cifar_dist.data.batch import Batch
 from cifar_dist.errors import UserError
 from cifar_dist.models.layers import KerasBatchNorm
-from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor
+from cifar_dist.run.checkpoint import LOWEST, Checkpoint, CheckpointState, Cursor, score_of
 from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.run.folder import Run
 from cifar_dist.run.log import LOG, read_lines
@@ -31,10 +31,11 @@ from cifar_dist.run.network import Precision, expected_of
 from cifar_dist.storage import Folder
 from cifar_dist.train import cadence, rank_state
 from cifar_dist.train import worker as worker_module
-from cifar_dist.train.cadence import Agreement, Cadence
+from cifar_dist.train.cadence import Agreement, Cadence, EpochEnd, RankZero
 from cifar_dist.train.loop import Clock
 from cifar_dist.train.moving_statistics import gather_statistics
 from cifar_dist.train.optim import average_of, make_optimizers
+from cifar_dist.train.saver import Saver
 from cifar_dist.train.state import TrainState
 from cifar_dist.train.step import update
 from cifar_dist.train.validation import Validation
@@ -66,12 +67,15 @@ class Steps:
         )
         self.due, self.agree_every, self.stop_at = due, agree_every, stop_at
         self.logged, self.agreed, self.stored = [], [], []
-        self.cadence, self.has_ended = Cadence(config, self.decide), False
+        self.cadence, self.has_ended = Cadence(config, self), False
 
     def decide(self, _seconds_per_step: float) -> Agreement:
         step = self.state.global_step
         self.agreed.append(step)
         return Agreement(step in self.due, self.agree_every, step >= self.stop_at)
+
+    def decide_epoch(self, score: tuple[float, float]) -> EpochEnd:
+        return EpochEnd(is_due=False, is_best=score[0] > 0.5)
 
     def step(self, cursor: Cursor) -> None:
         self.state.cursor = cursor
@@ -109,6 +113,63 @@ def test_ranks_agree_as_often_as_they_agreed_to_and_store_once_where_both_want_i
 
 def test_checkpoint_that_is_due_where_the_epoch_ends_is_the_epoch_s():
     assert two_epochs(due=(6,), agree_every=5).stored == []
+
+
+@pytest.mark.parametrize(
+    ("due", "settings", "stored"),
+    [
+        ((), {}, [False, True]),  # the last one is always stored
+        ((6,), {"agree_every": 5}, [True, True]),  # by time, with the epoch's last step
+        ((3,), {"agree_every": 2}, [False, True]),  # by time, but before: stored then
+        ((), {"checkpoint_every_steps": 6}, [True, True]),
+        ((), {"checkpoint_every_steps": 4}, [False, True]),
+        ((), {"epochs": 9}, [False, False]),
+    ],
+)
+def test_an_epoch_that_is_not_the_best_is_stored_only_if_it_is_due_or_the_last(due, settings, stored):
+    steps, found = Steps(set(due), **{"agree_every": 100, "epochs": 2, **settings}), []
+    for epoch in range(2):
+        for step in range(NUM_STEPS):
+            steps.step(Cursor(epoch, step + 1))
+        steps.state.cursor = Cursor(epoch + 1, 0)
+        found.append(steps.cadence.end_of_epoch(steps.state, (0.4, 0.0)))
+    assert found == [EpochEnd(is_due=is_stored, is_best=False) for is_stored in stored]
+
+
+def rank_zero(waited_seconds: float, **settings) -> RankZero:
+    saver = SimpleNamespace(saved_at=cadence.time.monotonic() - waited_seconds)
+    calls = {"a_node_is_leaving": lambda: False, "asks_to_stop": lambda: False, "say": print}
+    return RankZero(Config().replace(**settings).checkpoint, saver=saver, **calls, best=(0.5, -1.0))
+
+
+NAN_LOSS = {"validation_accuracy": 0.9, "validation_loss": math.nan}
+
+
+@pytest.mark.parametrize(
+    ("score", "is_best"),
+    [
+        *(((0.6, -9.0), True), ((0.5, -0.9), True), ((0.4, -0.1), False), ((0.5, -1.1), False)),
+        ((0.5, -1.0), True),  # as good: among stored checkpoints the newer one counts as the best
+        (score_of(NAN_LOSS), False),
+    ],
+)
+def test_an_epoch_is_stored_if_it_is_the_best_so_far(score, is_best):
+    zero = rank_zero(1)
+    assert zero.decide_epoch(score) == EpochEnd(is_due=is_best, is_best=is_best)
+    assert zero.decide_epoch((0.55, 0.0)).is_best is (score < (0.55, 0.0))  # the best so far is remembered
+
+
+def test_a_loss_that_is_not_finite_is_not_even_the_first_best():
+    zero = rank_zero(1)
+    zero.best = LOWEST
+    assert not zero.decide_epoch(score_of(NAN_LOSS)).is_best
+    assert zero.decide_epoch((0.0, -99.0)).is_best
+
+
+@pytest.mark.parametrize(("waited", "every", "is_due"), [(299, 300, False), (301, 300, True), (1, 0, True)])
+def test_an_epoch_is_stored_by_time_and_each_one_if_there_is_no_time(waited, every, is_due):
+    zero = rank_zero(waited, checkpoint_every_seconds=every)
+    assert zero.decide_epoch((0.1, 0.0)) == EpochEnd(is_due=is_due, is_best=False)
 
 
 @pytest.mark.parametrize(("stop_at", "last"), [(1, 1), (2, 3), (3, 3), (4, 5)])
@@ -359,6 +420,59 @@ def lines_of(uri: Path, kind: str = "") -> list[dict[str, Any]]:
     return [line for line in read_lines(Folder(str(uri))) if not kind or line["kind"] == kind]
 
 
+# Which epochs are stored.
+
+
+class Scored(ConstantValidation):
+    """Validation finds so many of 20 images after each epoch."""
+
+    num_correct: list[float]
+
+    def totals(self, _model: nn.Module) -> list[float]:
+        return [10.0, self.num_correct[self.state.cursor.epoch], 20.0]
+
+
+def scored(uri: Path, num_correct: list[float], **settings: Any) -> Stored:
+    worker = Stored(uri, epochs=len(num_correct), keep_checkpoints=9, **settings).resumed()
+    worker.use(Scored(worker.state))
+    worker.validation.num_correct = num_correct
+    return worker
+
+
+def stored_epochs(uri: Path) -> list[int]:
+    return [checkpoint.cursor.epoch for checkpoint in Checkpoints(str(uri)).all()]
+
+
+@pytest.mark.usefixtures("alone")
+def test_of_a_run_the_best_epochs_and_the_last_are_stored(tmp_path, monkeypatch):
+    """All are logged. A run that goes on knows the best that it has stored."""
+    monkeypatch.setattr(Saver, "save", waiting(Saver.save))
+    scored(tmp_path, [5, 9, 7, 8]).run()
+    assert stored_epochs(tmp_path) == [1, 2, 4]
+    assert [line["epoch"] for line in lines_of(tmp_path, "epoch")] == [0, 1, 2, 3]
+    scored(tmp_path, [5, 9, 7, 8, 8, 10, 1]).run()
+    assert stored_epochs(tmp_path) == [1, 2, 4, 6, 7]
+    assert Checkpoints(str(tmp_path)).best().cursor.epoch == 6
+
+
+def waiting(save: Callable[..., None]) -> Callable[..., None]:
+    """Saves, and waits for it: these epochs take less time than a write."""
+
+    def save_and_wait(saver: Saver, *args: Any, **named: Any) -> None:
+        save(saver, *args, **named)
+        saver.wait()
+
+    return save_and_wait
+
+
+@pytest.mark.usefixtures("alone")
+def test_where_epochs_are_faster_than_storage_the_best_and_the_last_are_stored(tmp_path):
+    scored(tmp_path, [5, 6, 9, 7, 8]).run()
+    assert stored_epochs(tmp_path)[-1] == 5
+    assert Checkpoints(str(tmp_path)).best().cursor.epoch == 3
+    assert [line["epoch"] for line in lines_of(tmp_path, "epoch")] == [0, 1, 2, 3, 4]
+
+
 # Asked to stop.
 
 STOPS = {4: Cursor(0, 4), 6: Cursor(1, 0), 7: Cursor(1, 1), 12: Cursor(2, 0)}
@@ -564,7 +678,7 @@ class NotFinite(ConstantValidation):
 
 @pytest.mark.usefixtures("alone")
 def test_a_validation_loss_that_is_not_finite_is_said_and_never_the_best(tmp_path):
-    worker = Stored(tmp_path, epochs=3, keep_checkpoints=9).resumed()
+    worker = Stored(tmp_path, epochs=3, keep_checkpoints=9, checkpoint_every_seconds=0).resumed()
     worker.use(NotFinite(worker.state))
     worker.run()
     (said,) = (text for text in worker.said if "not finite" in text)
