@@ -30,7 +30,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 1000 ray \
     && useradd --no-log-init --uid 1000 --gid 1000 --create-home ray \
-    && echo "export PATH=/opt/venv/bin:\$PATH" > /etc/profile.d/venv.sh
+    && echo "export PATH=/opt/venv/bin:/usr/local/nvidia/bin:\$PATH" > /etc/profile.d/path.sh
 COPY --from=environment /opt/venv /opt/venv
 COPY --from=project /opt/project /opt/project
 COPY jobs /opt/cifar_dist/jobs

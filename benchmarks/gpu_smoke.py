@@ -6,7 +6,8 @@ Prints a line for each check and ends with exit code 1 if one failed. With --dev
 graphs.
 
 steps: a few steps of each optimizer, precision and option.   graphs: the same bits with a CUDA graph and without it.
-state: a checkpoint's state, restored, goes on to the same bits.   ranks: DistributedDataParallel over NCCL, one rank.
+state: a checkpoint's state, restored, goes on to the same bits.   starts: to compile first changes nothing.
+log: lines finished later say the same.   ranks: DistributedDataParallel over NCCL, one rank.
 pixels: the GPU's pixels against the CPU's, for each format.   job: prepare, train, resume, evaluate with Ray.
 """
 
@@ -22,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -42,9 +44,12 @@ from cifar_dist.run.network import build_model, image_spec, use_exact_fp32  # no
 from cifar_dist.train import assemble, rank_state  # noqa: E402
 from cifar_dist.train.communication import parallel  # noqa: E402
 from cifar_dist.train.loop import train_epoch, validate  # noqa: E402
-from cifar_dist.train.saver import HostMemory, copied  # noqa: E402
+from cifar_dist.train.reporting import Reporter  # noqa: E402
+from cifar_dist.train.saver import HostMemory  # noqa: E402
 from cifar_dist.train.state import TrainState  # noqa: E402
 from cifar_dist.train.step import Step  # noqa: E402
+from cifar_dist.train.step_log import StepLog  # noqa: E402
+from cifar_dist.train.trees import mapped  # noqa: E402
 
 NUM_CLASSES, BATCH, NUM_IMAGES = 10, 16, 100  # six full steps and one of 4 images
 MODES: dict[str, dict[str, Any]] = {
@@ -144,11 +149,18 @@ class Enough(Exception):
     pass
 
 
-def train(state: TrainState, images: ResidentImages, num_epochs: int = 2, stop_at: int = 0) -> TrainState:
-    """Trains; `stop_at`: the global step after which it stops."""
+def train(
+    state: TrainState,
+    images: ResidentImages,
+    num_epochs: int = 2,
+    stop_at: int = 0,
+    log: Callable[[Any], None] = lambda _clock: None,
+) -> TrainState:
+    """Trains; `stop_at`: the global step after which it stops. `log` gets the clock after each step."""
     step = Step(state)
 
-    def after_step(_clock: Any) -> None:
+    def after_step(clock: Any) -> None:
+        log(clock)
         if state.global_step == stop_at:
             raise Enough
 
@@ -228,13 +240,49 @@ def state_part(smoke: Smoke) -> None:
                 stopped = train(*smoke.state(**more), stop_at=5)
                 meta = rank_state.checkpoint_meta(stopped, stopped.totals.tolist(), None)
                 held = rank_state.checkpoint_state(stopped, rank_state.gather_rows(stopped))
-                held = HostMemory().copy(CheckpointState(**copied(vars(held), torch.clone)))
+                held = HostMemory().copy(CheckpointState(**mapped(vars(held), torch.Tensor, torch.clone)))
                 state, images = smoke.state(**more)
                 checkpoint = Checkpoint("here", {**meta, **stopped.cursor._asdict(), "attempt": 1})
                 rank_state.restore(state, checkpoint, held, "here")
                 return same_bits(whole, train(state, images))
 
             smoke.check(f"state: resumed, graph {graph}, {settings}", resumed)
+
+
+def starts(smoke: Smoke) -> None:
+    """To compile before the first step changes nothing."""
+
+    def same(**settings: Any) -> str:
+        more = {"deterministic": True, "compile": "on", **settings}
+        late, (state, images) = train(*smoke.state(**more)), smoke.state(**more)
+        assemble.compile_now(state, SimpleNamespace(train_batches=lambda _cursor: batches(state, images)))  # type: ignore[arg-type]
+        return same_bits(late, train(state, images))
+
+    smoke.check("starts: compiled before the first step", same)
+    smoke.check("starts: and with a graph", lambda: same(cuda_graph="auto"))
+
+
+def log(smoke: Smoke) -> None:
+    """Lines that are finished later say what lines say that wait for the device, and training computes the same."""
+
+    def lines(defers: bool) -> tuple[list[Any], TrainState]:
+        state, images = smoke.state(cuda_graph="auto", deterministic=True)
+        found: list[Any] = []
+        reporter = Reporter(SimpleNamespace(update=SimpleNamespace(remote=found.append)), state)
+        reporter.log = SimpleNamespace(add=lambda *_, **__: None)  # type: ignore[assignment]
+        diagnosis: Any = SimpleNamespace(check_training=lambda *_: None)
+        step_log = StepLog(state, reporter, diagnosis, lambda: None)
+        step_log.defers = defers
+        train(state, images, num_epochs=1, log=step_log.begin)
+        step_log.finish()
+        return [[line[n] for n in ("global_step", "step", "train_loss", "train_accuracy")] for line in found], state
+
+    def same() -> str:
+        (now, one), (later, other) = lines(defers=False), lines(defers=True)
+        assert now == later, f"{now} or {later}"
+        return f"{len(now)} lines, {same_bits(one, other)}"
+
+    smoke.check("log: lines that are finished later", same)
 
 
 def ranks(smoke: Smoke) -> None:
@@ -247,8 +295,9 @@ def ranks(smoke: Smoke) -> None:
                 alone = train(*smoke.state(**settings))
                 state, images = smoke.state(**settings)
                 state.trainable, state.communication = parallel(state.trainable, smoke.device, "fp32")
-                found = f"{same_bits(alone, train(state, images))}, waited {state.communication.seconds():.4f} s"
-                return found
+                found = same_bits(alone, train(state, images))
+                waited = sum(end.seconds_since(start) for start, end in state.communication.take())
+                return f"{found}, waited {waited:.4f} s in the last epoch"
 
             smoke.check("ranks: the same bits", wrapped)
             smoke.check("ranks: compiled", lambda: wrapped(compile="on"))
@@ -331,13 +380,17 @@ def job(smoke: Smoke) -> None:
     smoke.check("job: train", lambda: command(*fan, "--epochs", "2"))
     smoke.check("job: go on", lambda: command(*fan, "--epochs", "4"))
     report = ("--data", data, "--shards", "1", "--out", f"{folder}/report")
-    smoke.check("job: evaluate", lambda: command("evaluate", "--runs", f"{runs}/fan", *report, *where))
+    evaluate = ("evaluate", "--runs", f"{runs}/fan", *report, *where)
+    smoke.check("job: evaluate", lambda: command(*evaluate))
+    smoke.check("job: evaluate in fp32", lambda: command(*evaluate, "--precision", "fp32"))
 
 
 PARTS: dict[str, Callable[[Smoke], None]] = {
     "steps": steps,
     "graphs": graphs,
     "state": state_part,
+    "starts": starts,
+    "log": log,
     "ranks": ranks,
     "pixels": pixels,
     "job": job,

@@ -197,6 +197,7 @@ class Rank:
             start_up=StartUp(),
             num_cpus_per_worker=num_cpus(),
             git_commit="",
+            limit_seconds=600,
         )
         self.state, self.images = assemble.assemble(job, suite.device, rank=0, world=1, local_world=1)
         assemble.split_base(self.state, self.images, SimpleNamespace(say=print))  # type: ignore[arg-type]

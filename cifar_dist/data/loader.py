@@ -15,6 +15,7 @@ from cifar_dist.data.pipeline import ImagePipeline, decode
 from cifar_dist.data.private import once_per_node
 from cifar_dist.data.resident import ResidentImages
 from cifar_dist.data.staged import DataSet, StagedSplit, use_decoded
+from cifar_dist.data.to_device import ToDevice
 from cifar_dist.errors import UserError
 
 DECODE_BATCH = 500
@@ -48,6 +49,7 @@ class Loader:
         self.shape = data.manifest.image_shape(split)
         self.decoded: np.ndarray | None = None
         self.resident: ResidentImages | None = None
+        self._send = ToDevice(device)
         self.synthetic = None
         if synthetic:
             self.synthetic = synthetic_batch(spec, max_batch_size, data.manifest.num_classes, device)
@@ -114,10 +116,7 @@ class Loader:
         return planned_batch(plan, images, self.labels(plan.ids))
 
     def labels(self, ids: np.ndarray) -> torch.Tensor:
-        labels = torch.from_numpy(self.staged.labels[ids])
-        if self.device.type == "cuda":  # the copy from pinned memory does not block
-            labels = labels.pin_memory().to(self.device, non_blocking=True)
-        return labels
+        return self._send(self.staged.labels[ids])
 
     def _open_decoded(self, num_threads: int) -> np.ndarray:
         """Returns the pixels of all images, uint8 [n, H, W, 3], decoded once per node and memory-mapped."""

@@ -94,16 +94,17 @@ class ImagePipeline:
 
     def collect(self) -> torch.Tensor:
         """Returns the oldest submitted batch, which the caller may keep. Raises RuntimeError if decoding fails."""
-        (output,) = self._pipe.share_outputs()
+        (output,) = self._pipe.share_outputs(cuda_stream=self._stream)
         output = output.as_tensor()
         if self._stream is None:  # DALI's own memory, which its default executor does not reuse while it is referenced
             batch = torch.from_dlpack(output)
-        else:  # copied in a separate stream, so that neither copy nor DALI waits for training
+        else:  # copied in a separate stream: neither DALI nor this process waits, and training waits for the copy alone
+            current = torch.cuda.current_stream(self.device)
             with torch.cuda.stream(self._stream):
                 batch = torch.empty(output.shape(), dtype=torch.float32, device=self.device)
                 feed_ndarray(output, batch, cuda_stream=self._stream)
-            self._stream.synchronize()
-            batch.record_stream(torch.cuda.current_stream(self.device))
+            current.wait_stream(self._stream)
+            batch.record_stream(current)
         self._pipe.release_outputs()
         return batch.permute(0, 3, 1, 2) if self.spec.channels_last else batch
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from cifar_dist.data.batch import Batch, planned_batch
 from cifar_dist.data.order import BatchPlan, ImageSpec, no_augment
+from cifar_dist.data.to_device import ToDevice
 
 ROWS_PER_COPY = 4096
-NUM_SLOTS = 64  # batches that the host may be ahead of the device
 
 
 class ResidentImages:
@@ -26,46 +26,14 @@ class ResidentImages:
             rows = slice(first, first + ROWS_PER_COPY)
             self.pixels[rows] = torch.from_numpy(np.array(pixels[rows])).to(device)
         self._labels = torch.from_numpy(labels).to(device)
-        self._ring: list[PinnedSlot] = []
-        self._num_sent = 0
+        self._send = ToDevice(device)
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """Yields the planned batches in order. Waits for nothing on the device."""
         for plan in plans:
             augment = plan.augment or no_augment(len(plan.ids), self.spec.image_size)
-            numbers = self._sent(np.column_stack([plan.ids, *augment]))
+            numbers = self._send(np.column_stack([plan.ids, *augment]))
             yield planned_batch(plan, augmented(self.pixels, numbers, self.spec), self._labels[numbers[:, 0]])
-
-    def _sent(self, numbers: np.ndarray) -> torch.Tensor:
-        """Returns the int64 numbers on the device, in one copy that the host does not wait for.
-
-        Pinned memory is kept: to get some from the driver waits while another thread copies, such as the saver's."""
-        if self.device.type != "cuda":
-            return torch.from_numpy(numbers)
-        slot = self._num_sent % NUM_SLOTS
-        if slot == len(self._ring):
-            self._ring.append(PinnedSlot())
-        self._num_sent += 1
-        return self._ring[slot].send(numbers, self.device)
-
-
-class PinnedSlot:
-    """Pinned memory from which one array at a time is sent to a GPU."""
-
-    def __init__(self) -> None:
-        self._memory = np.empty(0, np.int64)
-        self._sent = torch.cuda.Event()
-
-    def send(self, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
-        self._sent.synchronize()  # the array sent before is on the device
-        if self._memory.size < numbers.size:
-            # Kept as an array: validation runs in inference mode, whose tensors training could not write to later.
-            self._memory = torch.empty(numbers.size, dtype=torch.int64, pin_memory=True).numpy()
-        host = self._memory[: numbers.size].reshape(numbers.shape)
-        host[:] = numbers
-        on_device = torch.from_numpy(host).to(device, non_blocking=True)
-        self._sent.record()
-        return on_device
 
 
 def augmented(pixels: torch.Tensor, numbers: torch.Tensor, spec: ImageSpec) -> torch.Tensor:

@@ -4,7 +4,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -101,14 +100,14 @@ def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:
     data, loader = state.config.data, images.loader
     images.reader = state.input_of = Features(loader, base)
     if data.features == "cached":
-        ids, num_variants = np.concatenate([images.train_ids, images.validation_ids]), NUM_VARIANTS[data.flips]
-        if fits_device(loader, base, len(ids) * num_variants):
+        ids, num_variants = (images.train_ids, images.validation_ids), NUM_VARIANTS[data.flips]
+        if fits_device(loader, base, len(ids[0]) * num_variants + len(ids[1])):
             num_at_once = -(-state.config.loop.global_batch_size // state.world)
-            kept = DeviceFeatures(loader, base, ids, num_variants=num_variants, num_at_once=num_at_once)
+            kept = DeviceFeatures(loader, base, *ids, num_variants=num_variants, num_at_once=num_at_once)
             images.reader = state.input_of = kept
             reporter.say(kept.notice)
         else:
-            num_used = len(images.train_ids), len(images.validation_ids)
+            num_used = len(ids[0]), len(ids[1])
             cache = open_cache(state.config, loader.data, base, num_images=len(loader.staged), num_used=num_used)
             images.reader = state.input_of = Features(loader, base, cache)
             reporter.say(cache.notice)

@@ -19,6 +19,7 @@ from cifar_dist.data.loader import Loader
 from cifar_dist.data.order import Augment, BatchPlan
 from cifar_dist.data.private import keep_own, one_at_a_time
 from cifar_dist.data.staged import DataSet
+from cifar_dist.data.to_device import ToDevice
 from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import FrozenBase
 
@@ -142,12 +143,22 @@ class DeviceFeatures:
     """
 
     def __init__(
-        self, loader: Loader, base: FrozenBase, ids: np.ndarray, *, num_variants: int, num_at_once: int
+        self,
+        loader: Loader,
+        base: FrozenBase,
+        train_ids: np.ndarray,
+        validation_ids: np.ndarray,
+        *,
+        num_variants: int,
+        num_at_once: int,
     ) -> None:
-        self.loader, self.base, self.num_variants, self.num_at_once = loader, base, num_variants, num_at_once
-        self.place = np.zeros(len(loader.staged), np.int64)  # of an image among those of the run
-        self.place[ids] = np.arange(len(ids))
-        shape = device_shape(loader, base, len(ids) * num_variants)
+        self.loader, self.base, self.num_at_once = loader, base, num_at_once
+        num_flipped = len(train_ids) * num_variants
+        self.first_row = np.zeros(len(loader.staged), np.int64)  # of each image: one for each flip, validation has none
+        self.first_row[train_ids] = np.arange(0, num_flipped, num_variants)
+        self.first_row[validation_ids] = np.arange(num_flipped, num_flipped + len(validation_ids))
+        self._send = ToDevice(loader.device)
+        shape = device_shape(loader, base, num_flipped + len(validation_ids))
         self.features = torch.empty(shape, dtype=base.dtype, device=loader.device)  # as NHWC
         self.is_stored = np.zeros(shape[0], bool)
         self.notice = f"cached features: {self.features.nbytes / 2**30:.2f} GiB of the GPU's memory"
@@ -155,22 +166,19 @@ class DeviceFeatures:
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """Yields the planned batches. Only images without stored features are read."""
         for plan in plans:
-            rows = self.place[plan.ids] * self.num_variants + variants(plan.augment)
+            rows = self.first_row[plan.ids] + variants(plan.augment)
             missing = np.flatnonzero(~self.is_stored[rows])
             for first in range(0, len(missing), self.num_at_once):
                 part = np.resize(missing[first : first + self.num_at_once], self.num_at_once)
                 (batch,) = self.loader.batches([part_of(plan, part)])
-                self.features[self._sent(rows[part])] = self.base(batch.images).permute(0, 2, 3, 1)
+                self.features[self._send(rows[part])] = self.base(batch.images).permute(0, 2, 3, 1)
             self.is_stored[rows] = True
-            features = self.features[self._sent(rows)].permute(0, 3, 1, 2)
+            features = self.features[self._send(rows)].permute(0, 3, 1, 2)
             yield planned_batch(plan, features, self.loader.labels(plan.ids))
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Returns features [n, C, side, side] in the base's dtype, on the device."""
         return batch.images
-
-    def _sent(self, rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(rows).to(self.features.device, non_blocking=True)
 
 
 def device_shape(loader: Loader, base: FrozenBase, num_rows: int) -> tuple[int, int, int, int]:

@@ -33,9 +33,11 @@ def integers(report: Path) -> dict:
 def one_shard(whole_run: tuple[Path, str], tiny_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
     code, output = run_job(
-        *("evaluate.py", "--runs", str(whole_run[0]), "--data", tiny_uri, "--out", str(out), "--shards", "1")
+        *("evaluate.py", "--runs", str(whole_run[0]), "--data", tiny_uri, "--out", str(out), "--shards", "1"),
+        *("--precision", "fp32"),
     )
     assert code == 0, output
+    assert json.loads((out / "report.json").read_text())["runs"][0]["evaluation_precision"] == "fp32"
     return out
 
 
@@ -58,6 +60,7 @@ def test_any_number_of_shards_gives_the_same_integers_and_a_killed_shard_is_retr
 ) -> None:
     job = Job(
         *("evaluate.py", "--runs", str(whole_run[0]), "--data", tiny_uri, "--out", str(tmp_path), "--shards", "3"),
+        *("--precision", "fp32"),
         local=True,
     )
     wait_until(lambda: job.family("ray::evaluate_shard"))
@@ -154,6 +157,7 @@ def test_the_main_job_reports_both_models_and_goes_on_where_it_stopped(tmp_path:
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [run["model"] for run in report["runs"]] == ["fan", "resnet50v2"]
     assert all(run["splits"]["test"]["num_images"] == 20 for run in report["runs"])
+    assert all(run["evaluation_precision"] == run["run_card"]["precision"] for run in report["runs"])
     page = (tmp_path / "report" / "report.html").read_text()
     assert "quickstart_fan" in page
     assert "quickstart_resnet50v2" in page

@@ -128,6 +128,21 @@ class Pod:
         return done.returncode, done.stdout
 
 
+@pytest.mark.parametrize("login", [False, True])
+def test_a_mounted_driver_and_rdma_are_found(pod: Pod, login: bool) -> None:
+    """nvidia-smi in a folder of the node that is mounted at /usr/local/nvidia, as GKE does it; NCCL's two libraries."""
+    libraries = "import ctypes; [ctypes.CDLL(f'lib{name}.so.1') for name in ('ibverbs', 'mlx5')]; print('both')"
+    code, said = pod.run(
+        f'echo "$PATH|$LD_LIBRARY_PATH|$NVIDIA_DRIVER_CAPABILITIES"; python -c "{libraries}"', login=login
+    )
+    assert code == 0, said
+    path, libraries, capabilities = said.splitlines()[0].split("|")
+    assert path.split(":")[:2] == ["/opt/venv/bin", "/usr/local/nvidia/bin"]
+    assert "/usr/local/nvidia/lib64" in libraries.split(":")
+    assert capabilities == "compute,utility"
+    assert "both" in said
+
+
 def test_it_says_what_it_is(built: dict[str, Any]) -> None:
     config, labels = built["config"], built["config"]["Labels"]
     assert config["User"] == "1000:1000"

@@ -80,7 +80,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 def test_the_smoke_test_passes_here() -> None:
     """All but its whole job, which tests/cluster has."""
-    parts = ("steps", "graphs", "state", "ranks", "pixels")
+    parts = ("steps", "graphs", "state", "starts", "log", "ranks", "pixels")
     code, printed = run_script("gpu_smoke.py", "--device", "cpu", "--parts", *parts)
     assert code == 0, printed
     assert printed.count("ok   graphs: ") == 11

@@ -68,7 +68,7 @@ def test_cached_features_are_the_computed_ones_each_computed_once(loader, base, 
     computed = Features(loader, base)
     cached: Any = Features(loader, base, cache(tmp_path, base))
     if place == "device":
-        cached = DeviceFeatures(loader, base, IDS[::-1], num_variants=4, num_at_once=5)
+        cached = DeviceFeatures(loader, base, IDS[::-1], IDS[:0], num_variants=4, num_at_once=5)
     base.num_images, seen = 0, set()
     for epoch in range(4):
         expected = gather(computed, plans(epoch))
@@ -84,6 +84,19 @@ def test_cached_features_are_the_computed_ones_each_computed_once(loader, base, 
             assert torch.equal(labels, labels_)
             assert torch.allclose(features, features_, rtol=1e-4, atol=1e-4)
     assert 0 < len(seen) < 80
+
+
+def test_on_a_device_validation_takes_a_row_an_image_and_training_one_for_each_flip(loader, base):
+    train_ids, validation_ids = IDS[3:], IDS[:3]
+    kept = DeviceFeatures(loader, base, train_ids, validation_ids, num_variants=4, num_at_once=5)
+    assert len(kept.features) == 4 * len(train_ids) + 3
+    places = [*(kept.first_row[train_ids][:, None] + np.arange(4)).ravel(), *kept.first_row[validation_ids]]
+    assert sorted(places) == list(range(len(kept.features)))
+    planned = list(eval_plans(validation_ids, 8, 0, 1))
+    for (_, _, features), (_, _, others) in zip(
+        gather(kept, planned), gather(Features(loader, base), planned), strict=True
+    ):
+        assert torch.allclose(features, others, rtol=1e-4, atol=1e-4)
 
 
 def test_another_process_finds_what_is_there(loader, base, tmp_path):

@@ -24,7 +24,7 @@ from cifar_dist.data.manifest import Manifest, read_manifest
 from cifar_dist.data.private import Staging
 from cifar_dist.data.staged import DataSet, StagedSplit
 from cifar_dist.errors import UserError
-from cifar_dist.evaluate import report
+from cifar_dist.evaluate import driver, report
 from cifar_dist.evaluate.driver import Evaluation, choose, merge
 from cifar_dist.evaluate.scores import count, wilson_interval
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
@@ -174,6 +174,28 @@ def test_one_and_three_shards_give_the_same(run, merged, thirds):
         for split in SPLITS:
             assert again[split][1].to_dict() == merged[split][1].to_dict(), split
             assert again[split][0].equals(merged[split][0]), split
+
+
+def test_in_bf16_other_numbers_come_of_the_same_images(run, thirds):
+    """The precision is really used, and does not break what is counted."""
+    exact, coarse = thirds[0]["test"][0], run.shard(0, 3, precision="bf16")["test"][0]
+    assert coarse["id"].equals(exact["id"])
+    apart = np.abs(np.array(coarse["probability_1"]) - np.array(exact["probability_1"]))
+    assert 1e-4 < apart.max() < 0.2
+    assert np.mean(np.array(coarse["prediction_1"]) == np.array(exact["prediction_1"])) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("trained", "wanted", "gpu", "used"),
+    [
+        *(("bf16", "run", False, "bf16"), ("bf16", "run", True, "bf16"), ("fp32", "run", True, "fp32")),
+        *(("fp16", "run", True, "fp16"), ("fp16", "run", False, "fp32")),  # CPUs have no instructions for it
+        *(("bf16", "fp32", True, "fp32"), ("fp16", "fp32", False, "fp32")),
+    ],
+)
+def test_the_precision_is_that_of_training_or_fp32(run, trained, wanted, gpu, used):
+    checkpoint = Checkpoint(run.checkpoint.name, {**run.checkpoint.meta, "precision": trained})
+    assert driver.precision_of(checkpoint, wanted, gpu=gpu) == used
 
 
 def test_every_image_of_each_split_comes_once(run, merged):
@@ -402,6 +424,10 @@ def test_page_shows_flip_tta_as_a_row_of_its_own(page, merged, flipped):
 
 def test_page_says_what_must_be_said(page):
     assert page.text.count("starts from RANDOM weights <not> ImageNet's") == 2
+
+
+def test_page_says_in_which_precision_each_run_was_evaluated(page):
+    assert page.text.count("Evaluated in bf16.") == 2
 
 
 def test_hostile_class_names_are_text(page):
