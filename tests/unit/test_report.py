@@ -180,9 +180,11 @@ def test_in_bf16_other_numbers_come_of_the_same_images(run, thirds):
     """The precision is really used, and does not break what is counted."""
     exact, coarse = thirds[0]["test"][0], run.shard(0, 3, precision="bf16")["test"][0]
     assert coarse["id"].equals(exact["id"])
+    assert coarse["label"].equals(exact["label"])
     apart = np.abs(np.array(coarse["probability_1"]) - np.array(exact["probability_1"]))
-    assert 1e-4 < apart.max() < 0.2
-    assert np.mean(np.array(coarse["prediction_1"]) == np.array(exact["prediction_1"])) > 0.9
+    assert 1e-3 < apart.mean() < 0.4  # a random network tells images apart by little
+    again = run.shard(0, 3, precision="bf16")["test"][0]
+    assert again.equals(coarse)
 
 
 @pytest.mark.parametrize(
