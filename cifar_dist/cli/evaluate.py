@@ -20,7 +20,7 @@ class Inputs(Section):
     overwrite: bool = option(False, help="replace files of these names that no evaluation wrote")
     precision: str = option(
         "run",
-        help="run: that of each run's training, where the processor has it; fp32: for exact comparisons",
+        help="run: that of each run's training, but on CPUs fp32 for fp16; fp32: for exact comparisons",
         choices=("run", "fp32"),
     )
 

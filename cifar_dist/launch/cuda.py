@@ -16,8 +16,10 @@ from pathlib import Path
 from cifar_dist import environment
 from cifar_dist.versions import package_versions
 
-QUERY = ["nvidia-smi", "--query-gpu=driver_version,compute_cap,name", "--format=csv,noheader"]
-GPU_LINE = re.compile(r"((\d+)[\d.]*), (\d+)\.(\d+), .+")  # such as '580.65.06, 9.0, NVIDIA H100 80GB HBM3'
+# Drivers of the branch 470 and older know no compute_cap.
+QUERIES = ("driver_version,compute_cap,name", "driver_version,name")
+# Such as '580.65.06, 9.0, NVIDIA H100 80GB HBM3', '580.65.06, [N/A], GRID', or '470.10, Tesla V100'.
+GPU_LINE = re.compile(r"((\d+)[\d.]*), (?:(?:(\d+)\.(\d+)|\[.*?\]), )?.+")
 DALI = re.compile(r"nvidia-dali-cuda(\d+)0")
 SEE = "see docs/training.md, GPUs"
 Capability = tuple[int, int]
@@ -58,14 +60,20 @@ def torch_cuda() -> str:
 def gpus() -> str:
     """Returns a line 'driver version, compute capability, name' for each GPU, or nvidia-smi's error message.
 
-    '' without nvidia-smi."""
-    if shutil.which(QUERY[0]) is None:
+    '' without nvidia-smi. Old drivers give lines without the compute capability."""
+    if shutil.which("nvidia-smi") is None:
         return ""
-    try:
-        done = subprocess.run(QUERY, check=False, capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
-        return "nvidia-smi does not answer"
-    return (done.stdout.strip() or done.stderr.strip()) if done.returncode else done.stdout.strip()
+    said = ""
+    for query in QUERIES:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+        except subprocess.TimeoutExpired:
+            return "nvidia-smi does not answer"
+        said = said or done.stdout.strip() or done.stderr.strip()
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return said
 
 
 def c_compiler() -> str:
@@ -79,10 +87,10 @@ def c_compiler() -> str:
     return compiler
 
 
-def rdma() -> str:
+def rdma(root: Path = Path("/")) -> str:
     """Returns the node's RDMA devices and how much memory a process may lock for them. '' without such devices."""
-    devices = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
-    if not devices or not Path("/dev/infiniband").exists():
+    devices = sorted(path.name for path in (root / "sys/class/infiniband").glob("*"))
+    if not devices or not (root / "dev/infiniband").exists():
         return ""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return f"{', '.join(devices)}; {'unlimited' if limit == resource.RLIM_INFINITY else limit >> 20} MiB may be locked"
@@ -107,12 +115,14 @@ def build_fault(torch_cuda: str, packages: Mapping[str, str] | None = None) -> s
 def gpu_fault(gpus: str, torch_cuda: str) -> str:
     """Returns why torch's build does not fit the node's GPUs and driver, naming the extra that fits, or ''.
 
-    `gpus`: from gpus(). `torch_cuda`: such as '13.2'."""
+    `gpus`: from gpus(). `torch_cuda`: such as '13.2'; without it build_fault() says what is wrong."""
     found = [match for line in gpus.splitlines() if (match := GPU_LINE.fullmatch(line.strip()))]
     if not found or len(found) < len(gpus.splitlines()):
         output = "; ".join(gpus.splitlines()) or "it is not there"
         return f"nvidia-smi names no driver ({output}); install NVIDIA's driver, or use --device cpu"
-    driver, capabilities = int(found[0][2]), {(int(match[3]), int(match[4])) for match in found}
+    if not torch_cuda:
+        return ""
+    driver, capabilities = int(found[0][2]), {(int(match[3]), int(match[4])) for match in found if match[3]}
     own = BUILDS.get(major_of(torch_cuda))
     if own is None:
         return f"torch is built for CUDA {torch_cuda}, which this project does not know; {SEE}"

@@ -48,9 +48,11 @@ class FrozenBase:
         # On a GPU, launches dominate the cost of small kernels, so callers compile the base there.
         self.forward = self._forward
 
-    def compile(self) -> "FrozenBase":
-        self.forward = torch.compile(self._forward, dynamic=False)
-        return self
+    def compile(self, sizes: set[int]) -> None:
+        """Compiles the forward pass for batches of the given sizes, each at its first use. Others run as they are."""
+        compiled = torch.compile(self._forward, dynamic=False)
+        at_once = {CPU_CHUNK} if next(self.base.parameters()).device.type == "cpu" else sizes
+        self.forward = lambda images: (compiled if len(images) in at_once else self._forward)(images)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         n, chunk = len(images), CPU_CHUNK if images.device.type == "cpu" else len(images)

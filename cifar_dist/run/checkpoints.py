@@ -17,6 +17,7 @@ from cifar_dist.run.checkpoint import (
     Cursor,
     Damaged,
     Mark,
+    Score,
     best_first,
     check_meta,
     check_optimizer,
@@ -78,6 +79,10 @@ class Checkpoints:
     def best(self) -> Checkpoint | None:
         """Returns the checkpoint with the best validation accuracy, or the latest if none was validated."""
         return next(iter(best_first(self.all())), None)
+
+    def best_score(self, newest: Checkpoint) -> Score:
+        """Returns the best score up to the checkpoint `newest`. Newer ones could not be read and come again."""
+        return max(checkpoint.score for checkpoint in self.all() if checkpoint.age <= newest.age)
 
     def where(self, name: str) -> str:
         return join_uri(self.folder.uri, name)

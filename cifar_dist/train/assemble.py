@@ -24,7 +24,7 @@ from cifar_dist.train.images import Images
 from cifar_dist.train.job import Job
 from cifar_dist.train.optim import average_of, make_optimizers
 from cifar_dist.train.reporting import Reporter
-from cifar_dist.train.state import START, TrainState
+from cifar_dist.train.state import START, TrainState, images_of
 from cifar_dist.train.step import backward, without_exchange
 
 
@@ -46,11 +46,11 @@ def assemble(job: Job, device: torch.device, *, rank: int, world: int, local_wor
     # A laptop may run more workers than it has cores.
     num_threads = max(1, min(job.num_cpus_per_worker, num_cpus() // local_world))
     torch.set_num_threads(num_threads)
+    compiled = private_folder(staging_root(job.plan.data.staging.folder) / "compiled")
+    set_up_compiler(str(compiled), num_threads)  # before torch imports its compiler, as the next line does
     torch.use_deterministic_algorithms(config.loop.deterministic)
     torch.backends.cudnn.benchmark = not config.loop.deterministic
     use_exact_fp32()
-    compiled = private_folder(staging_root(job.plan.data.staging.folder) / "compiled")
-    set_up_compiler(str(compiled), num_threads)
     data, spec = open_data(job), image_spec(config, device)
     loader = Loader(
         data,
@@ -95,14 +95,16 @@ def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:
     base, state.trainable = split_frozen(state.model, state.precision.dtype)
     if base is None:
         return
-    if state.compiles:
-        base.compile()
     data, loader = state.config.data, images.loader
+    batch_size = min(state.config.loop.global_batch_size, len(images.train_ids))
+    num_at_once = -(-batch_size // state.world)
+    if state.compiles:
+        start, stop, _, _ = order.rank_part(0, batch_size, batch_size, state.rank, state.world)
+        base.compile({stop - start, num_at_once, eval_batch(state.device, data.image_size)})
     images.reader = state.input_of = Features(loader, base)
     if data.features == "cached":
         ids, num_variants = (images.train_ids, images.validation_ids), NUM_VARIANTS[data.flips]
         if fits_device(loader, base, len(ids[0]) * num_variants + len(ids[1])):
-            num_at_once = -(-state.config.loop.global_batch_size // state.world)
             kept = DeviceFeatures(loader, base, *ids, num_variants=num_variants, num_at_once=num_at_once)
             images.reader = state.input_of = kept
             reporter.say(kept.notice)
@@ -132,9 +134,9 @@ def wrap(state: TrainState, num_train: int) -> None:
 
 
 def compile_now(state: TrainState, images: Images) -> None:
-    """If the network is compiled, compiles it for full batches, which takes up to minutes, and leaves no trace.
+    """If the network is compiled, compiles all that will be, which takes up to minutes, and leaves no trace.
 
-    In the first step, faster ranks would wait for slower ones with a time limit."""
+    In a step or in validation, faster ranks would wait for slower ones with a time limit."""
     if not state.compiles:
         return
     kept = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
@@ -145,3 +147,6 @@ def compile_now(state: TrainState, images: Images) -> None:
     state.model.zero_grad(set_to_none=True)
     for name, buffer in state.model.named_buffers():
         buffer.copy_(kept[name])
+    if state.input_of is not images_of:  # a compiled base computes features for validation too
+        for batch in islice(images.validation_batches(), 1):
+            state.input_of(batch)

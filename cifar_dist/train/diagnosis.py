@@ -10,7 +10,7 @@ from cifar_dist.run.network import weights_notice
 from cifar_dist.train.images import Images
 from cifar_dist.train.job import Plan
 from cifar_dist.train.optim import schedule_factor
-from cifar_dist.train.reporting import Reporter
+from cifar_dist.train.reporting import Place, Reporter
 from cifar_dist.train.state import TrainState
 from cifar_dist.train.validation import Validation
 
@@ -147,12 +147,12 @@ class Diagnosis:
         self.state, self.num_classes, self.reporter, self.validation = state, num_classes, reporter, validation
         self._is_done = False
 
-    def check_training(self, accuracy: float, num_seen: int) -> None:
-        """Warns if training accuracy is still at chance after `chance_warning_steps`."""
+    def check_training(self, accuracy: float, num_seen: int, place: Place) -> None:
+        """Warns if training accuracy, measured at `place`, is still at chance after `chance_warning_steps`."""
         after = self.state.config.loop.chance_warning_steps
         message = chance_warning(accuracy, num_seen, self.num_classes)
-        if message and 0 < after <= self.state.global_step:
-            self.reporter.warn("train_at_chance", message)
+        if message and 0 < after <= place.global_step:
+            self.reporter.warn("train_at_chance", message, place)
 
     def check_validation(self, model: torch.nn.Module, train: float, validation: float) -> None:
         """If only validation stays near chance, warns whether the weight average or BatchNorm's statistics lag."""

@@ -95,8 +95,9 @@ def validate(
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=precision.device)
     for batch in batches:
+        inputs = input_of(batch)
         with precision.autocast():
-            logits = model(input_of(batch))
+            logits = model(inputs)
         loss = F.cross_entropy(logits.float(), batch.labels, reduction="sum")
         correct = (logits.argmax(1) == batch.labels).sum()
         totals += torch.stack([loss.double(), correct.double(), torch.full_like(totals[0], len(batch.labels))])

@@ -33,11 +33,14 @@ class Readiness:
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_seconds))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """After this rank's work, raises RankHangsError, or torch's error if another rank does not answer."""
+    def together(self, *, least_seconds: float = 0.0) -> Iterator[None]:
+        """After this rank's work, raises RankHangsError, or torch's error if another rank does not answer.
+
+        `least_seconds`: for work that may use no CPU time of this process for so long."""
+        limit = max(self.limit_seconds, least_seconds)
         is_done, failures = threading.Event(), list[Exception]()
         clock = time.pthread_getcpuclockid(threading.get_ident())
-        thread = threading.Thread(target=self._exchange_status, args=(clock, is_done, failures), daemon=True)
+        thread = threading.Thread(target=self._exchange_status, args=(clock, limit, is_done, failures), daemon=True)
         thread.start()
         yield
         is_done.set()
@@ -45,7 +48,9 @@ class Readiness:
         if failures:
             raise failures[0]
 
-    def _exchange_status(self, clock: int, is_done: threading.Event, failures: list[Exception]) -> None:
+    def _exchange_status(
+        self, clock: int, limit_seconds: float, is_done: threading.Event, failures: list[Exception]
+    ) -> None:
         used, moved_at = time.clock_gettime(clock), [time.monotonic()] * self.world
         every = torch.zeros(self.world, 2, dtype=torch.bool)
         try:
@@ -56,7 +61,7 @@ class Readiness:
                 now = time.monotonic()
                 moved_at = [now if any(row) else at for row, at in zip(every.tolist(), moved_at, strict=True)]
                 waited = now - min(moved_at)
-                if waited > self.limit_seconds:
+                if waited > limit_seconds:
                     self._give_up(moved_at.index(min(moved_at)), waited)
         except Exception as error:
             failures.append(error)

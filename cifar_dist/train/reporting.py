@@ -32,13 +32,13 @@ class Reporter:
         if self.state.rank == 0:
             self.progress.say.remote(message)
 
-    def warn(self, kind: str, message: str, **values: Any) -> None:
-        """Prints a warning once per attempt and records it once per run."""
+    def warn(self, kind: str, message: str, place: Place | None = None, **values: Any) -> None:
+        """Prints a warning once per attempt and records it once per run, at the given place or else the current one."""
         if self.log and kind not in self._warned:
             self._warned.add(kind)
             self.say(f"WARNING: {message}")
             if kind not in self.log.warnings:
-                self.record("warning", warning=kind, message=message, **values)
+                self.record("warning", place, warning=kind, message=message, **values)
 
     def note_checkpoint(self, _name: str, fault: str) -> None:
         """Warns of a damaged checkpoint that is passed over."""

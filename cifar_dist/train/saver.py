@@ -1,6 +1,7 @@
 """Stores a run's log and checkpoints from rank 0, in a thread, while training continues."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -43,18 +44,19 @@ class HostMemory:
 
 
 class Write(NamedTuple):
-    """A write in the saver's thread, of a checkpoint or else of the log."""
+    """A write in the saver's thread. `copy` holds a checkpoint's state until its write begins, None for the log."""
 
     outcome: Future[None]
-    is_checkpoint: bool
-    is_best: bool
+    copy: list[CheckpointState] | None = None
+    is_best: bool = False
 
 
 class Saver:
     """Stores the log and the checkpoints of one attempt of a run, in order, in one thread.
 
-    An error in the thread is raised by the next call. Each write is fenced: it raises UserError if another job has
-    taken over the run.
+    An error in the thread is raised by the next call, and nothing is written after it. Each write is fenced: it raises
+    UserError if another job has taken over the run. `may_drop`: whether a checkpoint that waits may give its place to a
+    newer one.
     """
 
     def __init__(
@@ -67,8 +69,9 @@ class Saver:
         global_step: int,
         mark: Mark | None,
         num_kept: int,
+        may_drop: bool = True,
     ) -> None:
-        self.attempt, self.num_kept = attempt, num_kept
+        self.attempt, self.num_kept, self.may_drop = attempt, num_kept, may_drop
         self.attempts, self.checkpoints = run.attempts(driver), run.checkpoints
         self._fence()  # the log is cut at the mark, so a superseded attempt would delete newer lines
         self.log = RunLog(run.folder, global_step, mark)
@@ -78,6 +81,7 @@ class Saver:
         self.saved_at = time.monotonic()
         self._pool = ThreadPoolExecutor(1)
         self._writes: list[Write] = []  # in order, those that are not known to be done
+        self._error: BaseException | None = None  # of the thread
 
     def wait(self) -> None:
         """Waits until all pending writes are done."""
@@ -94,8 +98,8 @@ class Saver:
         """Copies the state on its device, which takes milliseconds, and stores the copy in the background.
 
         One checkpoint is written at a time, and the next one waits. A newer one takes its place, unless only the
-        waiting one is the best (`is_best`): then this call waits for the write before. Training does not wait for a
-        storage that takes longer than an epoch.
+        waiting one is the best (`is_best`): then this call waits for the write before. So training does not wait for a
+        storage that takes longer than an epoch, and there are two copies at most.
         """
         start = time.perf_counter()
         self._make_room(is_best)
@@ -106,7 +110,8 @@ class Saver:
             ready = torch.cuda.Event()
             ready.record()
         self._submit_log(taken)
-        self._writes.append(Write(self._pool.submit(self._store, cursor, copy, meta, ready), True, is_best))
+        outcome = self._pool.submit(self._run, self._store, cursor, copy, meta, ready)
+        self._writes.append(Write(outcome, copy, is_best))
         self.saved_at = time.monotonic()
         self.stall_seconds += time.perf_counter() - start
 
@@ -117,18 +122,30 @@ class Saver:
             self._submit_log(self.log.take())
 
     def _submit_log(self, taken: Taken) -> None:
-        self._writes.append(Write(self._pool.submit(self._store_log, taken), False, False))
+        self._writes.append(Write(self._pool.submit(self._run, self._store_log, taken)))
+
+    def _run(self, write: Callable[..., None], *args: Any) -> None:
+        """Runs a write in the thread. After an error none runs: a checkpoint must not name a log that is not stored."""
+        if self._error:
+            raise self._error
+        try:
+            write(*args)
+        except BaseException as error:
+            self._error = error
+            raise
 
     def _make_room(self, is_best: bool) -> None:
-        """Drops the checkpoint that waits, or waits for the one before it: at most two copies exist at a time."""
+        """Drops the checkpoint that waits, with its copy, or waits for the one before it."""
         while self._writes and self._writes[0].outcome.done():
             self._finish_first()
-        checkpoints = [write for write in self._writes if write.is_checkpoint]
+        checkpoints = [write for write in self._writes if write.copy is not None]
         if len(checkpoints) < 2:
             return
         running, waiting = checkpoints
-        if (is_best or not waiting.is_best) and waiting.outcome.cancel():
+        may_drop = self.may_drop and (is_best or not waiting.is_best)
+        if may_drop and waiting.copy is not None and waiting.outcome.cancel():
             self._writes.remove(waiting)
+            waiting.copy.clear()  # the pool keeps what was cancelled until its turn comes
         else:
             while running in self._writes:
                 self._finish_first()

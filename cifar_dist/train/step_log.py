@@ -65,7 +65,7 @@ class StepLog:
         values |= {"learning_rate": line.learning_rate, **rates}
         self.reporter.record("step", line.place, **values)
         self.reporter.send(values, line.place)
-        self.diagnosis.check_training(correct / seen, int(seen))
+        self.diagnosis.check_training(correct / seen, int(seen), line.place)
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,8 @@ from cifar_dist.train.step_log import StepLog
 from cifar_dist.train.tracing import Tracer
 from cifar_dist.train.validation import Validation
 
+COMPILE_SECONDS = 600  # for one kernel or file: meanwhile this process only waits for the compiler's processes
+
 
 class Stop(Exception):
     """Training stops at this step, because the job was asked to stop."""
@@ -56,7 +58,7 @@ def train_worker(job: Job, a_node_is_leaving: Callable[[], bool]) -> None:
     with readiness.together():
         assemble.split_base(state, images, worker.reporter)
     assemble.wrap(state, len(images.train_ids))
-    with readiness.together():
+    with readiness.together(least_seconds=COMPILE_SECONDS):
         assemble.compile_now(state, images)
     worker.run()
 
@@ -134,16 +136,16 @@ class Worker:
             global_step=self.state.global_step,
             mark=found[1].log if found else None,
             num_kept=config.checkpoint.keep_checkpoints,
+            may_drop=config.checkpoint.checkpoint_every_seconds > 0,
         )
         self.reporter.log = self.saver.log
-        best = self.run_folder.checkpoints.best() if found else None
         zero = RankZero(
             config.checkpoint,
             saver=self.saver,
             a_node_is_leaving=self.a_node_is_leaving,
             asks_to_stop=self._is_asked_to_stop,
             say=self.reporter.say,
-            best=best.score if best else LOWEST,
+            best=self.run_folder.checkpoints.best_score(found[0]) if found else LOWEST,
         )
         self.cadence = Cadence(config, zero)
         if self.saver.log.lost:
@@ -217,7 +219,7 @@ class Worker:
             text = f"the validation loss after epoch {state.cursor.epoch + 1} is not finite: it is stored as null"
             text += ", and this epoch is never the best; try --precision fp32"
             self.reporter.warn("validation_not_finite", text)
-        self.diagnosis.check_training(correct / seen, int(seen))
+        self.diagnosis.check_training(correct / seen, int(seen), self.reporter.place())
         self.diagnosis.check_validation(network, correct / seen, num_correct / num_validation)
         if self.saver:
             stall = self.saver.stall_seconds

@@ -97,6 +97,25 @@ def test_a_build_that_does_not_fit_is_named_with_the_extra_that_does(
     assert "see docs/training.md, GPUs" in text
 
 
+def test_an_old_driver_that_knows_no_compute_capability_is_still_named(tmp_path, monkeypatch):
+    said = 'Field "compute_cap" is not a valid field to query.'
+    script = f"case $1 in *compute_cap*) echo '{said}'; exit 2;; *) echo '470.223.02, Tesla V100-SXM2-16GB';; esac"
+    nvidia_smi(tmp_path / "bin", script)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert gpus() == "470.223.02, Tesla V100-SXM2-16GB"
+    assert gpu_fault(gpus(), "12.8").startswith("driver 470.223.02 is older than 525")
+    assert "driver 470.223.02 is older than 580" in gpu_fault(gpus(), "13.2")
+
+
+def test_a_capability_that_is_not_known_is_not_judged():
+    assert gpu_fault("580.1, [N/A], GRID A100", "13.2") == ""
+
+
+def test_without_cuda_in_torch_the_build_is_the_fault_and_not_the_gpu():
+    assert gpu_fault(line("580.1", "9.0"), "") == ""
+    assert build_fault("", DALI["cuda13"]).startswith("torch is built without CUDA")
+
+
 def test_one_gpu_without_an_answer_is_a_fault():
     text = gpu_fault(f"{line('580.1', '9.0')}\nUnable to determine the device handle", "13.2")
     assert "Unable to determine the device handle" in text
@@ -158,8 +177,15 @@ def test_the_compiler_is_the_one_that_triton_takes(tmp_path, monkeypatch):
     assert c_compiler() == "/opt/cc"
 
 
-def test_without_infiniband_there_is_no_rdma():
-    assert rdma() == "" or "may be locked" in rdma()
+def test_rdma_devices_are_named_with_the_memory_that_may_be_locked(tmp_path, monkeypatch):
+    assert rdma(tmp_path) == ""
+    for name in ("mlx5_1", "mlx5_0"):
+        (tmp_path / "sys/class/infiniband" / name).mkdir(parents=True)
+    assert rdma(tmp_path) == ""  # the node has it, this container has not
+    (tmp_path / "dev/infiniband").mkdir(parents=True)
+    for limit, words in ((8 << 20, "8 MiB"), (cuda.resource.RLIM_INFINITY, "unlimited MiB")):
+        monkeypatch.setattr(cuda.resource, "getrlimit", lambda _kind, limit=limit: (limit, limit))
+        assert rdma(tmp_path) == f"mlx5_0, mlx5_1; {words} may be locked"
 
 
 # The extras.

@@ -4,6 +4,8 @@ import functools
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -131,6 +133,37 @@ def test_nothing_is_compiled_where_nothing_is_to_be(tmp_path):
     worker = Stored(tmp_path, compile="off")
     worker.images = None
     assemble.compile_now(worker.state, worker.images)
+
+
+def test_torch_s_compiler_takes_what_the_worker_sets_up(tmp_path):
+    """In a fresh process, up to the end of what assemble() sets of torch."""
+    program = f"""
+import os
+from types import SimpleNamespace as Values
+from cifar_dist.train import assemble
+from cifar_dist.config import Config
+
+class Enough(Exception):
+    pass
+
+def stop(_job):
+    raise Enough
+
+assemble.open_data, assemble.num_cpus = stop, lambda: 3
+plan = Values(config=Config(), data=Values(staging=Values(folder={str(tmp_path)!r})))
+try:
+    assemble.assemble(Values(plan=plan, num_cpus_per_worker=3), None, rank=0, world=1, local_world=1)
+except Enough:
+    pass
+import torch._inductor.config as config
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+print(config.compile_threads, cache_dir())
+"""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=False)
+    folder = tmp_path / f"cifar_dist-staged-{os.geteuid()}" / "compiled"
+    assert done.stdout.split() == ["3", str(folder)], done.stderr
+    assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_compiler_is_set_up_only_where_the_user_has_not(monkeypatch):

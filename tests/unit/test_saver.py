@@ -4,6 +4,7 @@ A process that is killed at any point of a write leaves a run that can be contin
 """
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,6 +31,7 @@ from cifar_dist.run.folder import Run
 from cifar_dist.run.log import read_lines, read_log
 from cifar_dist.run.ownership import Attempts
 from cifar_dist.storage import Folder
+from cifar_dist.train import saver as saver_module
 from cifar_dist.train.saver import Saver
 
 A, B = "aaaaaaaa", "bbbbbbbb"
@@ -212,6 +215,74 @@ def test_checkpoints_are_of_the_savers_attempt(uri):
 
 
 # The thread.
+
+
+def test_while_one_checkpoint_is_written_there_are_two_copies_at_most(uri, gates, monkeypatch):
+    """However many come: what was dropped is gone from memory too."""
+    copies = weakref.WeakSet()
+
+    class Copy(CheckpointState):
+        def __init__(self, **content: Any) -> None:
+            super().__init__(**content)
+            copies.add(self)
+
+        __hash__ = object.__hash__
+
+    saver = saver_of(uri)
+    gate = held(saver, gates, 2)
+    monkeypatch.setattr(saver_module, "CheckpointState", Copy)
+    for epoch in range(1, 7):
+        save(saver, epoch)
+        assert gate.reached.wait(60)
+        gc.collect()
+        assert len(copies) == min(epoch, 2)
+    gate.passed.set()
+    saver.wait()
+    assert [c.cursor.epoch for c in Checkpoints(uri).all()] == [1, 6]
+
+
+def test_every_checkpoint_is_stored_if_none_may_be_dropped(uri, gates):
+    saver = saver_of(uri)
+    saver.may_drop = False
+    gate = held(saver, gates, 2)
+    with ThreadPoolExecutor(1) as pool:
+        calls = [pool.submit(save, saver, epoch) for epoch in (1, 2, 3)]
+        assert gate.reached.wait(60)
+        calls[1].result(60)
+        with pytest.raises(TimeoutError):
+            calls[2].result(0.2)
+        gate.passed.set()
+        calls[2].result(60)
+    saver.wait()
+    assert [c.cursor.epoch for c in Checkpoints(uri).all()] == [1, 2, 3]
+
+
+def test_after_an_error_nothing_more_is_written(uri, gates, monkeypatch):
+    """Or a checkpoint would name a log that is not there, and the next start would begin another."""
+    saver = saver_of(uri)
+    save(saver, 1)
+    saver.wait()
+    gate = held(saver, gates)
+    store = saver.log.store
+
+    def fail_once(_taken: Any) -> None:
+        saver.log.store = store
+        raise OSError(errno.EIO, "it was not written")
+
+    monkeypatch.setattr(saver.log, "store", fail_once)
+    for epoch in (2, 3):
+        saver.log.add("step", epoch, epoch, train_loss=1.0)
+        save(saver, epoch)
+    assert gate.reached.wait(60)
+    gate.passed.set()
+    for _ in range(2):
+        with pytest.raises(OSError, match="it was not written"):
+            saver.wait()
+    settle(saver)
+    assert [c.cursor.epoch for c in Checkpoints(uri).all()] == [1]
+    assert steps(uri) == []
+    resumed = saver_of(uri, mark=Checkpoints(uri).load_newest(EXPECT)[1].log)
+    assert not resumed.log.lost
 
 
 @pytest.mark.parametrize(

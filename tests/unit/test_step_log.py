@@ -12,6 +12,7 @@ from cifar_dist.config import Config
 from cifar_dist.errors import UserError
 from cifar_dist.run.checkpoint import Cursor
 from cifar_dist.run.network import Precision
+from cifar_dist.train.diagnosis import Diagnosis
 from cifar_dist.train.loop import Clock
 from cifar_dist.train.reporting import Reporter
 from cifar_dist.train.state import TrainState
@@ -83,7 +84,7 @@ def test_a_line_says_the_same_whenever_it_is_finished():
     assert [[sent[name] for name in ("global_step", "epoch", *VALUES)] for sent in now.sent] == [
         [sent[name] for name in ("global_step", "epoch", *VALUES)] for sent in later.sent
     ]
-    assert now.checked == later.checked == [(0.25, 4), (0.25, 8), (0.25, 12)]
+    assert now.checked == later.checked == [(0.25, 4 * step, (0, step)) for step in (1, 2, 3)]
     assert now.log[2][3]["train_loss"] == 1.0
 
 
@@ -97,6 +98,22 @@ def test_rates_are_those_of_the_moment_when_the_line_began():
     ((*_, values),) = rank.log
     assert values["images_per_second"] * values["seconds"] == pytest.approx(4, rel=0.1)
     assert values["data_wait_seconds"] == 0
+
+
+@pytest.mark.parametrize("defers", [False, True])
+def test_a_warning_is_of_the_step_of_its_line(defers):
+    """So that it does not depend on what made the line be finished."""
+    rank = Rank(defers)
+    rank.state.config = rank.state.config.replace(chance_warning_steps=3)
+    rank.lines.diagnosis = Diagnosis(rank.state, 4, rank.lines.reporter, None)
+    rank.lines.reporter.progress.say = SimpleNamespace(remote=lambda _text: None)
+    rank.log.warnings = set()
+    for _ in range(5):
+        rank.step()
+        if rank.state.global_step == 2:
+            rank.lines.finish()
+    rank.lines.finish()
+    assert [line[:3] for line in rank.log if line[0] == "warning"] == [("warning", 0, 3)]
 
 
 @pytest.mark.parametrize("defers", [False, True])

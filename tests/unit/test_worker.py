@@ -623,7 +623,7 @@ def test_training_at_chance_is_warned_of_from_the_step_on_that_was_asked_for(tmp
     worker = Stored(tmp_path, chance_warning_steps=3).opened()
     for step in (2, 3, 4):
         worker.state.cursor = Cursor(0, step)
-        worker.diagnosis.check_training(0.1, 1000)
+        worker.diagnosis.check_training(0.1, 1000, worker.reporter.place())
         assert [text.split(":")[0] for text in worker.said] == ["WARNING"] * (step > 2)
     assert "training accuracy is 10.0%, chance is 10.0%: the network is not learning" in worker.said[0]
     worker.saver.log.store(worker.saver.log.take())
@@ -633,7 +633,7 @@ def test_training_at_chance_is_warned_of_from_the_step_on_that_was_asked_for(tmp
 @pytest.mark.usefixtures("alone")
 def test_training_is_diagnosed_with_every_logged_step_and_epoch(tmp_path):
     worker, seen = Stored(tmp_path, epochs=1, log_every_steps=4).resumed(), []
-    worker.diagnosis.check_training = lambda _accuracy, num_seen: seen.append(num_seen)
+    worker.diagnosis.check_training = lambda _accuracy, num_seen, _place: seen.append(num_seen)
     worker.run()
     assert seen == [20, 30]
 
