@@ -174,7 +174,7 @@ class CheckpointConfig(TrainingSection):
     )
     checkpoint_every_seconds: float = option(
         300.0,
-        help="most seconds between checkpoints; best epochs and the last always have one (0: all epochs do)",
+        help="seconds between checkpoints; the best epoch and the last have one anyway (0: every epoch has one)",
         minimum=0,
         may_change=True,
     )
