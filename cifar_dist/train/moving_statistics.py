@@ -37,8 +37,9 @@ def recalibrate_batchnorm(
         for layer in layers:
             layer.train()
             layer.momentum = i / (i + 1)
+        inputs = input_of(batch)
         with precision.autocast():
-            model(input_of(batch))
+            model(inputs)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.train(was_training)

@@ -179,3 +179,10 @@ def test_private_apis_of_ray_are_named_in_one_file(module):
     named |= {ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
     private = {name for name in named if re.match(r"ray\.(.*\.)?_", name) or ".v2." in name}
     assert private == set()
+
+
+@pytest.mark.parametrize("module", sorted(PACKAGE))
+def test_workers_report_nothing_to_ray(module):
+    """Ray takes a report every half second, so a report an epoch would hold up epochs that are faster."""
+    called = {ast.unparse(n.func) for n in ast.walk(ast.parse(PACKAGE[module].read_text())) if isinstance(n, ast.Call)}
+    assert not {name for name in called if name.endswith("train.report") or name == "report"}
