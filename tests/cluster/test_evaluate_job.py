@@ -103,7 +103,7 @@ def test_a_shard_that_is_lost_three_times_comes_with_the_fourth_attempt(
     monkeypatch.setattr(driver, "evaluate_shard", dying(3, attempts))
     data = DataSet.open(tiny_uri)
     chosen = driver.choose([str(whole_run[0])], data)
-    (found,) = driver.evaluate(chosen, data, str(tmp_path), num_shards=2)
+    (found,) = driver.evaluate(chosen, data, str(tmp_path), num_shards=2, precision="fp32")
     assert len(attempts.read_text().splitlines()) == 4
     assert {split: counts.to_dict() for split, counts in found.counts.items()} == integers(one_shard)
     for split, table in found.predictions.items():

@@ -332,7 +332,7 @@ class Runs(Group):
         def read() -> None:
             for run, best in choose([str(copy / "run")], DataSet.open(self.data)):
                 made = run_report(
-                    Evaluation(run=run, checkpoint=best, predictions={}, counts={"test": counts}),
+                    Evaluation(run=run, checkpoint=best, precision="fp32", predictions={}, counts={"test": counts}),
                     [str(i) for i in range(10)],
                 )
                 to_json(made)
