@@ -1,9 +1,14 @@
-"""Counts the CPUs that this process may use: a container's limit or a CPU binding may allow fewer than exist."""
+"""Counts the CPUs that this process may use, and names the instructions that they have.
+
+A container's limit or a CPU binding may allow fewer CPUs than exist."""
 
 import os
+import platform
+import re
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+ARITHMETIC = r"sse|avx|amx|fma|f16c|asimd|sve|bf16|i8mm"
 
 
 def num_cpus() -> int:
@@ -50,3 +55,16 @@ def quota_of(group: Path) -> float | None:
         return float(quota) / float(period) if quota not in ("max", "-1") else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
+
+
+def instruction_sets(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Returns the processor's architecture and its instructions for arithmetic, as Linux names them: 'amx_bf16', 'sve'.
+
+    Not asked of torch: its version 2.10 does not name them. Without the file, returns the architecture alone."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:
+        text = ""
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)  # of x86 or ARM, and of the first CPU
+    named = line[1].split() if line else []
+    return frozenset([platform.machine(), *(name for name in named if re.match(ARITHMETIC, name))])

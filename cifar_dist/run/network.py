@@ -10,6 +10,7 @@ import torch
 
 from cifar_dist import models
 from cifar_dist.config import Config
+from cifar_dist.cpus import instruction_sets
 from cifar_dist.data import order
 from cifar_dist.data.manifest import Manifest
 from cifar_dist.data.order import ImageSpec
@@ -134,8 +135,7 @@ class Precision:
             if device.type == "cuda":
                 name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
             else:
-                has = torch.cpu.get_capabilities()
-                name = "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "fp32"
+                name = "bf16" if instruction_sets() & {"amx_bf16", "avx512_bf16"} else "fp32"
         self.name, self.device = name, device
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from cifar_dist.cpus import instruction_sets
 from cifar_dist.train.moment import Moment
 
 BUCKET_BYTES = 25 << 20  # DistributedDataParallel's default: a larger gradient is exchanged alone
@@ -114,7 +115,7 @@ def factor_layers(model: nn.Module, num_rows: int, dtype: torch.dtype) -> list[F
                 found.append(layer)
     if found:
         processors: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(processors, (dict(torch.cpu.get_capabilities()), torch.get_num_threads()))
+        dist.all_gather_object(processors, (instruction_sets(), torch.get_num_threads()))
         if any(processor != processors[0] for processor in processors):
             return []
     for layer in found:

@@ -75,3 +75,27 @@ def test_the_lesser_of_binding_and_quota_counts(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: bound)
     monkeypatch.setattr(cpus, "cgroup_cpus", lambda: limit)
     assert cpus.num_cpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu sse2 avx512_bf16 amx_bf16 ept\n", {"sse2", "avx512_bf16", "amx_bf16"}),
+        ("processor\t: 0\nFeatures\t: fp asimd sve bf16 cpuid\n", {"asimd", "sve", "bf16"}),
+        ("processor\t: 0\n", set()),
+        (None, set()),
+    ],
+)
+def test_instructions_for_arithmetic_are_those_that_linux_names(tmp_path: Path, text: str | None, expected: set[str]):
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert cpus.instruction_sets(tmp_path / "cpuinfo") == expected | {os.uname().machine}
+
+
+def test_instructions_are_those_that_torch_names_where_it_does():
+    torch = pytest.importorskip("torch")
+    if not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("this torch names none")
+    has = torch.cpu.get_capabilities()
+    for name in ("avx2", "avx512_bf16", "amx_bf16"):
+        assert (name in cpus.instruction_sets()) == bool(has.get(name))
