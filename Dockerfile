@@ -34,10 +34,10 @@ RUN apt-get update \
 COPY --from=environment /opt/venv /opt/venv
 COPY --from=project /opt/project /opt/project
 COPY jobs /opt/cifar_dist/jobs
-# The root may be read-only: what is written goes to /tmp.
 # A node that only mounts its driver has it in /usr/local/nvidia (GKE). With the NVIDIA runtime, CUDA and nvidia-smi suffice.
 ENV PATH=/opt/venv/bin:/usr/local/nvidia/bin:$PATH LD_LIBRARY_PATH=/usr/local/nvidia/lib:/usr/local/nvidia/lib64 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# The root may be read-only: what is written goes to /tmp.
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="cifar_dist" \

@@ -109,7 +109,7 @@ def set_up_compiler(cache_folder: str, num_processes: int) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(num_processes))
 
 
-def c_compiler() -> str | None:
+def chosen_c_compiler() -> str | None:
     """Returns the C compiler that the user has chosen, or None."""
     return os.environ.get("CC") or None
 

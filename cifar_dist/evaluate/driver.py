@@ -82,9 +82,11 @@ def evaluate(
         raise UserError(f"--shards must be 1 or more, not {num_shards}")
     task = task_of(evaluate_shard, gpu=gpu)
 
+    used = {run.name: precision_of(best, precision, gpu=gpu) for run, best in chosen}
+
     def start(run: Run, best: Checkpoint) -> list[Any]:
         settings: dict[str, Any] = {"splits": splits, "num_shards": num_shards, "gpu": gpu, "flip_tta": flip_tta}
-        settings["precision"] = precision_of(best, precision, gpu=gpu)
+        settings["precision"] = used[run.name]
         shards = [Shard(run=run, checkpoint=best, data=data, index=i, **settings) for i in range(num_shards)]
         return [task.remote(shard) for shard in shards]
 
@@ -101,8 +103,8 @@ def evaluate(
             pq.write_table(table, buffer)
             folder.write(predictions_name(run.name, split), buffer.getvalue().to_pybytes())
         tables, counts = {s: t for s, (t, _) in merged.items()}, {s: c for s, (_, c) in merged.items()}
-        used = precision_of(best, precision, gpu=gpu)
-        evaluations.append(Evaluation(run=run, checkpoint=best, precision=used, predictions=tables, counts=counts))
+        found: dict[str, Any] = {"precision": used[run.name], "predictions": tables, "counts": counts}
+        evaluations.append(Evaluation(run=run, checkpoint=best, **found))
     return evaluations
 
 

@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cifar_dist import environment
-from cifar_dist.versions import package_versions
 
 # Drivers of the branch 470 and older know no compute_cap.
 QUERIES = ("driver_version,compute_cap,name", "driver_version,name")
@@ -78,7 +77,7 @@ def gpus() -> str:
 
 def c_compiler() -> str:
     """Returns the C compiler that torch.compile would use on a GPU. Raises OSError if it or Python.h is missing."""
-    compiler = environment.c_compiler() or shutil.which("gcc") or shutil.which("clang")
+    compiler = environment.chosen_c_compiler() or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise FileNotFoundError("there is no C compiler: install gcc, set CC, or use --compile off")
     header = Path(sysconfig.get_paths()["include"], "Python.h")
@@ -96,9 +95,9 @@ def rdma(root: Path = Path("/")) -> str:
     return f"{', '.join(devices)}; {'unlimited' if limit == resource.RLIM_INFINITY else limit >> 20} MiB may be locked"
 
 
-def build_fault(torch_cuda: str, packages: Mapping[str, str] | None = None) -> str:
+def build_fault(torch_cuda: str, packages: Mapping[str, str]) -> str:
     """Returns why the installed builds of torch and DALI do not fit each other, or ''. `packages`: versions by name."""
-    dali = {int(m[1]) for name in packages or package_versions() if (m := DALI.fullmatch(name))}
+    dali = {int(m[1]) for name in packages if (m := DALI.fullmatch(name))}
     both = " or ".join(f"`uv sync --extra {build.extra}`" for build in BUILDS.values())
     if len(dali) != 1:
         found = "both CUDA builds of DALI are" if dali else "DALI is not"

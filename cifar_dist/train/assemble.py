@@ -18,7 +18,7 @@ from cifar_dist.errors import UserError
 from cifar_dist.models.frozen import split_frozen
 from cifar_dist.run.network import Precision, build_model, eval_batch, image_spec, use_exact_fp32
 from cifar_dist.train.communication import parallel
-from cifar_dist.train.compiled import CompiledForFullBatches, full_sizes
+from cifar_dist.train.compiled import CompiledForFullBatches, full_part, full_sizes
 from cifar_dist.train.features import NUM_VARIANTS, DeviceFeatures, Features, fits_device, open_cache
 from cifar_dist.train.images import Images
 from cifar_dist.train.job import Job
@@ -95,12 +95,11 @@ def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:
     base, state.trainable = split_frozen(state.model, state.precision.dtype)
     if base is None:
         return
-    data, loader = state.config.data, images.loader
-    batch_size = min(state.config.loop.global_batch_size, len(images.train_ids))
-    num_at_once = -(-batch_size // state.world)
+    data, loop, loader, num_train = state.config.data, state.config.loop, images.loader, len(images.train_ids)
+    num_at_once = -(-min(loop.global_batch_size, num_train) // state.world)
     if state.compiles:
-        start, stop, _, _ = order.rank_part(0, batch_size, batch_size, state.rank, state.world)
-        base.compile({stop - start, num_at_once, eval_batch(state.device, data.image_size)})
+        part = full_part(loop, num_train, state.rank, state.world)
+        base.compile({part, num_at_once, eval_batch(state.device, data.image_size)})
     images.reader = state.input_of = Features(loader, base)
     if data.features == "cached":
         ids, num_variants = (images.train_ids, images.validation_ids), NUM_VARIANTS[data.flips]

@@ -22,9 +22,15 @@ class CompiledForFullBatches(nn.Module):
         return (self.compiled if len(x) in self.sizes else self.network)(x)
 
 
-def full_sizes(loop: LoopConfig, num_train: int, rank: int, world: int) -> set[int]:
-    """Returns the numbers of images in the forward passes of a rank's part of a full step."""
+def full_part(loop: LoopConfig, num_train: int, rank: int, world: int) -> int:
+    """Returns the number of images in a rank's part of a full step."""
     batch = min(loop.global_batch_size, num_train)
     start, stop, _, _ = order.rank_part(0, batch, batch, rank, world)
-    num_chunks = order.num_micro_batches(stop - start, loop.accumulation_steps)
-    return {len(chunk) for chunk in torch.arange(stop - start).tensor_split(num_chunks)}
+    return stop - start
+
+
+def full_sizes(loop: LoopConfig, num_train: int, rank: int, world: int) -> set[int]:
+    """Returns the numbers of images in the forward passes of a rank's part of a full step."""
+    num_images = full_part(loop, num_train, rank, world)
+    num_chunks = order.num_micro_batches(num_images, loop.accumulation_steps)
+    return {len(chunk) for chunk in torch.arange(num_images).tensor_split(num_chunks)}

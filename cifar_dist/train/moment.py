@@ -14,14 +14,9 @@ class Moment:
         if self._event:
             self._event.record()
 
-    def wait(self) -> None:
-        """Waits until the moment has passed."""
-        if self._event:
-            self._event.synchronize()
-
     def seconds_since(self, earlier: "Moment") -> float:
         """Returns the seconds between two moments of one device. Waits until both have passed."""
         if self._event is None or earlier._event is None:
             return self._time - earlier._time
-        self.wait()
+        self._event.synchronize()
         return earlier._event.elapsed_time(self._event) / 1000
