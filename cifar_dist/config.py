@@ -42,6 +42,12 @@ class DataConfig(TrainingSection):
     table, heading = "data", "input"
 
     image_size: int = option(32, help="side in pixels to which images are resized", minimum=8, maximum=4096)
+    resize: str = option(
+        "squash",
+        help="how images become square: squash: both sides resized; fit: the whole image, on grey; crop: its centre",
+        choices=("squash", "fit", "crop"),
+    )
+    antialias: bool = option(False, help="smooth images where they shrink, with a triangular filter")
     input_range: str = option("0..1", help="range of the model's input", choices=("0..1", "-1..1", "0..255"))
     flips: str = option(
         "none", help="how training images are flipped, with probability 1/2", choices=("none", "horizontal", "both")

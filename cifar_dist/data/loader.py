@@ -13,7 +13,7 @@ from cifar_dist.data.batch import Batch, planned_batch
 from cifar_dist.data.order import BatchPlan, ImageSpec
 from cifar_dist.data.pipeline import ImagePipeline, decode
 from cifar_dist.data.private import once_per_node
-from cifar_dist.data.resident import ResidentImages
+from cifar_dist.data.resident import ResidentImages, computes
 from cifar_dist.data.staged import DataSet, StagedSplit, use_decoded
 from cifar_dist.data.to_device import ToDevice
 from cifar_dist.errors import UserError
@@ -56,7 +56,7 @@ class Loader:
             return
         if use_decoded(self.shape, len(self.staged), cache, cache_budget_mib):
             self.decoded = self._open_decoded(num_threads)
-            if device.type == "cuda" and fits(self.decoded.nbytes, device):
+            if device.type == "cuda" and computes(spec, self.shape) and fits(self.decoded.nbytes, device):
                 self.resident = ResidentImages(self.decoded, self.staged.labels, spec, device)
                 return
         resize = self.shape != (spec.image_size, spec.image_size)

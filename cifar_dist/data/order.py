@@ -62,10 +62,15 @@ class Augment(NamedTuple):
 class ImageSpec:
     """The model's input: float32 [n, 3, image_size, image_size] in `input_range`, in memory as NHWC or NCHW.
 
+    `resize` and `antialias` define how every image becomes square: squash resizes both sides; fit resizes the whole
+    image, keeps its aspect ratio and centres it on `fill`; crop resizes the shorter side and takes the centre.
+    An image of that size stays unchanged.
     `flips`, `crop_padding` and `cutout_size` define the augmentation of training images, by default none.
     """
 
     image_size: int
+    resize: str = "squash"
+    antialias: bool = False
     input_range: str = "0..1"
     channels_last: bool = False
     flips: str = "none"
@@ -79,7 +84,7 @@ class ImageSpec:
 
     @property
     def fill(self) -> float:
-        """The normalized grey where a crop leaves the image and where a square is cut out: about CIFAR-10's mean."""
+        """The normalized grey outside an image and where a square is cut out: about CIFAR-10's mean."""
         mean, std = self.mean_and_std
         return (127 - mean) / std
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from cifar_dist.data.check import decode_pipeline, decoder
@@ -17,7 +17,7 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> A
     """Decodes, flips, normalizes, resizes, crops and cuts out.
 
     Flips and normalization come before the resize because they cost less on the small image. The result is the same,
-    since the resize is symmetric and its weights sum to 1."""
+    since every resize is symmetric about the image's centre and its weights sum to 1."""
     mean, std = spec.mean_and_std
     if encoded:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
@@ -31,9 +31,8 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> A
     layout, axes = ("HWC", (0, 1)) if spec.channels_last else ("CHW", (1, 2))
     normalize: Any = {"mean": [mean] * 3, "std": [std] * 3, "mirror": flip_x}
     images = fn.crop_mirror_normalize(images, dtype=types.FLOAT, output_layout=layout, **normalize)
-    if resize:  # bilinear, half-pixel centres, no antialias: Keras's Resizing
-        size: Any = {"resize_x": spec.image_size, "resize_y": spec.image_size}
-        images = fn.resize(images, **size, interp_type=types.INTERP_LINEAR, antialias=False)
+    if resize:
+        images = resized(images, spec, axes)
     if spec.crop_padding:
         corner = fn.external_source(name="crop", dtype=types.INT32, ndim=1)
         # By keyword: on a GPU, a positional shape would be copied back from the device for each batch.
@@ -44,6 +43,26 @@ def image_pipeline(spec: ImageSpec, encoded: bool, resize: bool, gpu: bool) -> A
         hole: Any = {"anchor": corner, "shape": [spec.cutout_size] * 2, "axes": axes}
         images = fn.erase(images, **hole, fill_value=spec.fill)
     return images
+
+
+def resized(images: Any, spec: ImageSpec, axes: tuple[int, int]) -> Any:
+    """Returns the images as squares of the spec's size. `axes`: those of height and width.
+
+    Bilinear with half-pixel centres. Squash without antialias is Keras's Resizing."""
+    size = spec.image_size
+    how: Any = {"interp_type": types.INTERP_LINEAR, "antialias": spec.antialias}
+    if spec.resize == "squash":
+        return fn.resize(images, resize_x=size, resize_y=size, **how)
+    sides = images.shape()[axes[0] : axes[1] + 1]
+    shorter, longer = math.min(sides[0], sides[1]), math.max(sides[0], sides[1])
+    if spec.resize == "crop":
+        start = (sides - shorter) / 2.0
+        return fn.resize(images, size=[size, size], roi_start=start, roi_end=start + shorter, **how)
+    # fit: grey margins of whole pixels, equal on both sides; at least 1 pixel is left, or 2 if the size is even.
+    margin = math.min(((longer - sides) * size + longer) // (2 * longer), (size - 1) // 2)
+    images = fn.resize(images, size=fn.cast(size - 2 * margin, dtype=types.FLOAT), **how)
+    place: Any = {"start": fn.cast(-margin, dtype=types.INT32), "shape": [size, size], "axes": axes}
+    return fn.slice(images, **place, out_of_bounds_policy="pad", fill_values=spec.fill)
 
 
 class ImagePipeline:

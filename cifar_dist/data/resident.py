@@ -1,6 +1,7 @@
 """A decoded split in a device's memory: picks, flips, normalizes, resizes, crops and cuts out there, without DALI.
 
-DALI decoded the pixels. What is computed from them here equals what pipeline.py computes; a test compares both.
+DALI decoded the pixels. What is computed from them here equals what pipeline.py computes; a test compares both. Of the
+resizes, it computes squash without antialias only.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,10 +17,16 @@ from cifar_dist.data.to_device import ToDevice
 ROWS_PER_COPY = 4096
 
 
+def computes(spec: ImageSpec, shape: tuple[int, int] | None) -> bool:
+    """Whether ResidentImages makes what `spec` asks for from images of `shape`: (height, width), None if mixed."""
+    return shape == (spec.image_size, spec.image_size) or (spec.resize == "squash" and not spec.antialias)
+
+
 class ResidentImages:
-    """The pixels uint8 [n, H, W, 3] and labels int64 [n] of a split on `device`."""
+    """The pixels uint8 [n, H, W, 3] and labels int64 [n] of a split on `device`, for a spec that it `computes`."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, spec: ImageSpec, device: torch.device) -> None:
+        assert computes(spec, (pixels.shape[1], pixels.shape[2]))
         self.spec, self.device = spec, device
         self.pixels = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
         for first in range(0, len(pixels), ROWS_PER_COPY):

@@ -34,6 +34,8 @@ def image_spec(config: Config, device: torch.device) -> ImageSpec:
     data = config.data
     return ImageSpec(
         image_size=data.image_size,
+        resize=data.resize,
+        antialias=data.antialias,
         input_range=data.input_range,
         channels_last=chosen == "channels_last",
         flips=data.flips,

@@ -129,7 +129,7 @@ def open_cache(
     num_variants = NUM_VARIANTS[data.flips]
     itemsize = base.dtype.itemsize
     num_bytes = expected_bytes(*num_used, num_variants, config.loop.epochs, data.image_size, itemsize=itemsize)
-    key = cache_key(base, data.image_size, data.input_range, num_variants)
+    key = cache_key(base, data.image_size, data.resize, data.antialias, data.input_range, num_variants)
     path = data_set.area / f"features-{key}.bin"
     side = math.ceil(data.image_size / 32)
     return FeatureCache(path, num_images, num_variants, base, side, num_bytes)

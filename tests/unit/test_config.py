@@ -137,6 +137,12 @@ def test_field_names_are_unique_over_the_sections():
     assert sorted(names) == sorted(set(names)) == sorted(option_fields())
 
 
+def test_a_checkpoint_of_before_the_resizes_was_squashed():
+    values = Config().replace(image_size=32, flips="both").to_dict()
+    del values["data"]["resize"], values["data"]["antialias"]
+    assert Config.from_dict(values) == Config().replace(flips="both", resize="squash", antialias=False)
+
+
 def test_settings_free_on_resume_are_settings():
     assert set(option_fields()) >= FREE_ON_RESUME
 

@@ -149,6 +149,16 @@ def test_the_key_tells_weights_and_settings_apart(base):
     assert cache_key(base, 96, "-1..1", 4) == keys[0]
 
 
+def test_no_run_finds_the_features_of_another_resize(shapes_uri, base, tmp_path):
+    data = DataSet.open(shapes_uri, Staging(folder=tmp_path))
+    config = Config().replace(model="resnet50v2", image_size=96, features="cached")
+    changes = ({}, {"resize": "fit"}, {"resize": "crop"}, {"antialias": True})
+    paths = {
+        open_cache(config.replace(**change), data, base, num_images=200, num_used=(180, 20)).path for change in changes
+    }
+    assert len(paths) == len(changes)
+
+
 def test_expected_bytes_are_what_the_flips_bring():
     n, epochs = 5000, 3
     seen = {(i, *f) for e in range(epochs) for i, f in enumerate(order.flips(0, e, np.arange(n)).tolist())}

@@ -395,14 +395,12 @@ def test_a_rank_without_a_part_works_on_another_s_which_does_not_count(shapes_ur
     assert all(part in (ids[0], ids[1]) for part in ids)
 
 
-@pytest.mark.parametrize("crop_padding", [0, 3])
-def test_the_configured_augmentation_reaches_plans_and_pipeline(crop_padding: int):
-    config = recipe_config(
-        "quickstart_fan", flips="horizontal", crop_padding=crop_padding, cutout_size=7, precision="fp32"
-    )
-    expected = ImageSpec(
-        image_size=32, input_range="0..1", flips="horizontal", crop_padding=crop_padding, cutout_size=7
-    )
+@pytest.mark.parametrize(("crop_padding", "resize", "antialias"), [(0, "squash", True), (3, "fit", False)])
+def test_the_configured_spec_reaches_plans_and_pipeline(crop_padding: int, resize: str, antialias: bool):
+    settings: dict[str, Any] = {"crop_padding": crop_padding, "resize": resize, "antialias": antialias}
+    settings |= {"flips": "horizontal", "cutout_size": 7}
+    config = recipe_config("quickstart_fan", precision="fp32", **settings)
+    expected = ImageSpec(image_size=32, input_range="0..1", **settings)
     assert image_spec(config, torch.device("cpu")) == expected
     half = image_spec(config.replace(precision="bf16"), torch.device("cpu"))
     assert half == dataclasses.replace(expected, channels_last=True)

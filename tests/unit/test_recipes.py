@@ -9,7 +9,8 @@ from cifar_dist.recipes import RECIPES, recipe_config
 # What deck_fan has, also where the deck is silent; what is free on resume does not change what is learned.
 DECK_FAN = {
     **{"model": "fan", "finetune": False, "batchnorm_momentum": 0.99},
-    **{"image_size": 32, "input_range": "0..1", "flips": "none", "crop_padding": 0, "cutout_size": 0},
+    **{"image_size": 32, "resize": "squash", "antialias": False, "input_range": "0..1"},
+    **{"flips": "none", "crop_padding": 0, "cutout_size": 0},
     **{"validation_fraction": 0.1, "split_seed": 0, "train_images": 0, "synthetic_data": False},
     **{"optimizer": "adam", "learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0},
     **{"weight_decay": 0.0, "decay_bias_and_norm": True, "momentum": 0.9, "muon_learning_rate": 0.02},

@@ -8,7 +8,7 @@ import torch
 
 from cifar_dist.data.order import BatchPlan, ImageSpec, no_augment
 from cifar_dist.data.pipeline import ImagePipeline
-from cifar_dist.data.resident import ResidentImages
+from cifar_dist.data.resident import ResidentImages, computes
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 24
@@ -53,6 +53,27 @@ def test_resized_images_are_dalis_to_the_rounding(shape, size) -> None:
     spec = ImageSpec(image_size=size, input_range="0..1", flips="both", crop_padding=4, cutout_size=9)
     mine, dalis = both(spec, shape)
     torch.testing.assert_close(mine, dalis, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shape", "is_computed"),
+    [
+        ({}, (20, 40), True),
+        ({"antialias": True}, (20, 40), False),
+        ({"resize": "fit"}, (20, 40), False),
+        ({"resize": "crop"}, (32, 40), False),
+        ({"resize": "crop", "antialias": True}, (32, 32), True),
+    ],
+)
+def test_a_resize_that_it_does_not_compute_is_left_to_dali(changes, shape, is_computed) -> None:
+    spec = ImageSpec(image_size=32, flips="both", **changes)
+    assert computes(spec, shape) == is_computed
+    if is_computed:
+        mine, dalis = both(spec, shape)
+        torch.testing.assert_close(mine, dalis, rtol=0, atol=5e-6)
+    else:
+        with pytest.raises(AssertionError):
+            both(spec, shape)
 
 
 def test_evaluation_changes_no_image() -> None:
