@@ -22,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -335,6 +336,11 @@ def pixels(smoke: Smoke) -> None:
 
     spec = ImageSpec(image_size=40, input_range="0..255", crop_padding=3, cutout_size=7, flips="both")
     plain = ImageSpec(image_size=40, input_range="0..255")
+    ways = {
+        "fit": replace(plain, resize="fit", channels_last=True),
+        "crop": replace(plain, resize="crop"),
+        "crop, antialias, augmented": replace(spec, resize="crop", antialias=True),
+    }
 
     def difference(data: bytes, spec: ImageSpec) -> str:
         made = []
@@ -350,6 +356,8 @@ def pixels(smoke: Smoke) -> None:
     for name, data in encoded_images().items():
         smoke.check(f"pixels: {name}", lambda data=data: difference(data, plain))
     smoke.check("pixels: augmented PNG", lambda: difference(encoded_images()["PNG"], spec))
+    for name, way in ways.items():
+        smoke.check(f"pixels: {name}", lambda way=way: difference(encoded_images()["PNG"], way))
 
 
 def job(smoke: Smoke) -> None:
