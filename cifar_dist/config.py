@@ -57,9 +57,14 @@ class DataConfig(TrainingSection):
     )
     cutout_size: int = option(0, help="side in pixels of the square cut out of a training image (0: none)", minimum=0)
     validation_fraction: float = option(
-        0.1, help="share of each class of the train split that is held out for validation", minimum=0.0001, maximum=0.9
+        0.1,
+        help="share of each class of train that is held out for validation, if the data set has no validation split",
+        minimum=0.0001,
+        maximum=0.9,
     )
-    split_seed: int = option(0, help="seed of the validation split, which does not depend on --seed", minimum=0)
+    split_seed: int = option(
+        0, help="seed that draws the validation images and --train-images, which do not depend on --seed", minimum=0
+    )
     train_images: int = option(0, help="number of training images, drawn evenly by class (0: all)", minimum=0)
     cache: str = option(
         "auto",
@@ -68,7 +73,7 @@ class DataConfig(TrainingSection):
         may_change=True,
     )
     cache_budget_mib: int = option(
-        2048, help="largest decoded data set that --cache auto keeps, in MiB", minimum=0, may_change=True
+        2048, help="largest decoded split that --cache auto keeps, in MiB", minimum=0, may_change=True
     )
     features: str = option(
         "computed",

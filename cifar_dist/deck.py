@@ -27,16 +27,18 @@ OPEN = {
 }
 
 
-def choices(config: Config) -> dict[str, str]:
-    """Returns the run's choices where the deck is silent: a sentence by subject."""
+def choices(config: Config, *, own_validation: bool = False) -> dict[str, str]:
+    """Returns the run's choices where the deck is silent: a sentence by subject.
+
+    `own_validation`: the data set has a validation split of its own."""
     data, optim, loop = config.data, config.optim, config.loop
     muon = f", {optim.muon_learning_rate:g} for the convolutions by Muon" if optim.optimizer == "muon" else ""
     warmup = f" after a warm-up of {100 * optim.warmup_fraction:g}% of the steps" if optim.warmup_fraction else ""
     smoothing = f" with label smoothing {optim.label_smoothing:g}" if optim.label_smoothing else ""
-    share = f"{100 * data.validation_fraction:g}%"
+    drawn = f"{100 * data.validation_fraction:g}% of each class of train, drawn with seed {data.split_seed}"
     chosen = {
         "input range": f"{data.input_range}: the deck's code has no preprocessing",
-        "validation split": f"{share} of each class of train, drawn with seed {data.split_seed}",
+        "validation split": "the data set's own" if own_validation else drawn,
         "learning rate": f"{optim.learning_rate:g}{muon}, {optim.schedule}{warmup} (Keras's default for Adam is 0.001)",
         "loss": f"cross-entropy of the softmax with the class number{smoothing}",
         "seeds": f"{loop.seed} for weights that are not loaded, order, augmentation and dropout",

@@ -58,7 +58,7 @@ examples:
 
 
 def run(given: Given) -> None:
-    from cifar_dist.launch.plan import make_plan  # noqa: PLC0415 - slow import, not needed for help
+    from cifar_dist.launch.plan import ineffective_settings, make_plan  # noqa: PLC0415 - slow import, not needed for help
 
     pipeline, source, settings = (given.build(s) for s in (Pipeline, SourceSettings, EvaluationSettings))
     recipes = list(pipeline.recipes)
@@ -72,5 +72,7 @@ def run(given: Given) -> None:
         refuse_foreign(report, recipes, settings)
     prepare(source, data, reuse=True)
     plans = [make_plan(*pair) for pair in zip(configs, launches, strict=True)]  # checks all runs before any trains
+    if message := ineffective_settings(given.values, plans[0]):
+        print(f"WARNING: {message}", flush=True)
     runs = [train_run(plan) for plan in plans]
     evaluate(runs, data, report, settings=settings, where=launches[0], overwrite=source.overwrite)

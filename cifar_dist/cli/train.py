@@ -56,13 +56,15 @@ COMMAND = Command(
 def run(given: Given) -> None:
     started_at, checks, launch = time.time(), given.build(Checks), given.build(Launch)
     config = config_of(given, launch.recipe)
-    from cifar_dist.launch.plan import explain_resume, make_plan  # noqa: PLC0415 - a mistake is answered at once
+    from cifar_dist.launch.plan import explain_resume, ineffective_settings, make_plan  # noqa: PLC0415 - a mistake is answered at once
     from cifar_dist.train.job import StartUp  # noqa: PLC0415
 
     start_up = StartUp(started_at)
     storage = output_uri(launch.storage, "--storage")
     plan = make_plan(config, dataclasses.replace(launch, storage=storage))
     start_up.end("plan and its imports")
+    if message := ineffective_settings(given.values, plan):
+        print(f"WARNING: {message}", flush=True)
     if checks.explain_resume:
         print(explain_resume(plan))
     elif checks.preflight_only:

@@ -46,6 +46,7 @@ class Loader:
     ) -> None:
         self.data, self.split, self.spec, self.device = data, split, spec, device
         self.staged: StagedSplit = data.stage(split)
+        self.num_images = len(self.staged)
         self.shape = data.manifest.image_shape(split)
         self.decoded: np.ndarray | None = None
         self.resident: ResidentImages | None = None

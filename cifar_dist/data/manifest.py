@@ -37,6 +37,16 @@ class Manifest:
     def num_rows(self, split: str) -> int:
         return self.splits[split]["num_rows"]
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether the data set has a validation split of its own. Else each run draws its own from train."""
+        return "validation" in self.splits
+
+    @property
+    def training_splits(self) -> tuple[str, ...]:
+        """The stored splits that training reads."""
+        return ("train", "validation") if self.has_validation else ("train",)
+
     def image_shape(self, split: str) -> tuple[int, int] | None:
         """(height, width) in pixels if all images of the split share it, else None."""
         (low_h, high_h), (low_w, high_w) = self.splits[split]["height"], self.splits[split]["width"]

@@ -176,14 +176,21 @@ def train_validation_ids(
     validation ids.
     """
     train, validation = stratified_split(labels, validation_fraction, (VALIDATION, seed))
-    if 0 < train_images < len(train):
-        keys = draws(train, SUBSET, seed)
-        by_class = np.lexsort((keys, labels[train]))
-        first = np.searchsorted(labels[train][by_class], labels[train][by_class])
-        rank_in_class = np.arange(len(train)) - first
-        chosen = np.lexsort((keys[by_class], rank_in_class))[:train_images]
-        train = np.sort(train[by_class][chosen])
-    return train, validation
+    return drawn_evenly(train, labels, train_images, seed), validation
+
+
+def drawn_evenly(ids: np.ndarray, labels: np.ndarray, num_images: int, seed: int) -> np.ndarray:
+    """Returns `num_images` of the ids, drawn evenly by class and sorted; all ids for 0 or if there are not more.
+
+    ids: int64, rows of `labels`, int64 [n]."""
+    if not 0 < num_images < len(ids):
+        return ids
+    keys = draws(ids, SUBSET, seed)
+    by_class = np.lexsort((keys, labels[ids]))
+    first = np.searchsorted(labels[ids][by_class], labels[ids][by_class])
+    rank_in_class = np.arange(len(ids)) - first
+    chosen = np.lexsort((keys[by_class], rank_in_class))[:num_images]
+    return np.sort(ids[by_class][chosen])
 
 
 class BatchPlan(NamedTuple):

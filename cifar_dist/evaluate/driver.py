@@ -19,9 +19,10 @@ from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.outputs import predictions_name
 from cifar_dist.evaluate.scores import Counts
-from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, check_checkpoint, evaluate_shard, ids_of, stored_split
+from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, check_checkpoint, evaluate_shard
 from cifar_dist.run.checkpoint import Checkpoint
 from cifar_dist.run.folder import Run
+from cifar_dist.run.splits import ids_of, stored_split
 from cifar_dist.storage import Folder
 
 OF_RUN = "run"  # the precision in which a run was trained
@@ -91,7 +92,7 @@ def evaluate(
         return [task.remote(shard) for shard in shards]
 
     tasks = [start(run, best) for run, best in chosen]
-    labels = {stored: data.stage(stored).labels for stored in {stored_split(split) for split in splits}}
+    labels = {stored: data.stage(stored).labels for stored in {stored_split(split, data.manifest) for split in splits}}
     folder = Folder(out_uri)
     folder.create("predictions")
     evaluations = []
@@ -162,7 +163,8 @@ def merge(
     for split in splits:
         table = pa.concat_tables([part[split][0] for part in parts]).sort_by("id")
         counts = functools.reduce(operator.add, [part[split][1] for part in parts])
-        expected = ids_of(split, config, labels[stored_split(split)])
+        plain = split.removesuffix(FLIPPED)
+        expected = ids_of(plain, config, manifest, labels[stored_split(plain, manifest)])
         if not np.array_equal(table["id"].to_numpy(), expected) or counts.num_images != len(expected):
             raise UserError(
                 f"{split}: {len(table)} predictions came back for {len(expected)} images of data set "

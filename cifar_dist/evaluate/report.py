@@ -22,6 +22,7 @@ from cifar_dist.evaluate.scores import scores
 from cifar_dist.run.folder import Run
 from cifar_dist.run.log import LOG
 from cifar_dist.run.network import weights_notice
+from cifar_dist.run.splits import validation_source
 from cifar_dist.sealed_json import to_json
 from cifar_dist.storage import Folder
 from cifar_dist.uris import join_uri
@@ -49,14 +50,14 @@ THUMBNAIL_SIDE = 192
 def write_report(evaluations: list[Evaluation], data: DataSet, out_uri: str) -> str:
     """Writes OUT/report.json and OUT/report.html. Returns the URI of report.html."""
     manifest, test = data.manifest, data.stage("test")
-    runs = [run_report(e, manifest.class_names) for e in evaluations]
+    runs = [run_report(e, manifest) for e in evaluations]
     compared = is_cifar10(manifest, test)
     card = {
         "uri": data.uri,
         "source": manifest.source,
         "sha256": manifest.sha256,
         "class_names": manifest.class_names,
-        "num_rows": {split: manifest.num_rows(split) for split in ("train", "test")},
+        "num_rows": {split: manifest.num_rows(split) for split in (*manifest.training_splits, "test")},
         "num_skipped": manifest.num_skipped,
         "is_cifar10": compared,
     }
@@ -117,7 +118,7 @@ def lines_of(run: Run) -> list[dict[str, Any]]:
     return lines
 
 
-def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]:
+def run_report(evaluation: Evaluation, manifest: Manifest) -> dict[str, Any]:
     """Returns a run's part of report.json: scores and counts by split, epochs, throughput, warnings, run card."""
     lines, meta = lines_of(evaluation.run), evaluation.checkpoint.meta
     epochs = [line for line in lines if line["kind"] == "epoch"]
@@ -134,8 +135,9 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
         "checkpoint": evaluation.checkpoint.name,
         "evaluation_precision": evaluation.precision,
         "weights": meta["weights"],
+        "validation_images": validation_source(config, manifest),
         "splits": {
-            split: {**scores(counts, class_names), "counts": counts.to_dict()}
+            split: {**scores(counts, manifest.class_names), "counts": counts.to_dict()}
             for split, counts in evaluation.counts.items()
         },
         "epochs": epochs,
@@ -149,7 +151,7 @@ def run_report(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]
         "differs_from_deck": differences(config, meta["weights"]),
         "run_card": {
             **{k: v for k, v in meta.items() if k not in ("class_names", "totals", "metrics")},
-            "chosen_where_the_deck_is_silent": choices(config),
+            "chosen_where_the_deck_is_silent": choices(config, own_validation=manifest.has_validation),
         },
     }
 

@@ -71,7 +71,11 @@ def wilson_interval(num_correct: int, n: int) -> tuple[float, float]:
 
 
 def scores(counts: Counts, class_names: list[str]) -> dict[str, Any]:
-    """Returns accuracy with interval, top-k, loss, calibration error (ECE), and precision, recall and F1 by class."""
+    """Returns accuracy with interval, top-k, loss, calibration error (ECE), and precision, recall and F1 by class.
+
+    Recall and F1 of a class without images are None, as is its precision if it was never predicted. The macro F1 is the
+    mean over the classes that have images.
+    """
     n, confusion = counts.num_images, counts.confusion
     correct = confusion.diagonal()
     per_class: list[dict[str, Any]] = []
@@ -80,8 +84,11 @@ def scores(counts: Counts, class_names: list[str]) -> dict[str, Any]:
         precision = int(correct[i]) / predicted if predicted else 0.0
         recall = int(correct[i]) / actual if actual else 0.0
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-        values = {"precision": precision, "recall": recall, "f1": f1, "num_images": actual}
+        values: dict[str, Any] = {"precision": precision, "recall": recall, "f1": f1, "num_images": actual}
+        if not actual:
+            values |= {"precision": 0.0 if predicted else None, "recall": None, "f1": None}
         per_class.append({"name": name, **values})
+    f1_scores = [c["f1"] for c in per_class if c["num_images"]]
     gaps = np.abs(counts.bins[:, 1] - counts.bins[:, 2] / MICRO)
     num_correct = int(correct.sum())
     return {
@@ -91,7 +98,7 @@ def scores(counts: Counts, class_names: list[str]) -> dict[str, Any]:
         "accuracy_95": wilson_interval(num_correct, n),
         "top_k_accuracy": [int(hits) / n for hits in counts.top_k],
         "loss": counts.loss_micro / MICRO / n,
-        "macro_f1": sum(c["f1"] for c in per_class) / len(per_class),
+        "macro_f1": sum(f1_scores) / len(f1_scores),
         "ece": float(gaps.sum() / n),
         "per_class": per_class,
     }

@@ -17,7 +17,8 @@ from cifar_dist.evaluate.scores import Counts, count
 from cifar_dist.models.frozen import InferenceModel, inference_copy
 from cifar_dist.run.checkpoint import Checkpoint
 from cifar_dist.run.folder import Run
-from cifar_dist.run.network import Precision, build_model, eval_batch, image_spec, split_ids, use_exact_fp32
+from cifar_dist.run.network import Precision, build_model, eval_batch, image_spec, use_exact_fp32
+from cifar_dist.run.splits import ids_of, stored_split
 
 TOP_K = 5
 SPLITS = ("train", "validation", "test")
@@ -54,19 +55,6 @@ def check_checkpoint(checkpoint: Checkpoint, manifest: Manifest, run: Run) -> No
         raise UserError(f"the checkpoint {checkpoint.name} of {run.uri} has settings of its own: {error}") from error
 
 
-def stored_split(split: str) -> str:
-    """Returns the stored split that holds the images of `split`. Validation images are part of train."""
-    return "test" if split.removesuffix(FLIPPED) == "test" else "train"
-
-
-def ids_of(split: str, config: Config, labels: np.ndarray) -> np.ndarray:
-    """Returns the row ids of `split`: all of test, or the run's part of the stored train split."""
-    split = split.removesuffix(FLIPPED)
-    if split == "test":
-        return np.arange(len(labels))
-    return split_ids(config, labels)[0 if split == "train" else 1]
-
-
 @torch.inference_mode()
 def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
     """Returns the predictions (id, label, prediction_1..k, probability_1..k, loss) and their counts, by split.
@@ -99,12 +87,13 @@ def evaluate_shard(shard: Shard) -> dict[str, tuple[pa.Table, Counts]]:
             cache=config.data.cache,
             cache_budget_mib=config.data.cache_budget_mib,
         )
-        for stored in {stored_split(split) for split in shard.splits}
+        for stored in {stored_split(split, data.manifest) for split in shard.splits}
     }
     results: dict[str, tuple[pa.Table, Counts]] = {}
     for split in shard.splits:
-        loader = loaders[stored_split(split)]
-        plans = eval_plans(ids_of(split, config, loader.staged.labels), batch_size, shard.index, shard.num_shards)
+        loader = loaders[stored_split(split, data.manifest)]
+        ids = ids_of(split, config, data.manifest, loader.staged.labels)
+        plans = eval_plans(ids, batch_size, shard.index, shard.num_shards)
         rows: dict[str, list[list[np.ndarray]]] = {split: [], **({split + FLIPPED: []} if shard.flip_tta else {})}
         for batch in loader.batches(plans):
             logits = logits_of(batch.images)

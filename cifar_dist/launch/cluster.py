@@ -13,11 +13,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cifar_dist import stopping
-from cifar_dist.data.staged import use_decoded
 from cifar_dist.environment import job_config_fault, uses_tls
 from cifar_dist.errors import UserError, first_line
 from cifar_dist.launch import preflight, ray_private
 from cifar_dist.launch.local_cluster import start
+from cifar_dist.launch.plan import decoded_splits
 from cifar_dist.train.job import Plan
 
 CONNECT_SECONDS = 5  # for a host to answer
@@ -161,14 +161,11 @@ def check_nodes(plan: Plan, use_gpu: bool) -> list[preflight.Finding]:
         run.delete(own_folder)
         run.delete_empty(preflight.FOLDER)
         run.delete_empty("")
-    cache, manifest = plan.config.data, plan.data.manifest
-    shape, num_rows = manifest.image_shape("train"), manifest.num_rows("train")
-    decoded = use_decoded(shape, num_rows, cache.cache, cache.cache_budget_mib)
     found = preflight.assess(
         seen,
-        manifest,
+        plan.data.manifest,
         token=token,
-        decoded=decoded,
+        decoded=decoded_splits(plan.config, plan.data.manifest),
         use_gpu=use_gpu,
         compiles=plan.config.loop.compiles(gpu=use_gpu),
         written=written,

@@ -4,6 +4,7 @@ This module writes nothing. Functions import torch only where they need it, beca
 the settings must be reported at once.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from cifar_dist.data.staged import DataSet, use_decoded
 from cifar_dist.deck import choices
 from cifar_dist.errors import UserError
 from cifar_dist.job_settings import Launch
+from cifar_dist.options import flag_of
 from cifar_dist.run.folder import Run
+from cifar_dist.run.splits import split_ids, validation_source
 from cifar_dist.train.job import Plan
 from cifar_dist.uris import absolute_uri
 
@@ -36,7 +39,7 @@ def make_plan(config: Config, launch: Launch) -> Plan:
         "recipe": launch.recipe,
         "data_uri": launch.data,
         "num_workers": launch.num_workers,
-        "chosen_where_the_deck_is_silent": choices(config),
+        "chosen_where_the_deck_is_silent": choices(config, own_validation=data.manifest.has_validation),
     }
     latest = run.checkpoints.latest()
     if latest and latest.meta["model"] == config.model.model:  # load() refuses another model
@@ -70,16 +73,18 @@ def check_data(config: Config, launch: Launch, manifest: Manifest) -> None:
     batch = config.loop.global_batch_size
     if batch < launch.num_workers:
         raise UserError(f"--global-batch-size {batch} is less than one image for each of {launch.num_workers} workers")
-    num_train = manifest.num_rows("train")
     # Only the labels decide the size of the validation split, so their order does not matter here.
     labels = np.repeat(np.arange(manifest.num_classes), manifest.splits["train"]["num_rows_per_class"])
-    rest, validation = (len(ids) for ids in order.train_validation_ids(labels, config.data.validation_fraction, 0, 0))
+    rest, validation = (len(ids) for ids in split_ids(config.replace(train_images=0), manifest, labels))
     if not validation:
+        if manifest.has_validation:
+            raise UserError(f"the validation split of {launch.data} has no images; prepare the data set again")
         raise UserError(f"no class of {launch.data} has the 2 train images that a validation split needs")
     if config.data.train_images > rest:
+        held_out = "" if manifest.has_validation else f", of which {validation} are held out for validation"
         raise UserError(
-            f"--train-images is {config.data.train_images}, the data set has {num_train} train images, of which "
-            f"{validation} are held out for validation"
+            f"--train-images is {config.data.train_images}, the data set has {manifest.num_rows('train')} train images"
+            f"{held_out}"
         )
     size, micro_batches = min(batch, config.data.train_images or rest), config.loop.accumulation_steps
     if order.fewest_per_micro_batch(size, launch.num_workers, micro_batches) < order.LEAST_PER_RANK:
@@ -88,7 +93,29 @@ def check_data(config: Config, launch: Launch, manifest: Manifest) -> None:
             "worker with one image at a time: BatchNorm over a single value makes every gradient behind it exactly 0, "
             "so nothing is learned; raise --global-batch-size, or lower --workers or --accumulation-steps"
         )
-    use_decoded(manifest.image_shape("train"), num_train, config.data.cache, config.data.cache_budget_mib)
+    decoded_splits(config, manifest)
+
+
+def decoded_splits(config: Config, manifest: Manifest) -> list[str]:
+    """Returns the splits of training whose decoded pixels are kept. Raises UserError if --cache decoded cannot be."""
+    cache, budget_mib = config.data.cache, config.data.cache_budget_mib
+    return [
+        split
+        for split in manifest.training_splits
+        if use_decoded(manifest.image_shape(split), manifest.num_rows(split), cache, budget_mib)
+    ]
+
+
+def ineffective_settings(given: Collection[str], plan: Plan) -> str | None:
+    """Returns a warning if `given`, names of settings, holds some that do nothing with the plan's data set, or None."""
+    if not plan.data.manifest.has_validation:
+        return None
+    # With --train-images the seed also draws these images.
+    idle = ["validation_fraction", *["split_seed"] * (not plan.config.data.train_images)]
+    if names := [flag_of(name) for name in idle if name in given]:
+        source = validation_source(plan.config, plan.data.manifest)
+        return f"{' and '.join(names)} will have no effect: the validation images are {source}"
+    return None
 
 
 def check_stored(card: dict[str, Any], run: Run, weights_uri: str) -> None:

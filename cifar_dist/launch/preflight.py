@@ -4,11 +4,12 @@
 seconds to load.
 """
 
+import math
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from cifar_dist.storage import Folder
 from cifar_dist.versions import package_versions
 
 FOLDER = "preflight"  # in the run's folder, for files that show whether all nodes share its storage
+SPLITS = ("train", "validation")  # that training stages, where the data set has them
 MIB = 1 << 20
 # NCCL and Ray's object store use /dev/shm. Containers get 64 MiB by default, which is too little for both.
 LEAST_SHM_BYTES, GOOD_SHM_BYTES = 64 * MIB, 512 * MIB
@@ -66,7 +68,7 @@ def gather_facts(node: str, run_uri: str, data_uri: str, staging_folder: str | N
         "manifest_sha256": manifest_sha256,
         "storage": value_or_fault(storage),
         "staging_folder": str(folder),
-        "is_staged": os.access(folder / manifest_sha256[:16] / "train.arrow", os.F_OK),
+        "staged": [s for s in SPLITS if os.access(folder / manifest_sha256[:16] / f"{s}.arrow", os.F_OK)],
         "staging": staging,
         "disk_free_bytes": shutil.disk_usage(existing).free,
         "shm_free_bytes": shutil.disk_usage(shm).free if shm.exists() else 0,
@@ -77,13 +79,12 @@ def gather_facts(node: str, run_uri: str, data_uri: str, staging_folder: str | N
     }
 
 
-def num_bytes_to_stage(manifest: Manifest, decoded: bool) -> int:
-    """Returns the bytes that staging the train split needs: the Arrow file, one Parquet file and the pixels."""
-    split = manifest.splits["train"]
-    sizes = [file["num_bytes"] for file in split["files"]]
-    shape = manifest.image_shape("train")
-    pixels = split["num_rows"] * shape[0] * shape[1] * 3 if decoded and shape else 0
-    return sum(sizes) + max(sizes) + pixels
+def num_bytes_to_stage(manifest: Manifest, splits: Collection[str], decoded: Collection[str]) -> int:
+    """Returns the bytes that staging needs: the splits' Arrow files, one Parquet file and the pixels of `decoded`."""
+    sizes = [file["num_bytes"] for split in splits for file in manifest.splits[split]["files"]]
+    kept = [split for split in splits if split in decoded]
+    pixels = sum(manifest.num_rows(split) * math.prod(manifest.image_shape(split) or (0,)) * 3 for split in kept)
+    return sum(sizes) + max(sizes, default=0) + pixels
 
 
 def assess(
@@ -91,17 +92,18 @@ def assess(
     manifest: Manifest,
     *,
     token: str,
-    decoded: bool,
+    decoded: Collection[str],
     use_gpu: bool,
     compiles: bool,
     written: list[str],
 ) -> list[Finding]:
     """Returns the findings on the facts in `seen`. `written`: names in the preflight folder that the driver sees.
 
-    `compiles`: whether torch.compile will need a C compiler on a GPU."""
-    need = num_bytes_to_stage(manifest, decoded)
+    `decoded`: the splits whose pixels are kept. `compiles`: whether torch.compile will need a C compiler on a GPU."""
     found: list[Finding] = []
     for facts in seen:
+        missing = [split for split in manifest.training_splits if split not in facts["staged"]]
+        need = num_bytes_to_stage(manifest, missing, decoded)
         checks = [versions(facts), storage(facts, token, written), data_set(facts, manifest), disk(facts, need)]
         checks += [shared_memory(facts)]
         checks += [cuda_build(facts), gpu_driver(facts), rdma(facts)] if use_gpu else []
@@ -141,7 +143,7 @@ def data_set(facts: dict[str, Any], manifest: Manifest) -> Check:
 def disk(facts: dict[str, Any], need: int) -> Check:
     free, folder = facts["disk_free_bytes"], facts["staging_folder"]
     lacks = f"{folder} has {free // MIB} MiB free, staging needs {need // MIB + 1} MiB; set --staging-folder"
-    fault = lacks * (free < need and not facts["is_staged"])
+    fault = lacks * (free < need)
     if facts["staging"].startswith("fault: "):
         fault = facts["staging"].removeprefix("fault: ")
     return "disk", f"{free // MIB} MiB free in {folder}, {need // MIB} MiB needed", fault, ""

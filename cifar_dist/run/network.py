@@ -1,17 +1,15 @@
-"""Builds a run's network from its settings: input, model, start weights, precision and image ids."""
+"""Builds a run's network from its settings: input, model, start weights and precision."""
 
 import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from cifar_dist import models
 from cifar_dist.config import Config
 from cifar_dist.cpus import instruction_sets
-from cifar_dist.data import order
 from cifar_dist.data.manifest import Manifest
 from cifar_dist.data.order import ImageSpec
 from cifar_dist.errors import UserError
@@ -99,13 +97,6 @@ def weights_notice(config: Config, weights: dict[str, Any] | None) -> str | None
     return (
         f"{name} starts from RANDOM weights, not ImageNet's: {base}so it cannot be held against the deck "
         "(jobs/weights.py fetches the weights, --weights names them)"
-    )
-
-
-def split_ids(config: Config, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (train ids, validation ids): the configured rows of the train split. `labels`: int64 [n], of all rows."""
-    return order.train_validation_ids(
-        labels, config.data.validation_fraction, config.data.train_images, config.data.split_seed
     )
 
 

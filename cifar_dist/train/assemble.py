@@ -11,6 +11,7 @@ from cifar_dist.config import Config
 from cifar_dist.cpus import num_cpus
 from cifar_dist.data import order
 from cifar_dist.data.loader import Loader
+from cifar_dist.data.order import ImageSpec
 from cifar_dist.data.private import Staging, private_folder
 from cifar_dist.data.staged import DataSet, staging_root
 from cifar_dist.environment import set_up_compiler
@@ -52,22 +53,33 @@ def assemble(job: Job, device: torch.device, *, rank: int, world: int, local_wor
     torch.backends.cudnn.benchmark = not config.loop.deterministic
     use_exact_fp32()
     data, spec = open_data(job), image_spec(config, device)
-    loader = Loader(
-        data,
-        "train",
-        spec,
-        device=device,
-        num_threads=config.data.dali_threads or num_threads,
-        max_batch_size=max(-(-config.loop.global_batch_size // world), eval_batch(device, config.data.image_size)),
-        cache=config.data.cache,
-        cache_budget_mib=config.data.cache_budget_mib,
-        synthetic=config.data.synthetic_data,
-    )
-    images = Images(loader, config, rank=rank, world=world)
+    train, validation = open_loaders(config, data, spec, device, num_threads=num_threads, world=world)
+    images = Images(train, validation, config, rank=rank, world=world)
     model = build_model(config, data.manifest.num_classes, spec, device)
     num_train = len(images.train_ids)
     state = new_state(config, model, device, rank=rank, world=world, num_threads=num_threads, num_train=num_train)
     return state, images
+
+
+def open_loaders(
+    config: Config, data: DataSet, spec: ImageSpec, device: torch.device, *, num_threads: int, world: int
+) -> tuple[Loader, Loader | None]:
+    """Returns the loaders of train and of the data set's own validation split, None if it has none."""
+
+    def loader_of(split: str) -> Loader:
+        return Loader(
+            data,
+            split,
+            spec,
+            device=device,
+            num_threads=config.data.dali_threads or num_threads,
+            max_batch_size=max(-(-config.loop.global_batch_size // world), eval_batch(device, config.data.image_size)),
+            cache=config.data.cache,
+            cache_budget_mib=config.data.cache_budget_mib,
+            synthetic=config.data.synthetic_data,
+        )
+
+    return loader_of("train"), loader_of("validation") if data.manifest.has_validation else None
 
 
 def new_state(
@@ -109,7 +121,7 @@ def split_base(state: TrainState, images: Images, reporter: Reporter) -> None:
             reporter.say(kept.notice)
         else:
             num_used = len(ids[0]), len(ids[1])
-            cache = open_cache(state.config, loader.data, base, num_images=len(loader.staged), num_used=num_used)
+            cache = open_cache(state.config, loader.data, base, num_images=loader.num_images, num_used=num_used)
             images.reader = state.input_of = Features(loader, base, cache)
             reporter.say(cache.notice)
 

@@ -7,6 +7,7 @@ import torch
 
 from cifar_dist.data import order
 from cifar_dist.run.network import weights_notice
+from cifar_dist.run.splits import validation_source
 from cifar_dist.train.images import Images
 from cifar_dist.train.job import Plan
 from cifar_dist.train.optim import schedule_factor
@@ -131,6 +132,7 @@ def announce(reporter: Reporter, plan: Plan, images: Images, *, is_resumed: bool
         f"training {config.model.model} on {num_train} images, validating on {num_validation}: {state.world} "
         f"workers of {state.num_threads} CPU threads each, {state.device.type}, {state.precision.name}"
     )
+    reporter.say(f"validation images: {validation_source(config, plan.data.manifest)}")
     if not is_resumed and (notice := weights_notice(config, plan.weights)):
         reporter.say(f"WARNING: {notice}")
     batch, micro_batches = config.loop.global_batch_size, config.loop.accumulation_steps

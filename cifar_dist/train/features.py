@@ -15,7 +15,7 @@ import torch
 
 from cifar_dist.config import Config
 from cifar_dist.data.batch import Batch, planned_batch
-from cifar_dist.data.loader import Loader
+from cifar_dist.data.joined import AnyLoader
 from cifar_dist.data.order import Augment, BatchPlan
 from cifar_dist.data.private import keep_own, one_at_a_time
 from cifar_dist.data.staged import DataSet
@@ -28,7 +28,7 @@ LOCK_SECONDS = 120.0  # to wait for another process that creates the files
 
 
 class FeatureCache:
-    """Features of a split's images in one sparse file. The processes of a node share it, and later runs reuse it.
+    """Features of a loader's images in one sparse file. The processes of a node share it, and later runs reuse it.
 
     Row id * num_variants + variant holds one image's features as NHWC; a variant is a flip. A second file holds each
     row's CRC-32, written after the row; 0 means that the row is missing. Rows with a wrong CRC are computed again.
@@ -124,7 +124,7 @@ NUM_VARIANTS = {"none": 1, "horizontal": 2, "both": 4}  # by --flips
 def open_cache(
     config: Config, data_set: DataSet, base: FrozenBase, *, num_images: int, num_used: tuple[int, int]
 ) -> FeatureCache:
-    """Opens this node's cache for a split of `num_images`. `num_used`: (train, validation) images that the run uses."""
+    """Opens this node's cache for `num_images`, by id. `num_used`: (train, validation) images that the run uses."""
     data = config.data
     num_variants = NUM_VARIANTS[data.flips]
     itemsize = base.dtype.itemsize
@@ -144,7 +144,7 @@ class DeviceFeatures:
 
     def __init__(
         self,
-        loader: Loader,
+        loader: AnyLoader,
         base: FrozenBase,
         train_ids: np.ndarray,
         validation_ids: np.ndarray,
@@ -154,7 +154,7 @@ class DeviceFeatures:
     ) -> None:
         self.loader, self.base, self.num_at_once = loader, base, num_at_once
         num_flipped = len(train_ids) * num_variants
-        self.first_row = np.zeros(len(loader.staged), np.int64)  # of each image: one for each flip, validation has none
+        self.first_row = np.zeros(loader.num_images, np.int64)  # of each image: one for each flip, validation has none
         self.first_row[train_ids] = np.arange(0, num_flipped, num_variants)
         self.first_row[validation_ids] = np.arange(num_flipped, num_flipped + len(validation_ids))
         self._send = ToDevice(loader.device)
@@ -181,12 +181,12 @@ class DeviceFeatures:
         return batch.images
 
 
-def device_shape(loader: Loader, base: FrozenBase, num_rows: int) -> tuple[int, int, int, int]:
+def device_shape(loader: AnyLoader, base: FrozenBase, num_rows: int) -> tuple[int, int, int, int]:
     side = math.ceil(loader.spec.image_size / 32)
     return num_rows, side, side, base.num_features
 
 
-def fits_device(loader: Loader, base: FrozenBase, num_rows: int) -> bool:
+def fits_device(loader: AnyLoader, base: FrozenBase, num_rows: int) -> bool:
     """Whether so many rows of features fit into the loader's GPU beside the network. False without a GPU."""
     if loader.device.type != "cuda":
         return False
@@ -211,7 +211,7 @@ class Features:
     With a cache, `batches` reads the stored features, and only images without stored features are decoded.
     """
 
-    def __init__(self, loader: Loader, base: FrozenBase, cache: FeatureCache | None = None) -> None:
+    def __init__(self, loader: AnyLoader, base: FrozenBase, cache: FeatureCache | None = None) -> None:
         self.loader, self.base, self.cache = loader, base, cache
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:

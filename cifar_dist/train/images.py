@@ -6,21 +6,31 @@ import torch
 
 from cifar_dist.config import Config
 from cifar_dist.data.batch import Batch
+from cifar_dist.data.joined import AnyLoader, JoinedLoader
 from cifar_dist.data.loader import Loader
 from cifar_dist.data.order import eval_plans, train_plans
 from cifar_dist.models.frozen import Head
 from cifar_dist.run.checkpoint import Cursor
-from cifar_dist.run.network import eval_batch, split_ids
+from cifar_dist.run.network import eval_batch
+from cifar_dist.run.splits import split_ids
 from cifar_dist.train.features import DeviceFeatures, Features
 
 
 class Images:
-    """Gives a rank's batches, read by `reader`: the loader, or the features of a frozen base."""
+    """Gives a rank's batches, read by `reader`: the loader, or the features of a frozen base.
 
-    def __init__(self, loader: Loader, config: Config, *, rank: int, world: int) -> None:
-        self.loader, self.config, self.rank, self.world = loader, config, rank, world
-        self.reader: Loader | Features | DeviceFeatures = loader
-        self.train_ids, self.validation_ids = split_ids(config, loader.staged.labels)
+    `validation`: the loader of the data set's own validation split, if it has one. train_ids, validation_ids: int64,
+    ids of `loader`, which reads both.
+    """
+
+    def __init__(self, train: Loader, validation: Loader | None, config: Config, *, rank: int, world: int) -> None:
+        self.config, self.rank, self.world = config, rank, world
+        self.train_ids, self.validation_ids = split_ids(config, train.data.manifest, train.staged.labels)
+        self.loader: AnyLoader = train
+        if validation:
+            self.loader = JoinedLoader(train, validation)
+            self.validation_ids = self.validation_ids + train.num_images
+        self.reader: AnyLoader | Features | DeviceFeatures = self.loader
 
     def train_batches(self, cursor: Cursor) -> Iterator[Batch]:
         """Yields this rank's batches of the cursor's epoch, from the cursor's step to the epoch's end."""

@@ -13,11 +13,12 @@ from cifar_dist.data.loader import Loader
 from cifar_dist.data.order import eval_plans
 from cifar_dist.data.private import Staging
 from cifar_dist.data.staged import DataSet
-from cifar_dist.evaluate.shard import Shard, evaluate_shard, ids_of, stored_split
+from cifar_dist.evaluate.shard import Shard, evaluate_shard
 from cifar_dist.run.checkpoint import Checkpoint, CheckpointState
 from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.run.folder import Run
 from cifar_dist.run.network import build_model, image_spec
+from cifar_dist.run.splits import ids_of, stored_split
 
 DECAY, NUM_STEPS = 0.9, 4  # two epochs of two steps
 
@@ -70,8 +71,9 @@ def scored(weights: dict, checkpoint: Checkpoint, data: str, split: str) -> tupl
     spec = image_spec(config, cpu)
     model = build_model(config, data_set.manifest.num_classes, spec, cpu).eval()
     model.load_state_dict(weights)
-    loader = Loader(data_set, stored_split(split), spec, device=cpu, num_threads=1, max_batch_size=100)
-    (batch,) = loader.batches(eval_plans(ids_of(split, config, loader.staged.labels), 100, 0, 1))
+    manifest = data_set.manifest
+    loader = Loader(data_set, stored_split(split, manifest), spec, device=cpu, num_threads=1, max_batch_size=100)
+    (batch,) = loader.batches(eval_plans(ids_of(split, config, manifest, loader.staged.labels), 100, 0, 1))
     with torch.inference_mode():
         logits = model(batch.images)
     confusion = torch.zeros(10, 10, dtype=torch.int64)

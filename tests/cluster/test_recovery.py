@@ -24,7 +24,8 @@ from cifar_dist.data import order
 from cifar_dist.data.staged import DataSet
 from cifar_dist.run.checkpoint import Checkpoint
 from cifar_dist.run.checkpoints import Checkpoints
-from cifar_dist.run.network import image_spec, split_ids
+from cifar_dist.run.network import image_spec
+from cifar_dist.run.splits import split_ids
 
 NUM_NODES = 3  # of the shared cluster
 
@@ -63,7 +64,8 @@ def assert_every_sample_once(run: Path, data: str, num_steps: int | None = None)
     checkpoint = newest(run)
     assert checkpoint is not None
     config = Config.from_dict(checkpoint.meta["config"])
-    ids, _ = split_ids(config, DataSet.open(data).stage("train").labels)
+    data_set = DataSet.open(data)
+    ids, _ = split_ids(config, data_set.manifest, data_set.stage("train").labels)
     size, seed = config.loop.global_batch_size, config.loop.seed
     steps_per_epoch = order.num_steps(len(ids), size)
     for line in recorded:

@@ -15,12 +15,14 @@ from PIL import Image
 from cifar_dist.data import order, sources, store
 from cifar_dist.data.batch import Batch
 from cifar_dist.data.loader import Loader, use_decoded
+from cifar_dist.data.manifest import read_manifest
 from cifar_dist.data.order import STEPS_PER_DRAW, BatchPlan, ImageSpec, eval_plans, train_plans
 from cifar_dist.data.private import Staging
 from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.recipes import recipe_config
-from cifar_dist.run.network import image_spec, split_ids
+from cifar_dist.run.network import image_spec
+from cifar_dist.run.splits import split_ids
 
 WORLDS = [1, 2, 3, 5]
 FLIPS = order.ImageSpec(image_size=32, flips="both")
@@ -406,10 +408,10 @@ def test_the_configured_spec_reaches_plans_and_pipeline(crop_padding: int, resiz
     assert half == dataclasses.replace(expected, channels_last=True)
 
 
-def test_the_validation_rows_are_the_same_whatever_the_run_s_seed() -> None:
-    labels = np.arange(200) % 10
+def test_the_validation_rows_are_the_same_whatever_the_run_s_seed(shapes_uri: str) -> None:
+    manifest, labels = read_manifest(shapes_uri), np.arange(200) % 10
     one, two, other = (
-        split_ids(recipe_config("quickstart_fan", **settings), labels)[1]
+        split_ids(recipe_config("quickstart_fan", **settings), manifest, labels)[1]
         for settings in ({"seed": 1}, {"seed": 2}, {"seed": 1, "split_seed": 3})
     )
     assert np.array_equal(one, two)

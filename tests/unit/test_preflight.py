@@ -45,7 +45,11 @@ def judged(facts, shapes_uri) -> Callable:
     """The findings by check, for facts with changes."""
 
     def act(
-        use_gpu: bool = False, written: tuple = (NODE, "token"), decoded: bool = True, compiles: bool = True, **changes
+        use_gpu: bool = False,
+        written: tuple = (NODE, "token"),
+        decoded: tuple = ("train",),
+        compiles: bool = True,
+        **changes,
     ) -> dict:
         seen = {**copy.deepcopy(facts), **changes}
         settings = {"token": TOKEN, "decoded": decoded, "use_gpu": use_gpu, "written": list(written)}
@@ -76,22 +80,22 @@ def test_node_writes_its_name_and_reads_the_token(run_uri, shapes_uri, staging_f
     assert seen["packages"] == package_versions()
     assert {"python", "torch", "ray"} <= set(seen["packages"])
     own = str(staging_folder / f"cifar_dist-staged-{os.geteuid()}")
-    assert (seen["staging_folder"], seen["staging"], seen["is_staged"]) == (own, own, False)
+    assert (seen["staging_folder"], seen["staging"], seen["staged"]) == (own, own, [])
     assert seen["disk_free_bytes"] > 0
     assert seen["name"]
 
 
 def test_look_is_plain_values_that_any_node_can_send(facts):
     kinds = {type(value) for value in [*facts.values(), *facts["packages"].values()]}
-    assert kinds == {str, bool, int, dict}
+    assert kinds == {str, int, dict, list}
     assert facts["torch_cuda"] == (torch.version.cuda or "")
 
 
 def test_node_that_has_staged_the_data_says_so(run_uri, shapes_uri, staging_folder):
     DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("test")
-    assert not gather_facts(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["is_staged"]
+    assert gather_facts(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["staged"] == []
     DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
-    assert gather_facts(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["is_staged"]
+    assert gather_facts(NODE, run_uri, shapes_uri, str(staging_folder), TOKEN)["staged"] == ["train"]
 
 
 def test_storage_of_its_own_is_a_fault(shapes_uri, staging_folder, tmp_path):
@@ -113,14 +117,14 @@ def test_storage_that_is_not_there_is_a_fault(shapes_uri, staging_folder, tmp_pa
 def test_data_that_the_node_does_not_see_is_a_fault(run_uri, staging_folder, tmp_path):
     seen = gather_facts(NODE, run_uri, str(tmp_path / "nowhere"), str(staging_folder), TOKEN)
     assert seen["manifest_sha256"].startswith(f"fault: {tmp_path}/nowhere is no data set")
-    assert not seen["is_staged"]
+    assert seen["staged"] == []
 
 
 def test_staging_folder_that_cannot_be_made_is_a_fault(run_uri, shapes_uri, tmp_path):
     (tmp_path / "file").write_text("no folder")
     seen = gather_facts(NODE, run_uri, shapes_uri, str(tmp_path / "file" / "staged" / "here"), TOKEN)
     assert seen["staging"].startswith("fault: cannot make the folder")
-    assert not seen["is_staged"]
+    assert seen["staged"] == []
     assert seen["disk_free_bytes"] > 0
 
 
@@ -128,7 +132,7 @@ def test_staging_folder_that_cannot_even_be_looked_for_is_a_fault(run_uri, shape
     """As one inside another user's folder cannot."""
     seen = gather_facts(NODE, run_uri, shapes_uri, str(tmp_path / ("long" * 100)), TOKEN)
     assert seen["staging"].startswith("fault: cannot make the folder")
-    assert not seen["is_staged"]
+    assert seen["staged"] == []
 
 
 def test_somebody_else_s_staging_folder_is_a_fault_that_is_said(run_uri, shapes_uri, tmp_path, judged):
@@ -170,7 +174,9 @@ def test_sound_node_has_nothing_to_say_but_ok(judged, facts, shapes_uri):
 def test_each_node_is_judged_by_itself(facts, shapes_uri):
     other = {**facts, "node": "fedcba9876543210", "name": "other", "shm_free_bytes": 0}
     manifest, written = read_manifest(shapes_uri), [NODE, "fedcba9876543210"]
-    found = assess([facts, other], manifest, token=TOKEN, decoded=True, use_gpu=False, compiles=False, written=written)
+    found = assess(
+        [facts, other], manifest, token=TOKEN, decoded=["train"], use_gpu=False, compiles=False, written=written
+    )
     assert [finding.check for finding in found] == CHECKS * 2
     assert [finding.node for finding in found] == [f"{facts['name']}/01234567"] * 5 + ["other/fedcba98"] * 5
     assert [finding.status for finding in found] == ["ok"] * 9 + ["failed"]
@@ -227,15 +233,15 @@ def test_data_that_is_not_there_fails_with_the_reason(judged, shapes_uri):
 
 def test_disk_without_room_for_the_data_fails_unless_it_is_staged(judged, facts, shapes_uri):
     manifest = read_manifest(shapes_uri)
-    need = num_bytes_to_stage(manifest, True)
+    need = num_bytes_to_stage(manifest, ["train"], ["train"])
     text = only(judged(disk_free_bytes=0), "disk", "failed")
     assert text.startswith(f"{facts['staging_folder']} has 0 MiB free, staging needs {need // MIB + 1} MiB")
     for free in (0, need - 1):
         assert judged(disk_free_bytes=free)["disk"].status == "failed"
-        assert judged(disk_free_bytes=free, is_staged=True)["disk"].status == "ok"
+        assert judged(disk_free_bytes=free, staged=["train"])["disk"].status == "ok"
     assert judged(disk_free_bytes=need)["disk"].status == "ok"
-    encoded = num_bytes_to_stage(manifest, False)
-    assert judged(disk_free_bytes=encoded, decoded=False)["disk"].status == "ok"
+    encoded = num_bytes_to_stage(manifest, ["train"], [])
+    assert judged(disk_free_bytes=encoded, decoded=())["disk"].status == "ok"
     assert judged(disk_free_bytes=encoded)["disk"].status == "failed"
 
 
@@ -243,8 +249,8 @@ def test_staging_takes_all_files_one_more_of_them_and_the_pixels(shapes_uri, sta
     """Held against the files that staging really leaves behind."""
     manifest = read_manifest(shapes_uri)
     num_bytes = sum(file.stat().st_size for file in Path(shapes_uri).glob("train-*.parquet"))
-    assert num_bytes_to_stage(manifest, False) == 2 * num_bytes
-    assert num_bytes_to_stage(manifest, True) == 2 * num_bytes + 200 * 32 * 32 * 3
+    assert num_bytes_to_stage(manifest, ["train"], ["test"]) == 2 * num_bytes
+    assert num_bytes_to_stage(manifest, ["train"], ["train"]) == 2 * num_bytes + 200 * 32 * 32 * 3
     DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
     assert sum(file.stat().st_size for file in staging_folder.rglob("*") if file.is_file()) < 2 * num_bytes
 

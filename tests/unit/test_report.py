@@ -27,12 +27,13 @@ from cifar_dist.errors import UserError
 from cifar_dist.evaluate import driver, report
 from cifar_dist.evaluate.driver import Evaluation, choose, merge
 from cifar_dist.evaluate.scores import count, wilson_interval
-from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard, ids_of
+from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard
 from cifar_dist.recipes import recipe_config
 from cifar_dist.run import folder as run_folder
 from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor, Mark
 from cifar_dist.run.checkpoints import Checkpoints
 from cifar_dist.run.log import RunLog
+from cifar_dist.run.splits import ids_of
 from cifar_dist.storage import Folder
 
 NO_OPTIMIZER = {"optimizers": [], "scaler": {}}
@@ -81,10 +82,7 @@ class Run:
 
     def merge(self, parts: list[dict], splits: tuple[str, ...] = SPLITS) -> dict:
         manifest = read_manifest(self.data_uri)
-        staged = {
-            s: DataSet(uri=self.data_uri, manifest=manifest, staging=Staging(folder=Path(self.staging))).stage(s)
-            for s in ("train", "test")
-        }
+        staged = {split: self.data_set().stage(split) for split in manifest.splits}
         return merge(parts, self.checkpoint, splits, {s: staged[s].labels for s in staged}, manifest)
 
 
@@ -318,13 +316,13 @@ def test_counts_are_those_of_the_table(merged):
         assert counts.to_dict() == expected.to_dict(), split
 
 
-def test_splits_are_the_run_s_own():
-    config = recipe_config("quickstart_resnet50v2", validation_fraction=0.2)
+def test_splits_are_the_run_s_own(run):
+    config, manifest = recipe_config("quickstart_resnet50v2", validation_fraction=0.2), read_manifest(run.data_uri)
     labels = np.arange(NUM_TRAIN) % 10
-    train, validation = (ids_of(split, config, labels) for split in ("train", "validation"))
+    train, validation = (ids_of(split, config, manifest, labels) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (50, 10)
     other = config.replace(split_seed=1)
-    assert not np.array_equal(ids_of("validation", other, labels), validation)
+    assert not np.array_equal(ids_of("validation", other, manifest, labels), validation)
 
 
 # The report.

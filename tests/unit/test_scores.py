@@ -91,10 +91,20 @@ def test_accuracy_and_per_class_scores(counted):
     assert found["macro_f1"] == pytest.approx(np.mean([values["f1"] for values in found["per_class"]]))
 
 
-def test_class_never_predicted_or_never_seen_scores_zero():
-    counts = count(np.array([0, 0]), np.array([[0], [1]]), np.array([0.9, 0.9]), np.zeros(2), 3)
-    values = {c["name"]: (c["precision"], c["recall"], c["f1"]) for c in scores(counts, ["a", "b", "c"])["per_class"]}
-    assert values == {"a": (1.0, 0.5, pytest.approx(2 / 3)), "b": (0, 0, 0), "c": (0, 0, 0)}
+def test_class_never_predicted_scores_zero_and_class_without_images_has_no_scores():
+    counts = count(np.array([0, 0, 3]), np.array([[0], [1], [0]]), np.full(3, 0.9), np.zeros(3), 4)
+    found = scores(counts, ["a", "b", "c", "d"])
+    values = {c["name"]: (c["precision"], c["recall"], c["f1"]) for c in found["per_class"]}
+    assert values == {"a": (0.5, 0.5, 0.5), "b": (0, None, None), "c": (None, None, None), "d": (0, 0, 0)}
+    assert [c["num_images"] for c in found["per_class"]] == [2, 0, 0, 1]
+    assert found["macro_f1"] == 0.25  # over a and d
+
+
+def test_a_split_of_one_image_has_finite_scores():
+    found = scores(count(np.array([1]), np.array([[1, 0]]), np.array([0.75]), np.array([0.5]), 2), ["a", "b"])
+    assert (found["accuracy"], found["macro_f1"], found["loss"], found["ece"]) == (1, 1, 0.5, 0.25)
+    low, high = found["accuracy_95"]
+    assert 0 < low < high == 1
 
 
 @pytest.mark.parametrize(

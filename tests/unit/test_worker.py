@@ -374,7 +374,7 @@ class Stored(Worker):
         progress |= dict.fromkeys(("update", "measured"), lambda _values: None)
         progress["asks_to_stop"] = lambda: state.global_step >= self.stop_at
         self.stop_at = math.inf
-        manifest = SimpleNamespace(num_classes=10, sha256="abc", class_names=["a"] * 10)
+        manifest = SimpleNamespace(num_classes=10, sha256="abc", class_names=["a"] * 10, has_validation=False)
         data, launch = SimpleNamespace(uri="data", manifest=manifest), SimpleNamespace(profile=False)
         plan = SimpleNamespace(config=state.config, run=Run(str(uri)), data=data, launch=launch, weights=None)
         attempt = plan.run.attempts(DRIVER).claim(takeover=True) if rank == 0 else 0
