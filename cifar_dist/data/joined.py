@@ -40,7 +40,7 @@ class JoinedLoader:
 
     def _is_second(self, ids: np.ndarray) -> bool:
         is_second = ids >= self.num_first
-        if is_second.any() != is_second.all():  # a negative row would be read from the end of the split
+        if is_second.any() and not is_second.all():  # a negative row would be read from the end of the split
             raise ValueError("the images of a batch are of two splits")
         return bool(is_second.any())
 

@@ -96,9 +96,13 @@ def pixels(data_uri: str, staging: str, ids: range) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Run:
-    """A run with one checkpoint of a ResNet whose average of weights differs from its weights."""
     folder = tmp_path_factory.mktemp("report")
-    data_uri, staging = prepare(folder / "data", HOSTILE), str(folder / "staged")
+    return trained(folder, prepare(folder / "data", HOSTILE), HOSTILE)
+
+
+def trained(folder: Path, data_uri: str, class_names: list[str]) -> Run:
+    """A run with one checkpoint of a ResNet whose average of weights differs from its weights."""
+    staging = str(folder / "staged")
     config = recipe_config("quickstart_resnet50v2", validation_fraction=0.2, ema_decay=0.5)
     model = models.build("resnet50v2", finetune=True, batchnorm_momentum=0.0)
     with torch.no_grad():
@@ -126,7 +130,7 @@ def run(tmp_path_factory) -> Run:
         "config": config.to_dict(),
         "manifest_sha256": read_manifest(data_uri).sha256,
         "data_uri": data_uri,
-        "class_names": HOSTILE,
+        "class_names": class_names,
         "weights": None,
         "totals": [0.0, 0.0, 0.0],
         "precision": "fp32",
