@@ -6,15 +6,28 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image
 
 from cifar_dist.data.check import Picture
+from cifar_dist.data.sources import formats
+from cifar_dist.data.sources.colours import blended, colours
+from cifar_dist.data.sources.fast_check import plain_file
+from cifar_dist.data.sources.pillow_file import TooManyPixels, is_special, loaded, low_bytes, opened
 from cifar_dist.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_SIDE = 1_000_000  # pixels: more than libpng decodes
-PNG_START = b"\x89PNG"
-BITS_PER_SAMPLE = 258  # the TIFF tag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How pictures are read.
+
+    check: "full" decodes each file; "fast" takes plain files by their headers. max_pixels: of a picture.
+    alpha: "drop" keeps the colours of transparent pixels; "white" and "black" lay the picture on that ground."""
+
+    check: str = "full"
+    max_pixels: int = 178_956_970
+    alpha: str = "drop"
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A checked image in one of FORMATS, which decodes to RGB."""
+    """A checked image in one of formats.STORED, which decodes to RGB."""
 
     encoded: bytes
     path: str
@@ -74,77 +87,37 @@ def encode_png(pixels: np.ndarray | Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns the image as 8-bit RGB. Scales 16-bit gray, resolves palettes, drops alpha and converts CMYK."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image.convert("RGBA").convert("RGB") if image.mode in ("P", "PA") else image.convert("RGB")
-
-
 class Shown(NamedTuple):
-    """A file as Pillow shows it. pixels: uint8 [H, W, 3], upright. encoding: the kind of file.
+    """A file as Pillow shows it.
 
-    is_odd: whether it must be stored as a new PNG. largest: the largest 16-bit value if it has over 8 bits a sample."""
+    pixels: uint8 [H, W, 3], upright; None if the fast check took the file. encoding: the kind of file.
+    height, width: upright. is_odd: whether it must be stored as a new PNG. has_alpha: whether a pixel is transparent.
+    largest: the largest value on the 16-bit scale if it has over 8 bits a sample."""
 
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     encoding: str
-    is_odd: bool
-    largest: int | None
+    height: int
+    width: int
+    is_odd: bool = False
+    largest: int | None = None
+    has_alpha: bool = False
 
 
-def examined(item: Item, deep: DeepImages) -> Picture[Row]:
-    """Reads the item with Pillow. Raises UserError if the image is not readable.
+def examined(item: Item, deep: DeepImages, rules: Rules = Rules()) -> Picture[Row]:
+    """Reads the item. Raises UserError if the image is not readable.
 
     Keeps the file of an RGB image, for the check against Pillow's pixels. Other images become PNG."""
     where, content = item.where or item.path, item.read()
     if isinstance(content, np.ndarray):
         return own_picture(item, content)
-    if not content:
-        raise UserError(f"{where} is empty (zero bytes)")
-    try:
-        shown = show(content, where)
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises many types of errors for damaged files
-        reason = str(error).replace("\n", " ")
-        reason = "it is no image that Pillow knows" if "cannot identify" in reason else reason
-        raise UserError(f"{where} is not a readable image: {reason}") from error
-    height, width = shown.pixels.shape[:2]
-    if max(height, width) > MAX_SIDE:
-        raise UserError(f"{where} has {width} x {height} pixels; images of up to {MAX_SIDE} pixels a side are read")
+    shown = show(content, where, rules)
     if shown.largest is not None:
         deep.add(where, shown.largest)
-    if shown.is_odd:
+    if shown.is_odd and shown.pixels is not None:
         return own_picture(item, shown.pixels)
-    return Picture(
-        content,
-        shown.pixels,
-        Row(encoded=content, path=item.path, label=item.label, encoding=shown.encoding, height=height, width=width),
-    )
-
-
-def show(content: bytes, where: str) -> Shown:
-    """Opens a file with Pillow. Raises UserError for unsupported kinds of files, and Pillow's errors for bad files."""
-    if content.startswith(PNG_START):
-        with Image.open(io.BytesIO(content)) as image:
-            image.verify()  # checks checksums and the file's end, which load() does not
-    with Image.open(io.BytesIO(content)) as image:
-        encoding = image.format or "unknown"
-        if encoding not in (*FORMATS, "MPO"):
-            raise UserError(f"{where} is a {encoding} file; JPEG, PNG, WebP, BMP and TIFF are read")
-        image.load()
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers")
-        is_odd = is_special(image) or image.mode != "RGB" or getattr(image, "n_frames", 1) > 1
-        is_deep = has_16_bits(image, content)
-        largest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
-        turn_upright(image)
-        pixels = np.asarray(to_rgb(image))
-    if is_deep and largest is None:
-        largest = int(pixels.max()) * 257
-    return Shown(pixels, encoding, is_odd, largest if is_deep else None)
+    size = {"height": shown.height, "width": shown.width}
+    row = Row(encoded=content, path=item.path, label=item.label, encoding=shown.encoding, **size)
+    return Picture(content, shown.pixels, row)
 
 
 def own_picture(item: Item, pixels: np.ndarray) -> Picture[Row]:
@@ -158,27 +131,60 @@ def own_picture(item: Item, pixels: np.ndarray) -> Picture[Row]:
     )
 
 
-def turn_upright(image: Image.Image) -> None:
-    """Turns the image upright by its EXIF or XMP orientation."""
-    image.getexif()  # cached, so the raw EXIF can go: exif_transpose would rewrite it, and fails on odd tags
-    for name in ("exif", "Raw profile type exif"):
-        image.info.pop(name, None)
-    ImageOps.exif_transpose(image, in_place=True)
+def show(content: bytes, where: str, rules: Rules) -> Shown:
+    """Reads a file's bytes. Raises UserError, which names `where`, for every file that is not read."""
+    if not content:
+        raise UserError(f"{where} is empty (zero bytes)")
+    if rules.check == "fast" and (plain := plain_file(content)):
+        refuse_size(where, plain.width, plain.height, rules)
+        return Shown(None, plain.encoding, plain.height, plain.width)
+    if formats.raw_picture(content, where):
+        raise UserError(formats.unread_sentence(content, where))
+    try:
+        return decoded(content, where, rules)
+    except UserError:
+        raise
+    except TooManyPixels as error:
+        raise UserError(size_sentence(where, f"{error.pixels} pixels", rules)) from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(formats.unread_sentence(content, where)) from error
+    except Exception as error:  # Pillow raises many types of errors for damaged files
+        raise UserError(f"{where} is not a readable image: {reason_of(error)}") from error
 
 
-def is_special(image: Image.Image) -> bool:
-    """Whether DALI is known to fail on such a file. The check would find this too, but takes up to a second a file.
+def reason_of(error: Exception) -> str:
+    """Returns what Pillow says of a file, in words that a reader understands."""
+    said = str(error).replace("\n", " ")
+    if said.startswith(("decoder error", "broken data stream", "cannot load this image")):
+        return f"its pixels are damaged, or compressed in a way that is not read ({said})"
+    if "Decompressed data too large" in said or "memory used in text" in said:
+        return f"its texts or its colour profile are too large ({said}); save it again without them"
+    return said if said and not isinstance(error, LookupError) else f"it is damaged ({type(error).__name__}: {said})"
 
-    DALI fails on MPO (a JPEG of two pictures, from many cameras), WebP with EXIF, and JPEG with two EXIF segments.
-    """
-    segments = getattr(image, "applist", [])  # of a JPEG
-    num_exif = sum(name == "APP1" and data.startswith(b"Exif") for name, data in segments)
-    return image.format == "MPO" or (image.format == "WEBP" and len(image.getexif()) > 0) or num_exif > 1
+
+def refuse_size(where: str, width: int, height: int, rules: Rules) -> None:
+    """Raises UserError for a picture of no pixels or of too many."""
+    if width * height > rules.max_pixels:
+        raise UserError(size_sentence(where, f"{width} x {height} pixels", rules))
+    if max(height, width) > MAX_SIDE:
+        raise UserError(f"{where} has {width} x {height} pixels; images of up to {MAX_SIDE} pixels a side are read")
 
 
-def has_16_bits(image: Image.Image, content: bytes) -> bool:
-    """Whether the file has more than 8 bits a sample. Only 8 bits are kept."""
-    if image.format == "PNG":
-        return content[12:16] == b"IHDR" and content[24] == 16
-    bits = image.tag_v2.get(BITS_PER_SAMPLE, (8,)) if isinstance(image, TiffImagePlugin.TiffImageFile) else (8,)
-    return image.mode.startswith("I") or max(bits) > 8
+def size_sentence(where: str, size: str, rules: Rules) -> str:
+    return f"{where} has {size}, more than --max-pixels {rules.max_pixels}; raise it, or scale the image down"
+
+
+def decoded(content: bytes, where: str, rules: Rules) -> Shown:
+    """Decodes a file with Pillow. Raises UserError for its size, and Pillow's errors for unknown and damaged files."""
+    with opened(content, rules.max_pixels) as image:
+        encoding = image.format or "unknown"
+        refuse_size(where, *image.size, rules)
+        is_odd = is_special(image)
+        loaded(image, content, rules.max_pixels)
+        is_odd = is_odd or image.mode != "RGB"
+        found = colours(image, content, lambda: low_bytes(content, rules.max_pixels))
+    pixels, has_alpha = found.rgb, found.alpha is not None
+    if found.alpha is not None and rules.alpha != "drop":
+        pixels, is_odd = blended(pixels, found.alpha, rules.alpha), True
+    height, width = pixels.shape[:2]
+    return Shown(pixels, encoding, height, width, is_odd, found.largest, has_alpha)
