@@ -101,6 +101,7 @@ NOT_PLAIN: dict[str, Callable[[], bytes]] = {
     "two pictures in a row": lambda: JPEG + JPEG,
     "an end within its pixels": lambda: JPEG[:-50] + b"\xff\xd9" + JPEG[-50:],
     "no Huffman tables": lambda: JPEG[:2] + b"".join(JPEG.partition(b"\xff\xda")[1:]),
+    "a damaged Huffman table": lambda: changed(JPEG, b"\xff\xc4\0\x1f\0\0", b"\xff\xc4\0\x1f\0\1"),
     "two frames": lambda: changed(JPEG, b"\xff\xc0", JPEG[(at := JPEG.index(b"\xff\xc0")) : at + 19] + b"\xff\xc0"),
     "png of 16 bits": lambda: png(picture().astype(np.uint16), 16),
     "png with a wrong checksum": lambda: changed(png(picture()), b"IDATx", b"IDATy"),

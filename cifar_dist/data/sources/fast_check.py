@@ -79,7 +79,15 @@ def is_harmless(marker: int, data: bytes) -> bool:
         return len(data) % 65 == 0 and all(kind < 16 for kind in data[::65])  # of 8 bits
     if marker == MANY_PICTURES:
         return not data.startswith(b"MPF")
-    return marker in APPLICATION or marker in (HUFFMAN, COMMENT)
+    return are_tables(data) if marker == HUFFMAN else marker in APPLICATION or marker == COMMENT
+
+
+def are_tables(data: bytes) -> bool:
+    """Whether a segment holds whole Huffman tables: a number, 16 counts of codes, and as many values."""
+    position = 0
+    while position < len(data):
+        position += 17 + sum(data[position + 1 : position + 17])
+    return position == len(data)
 
 
 def is_upright(data: bytes) -> bool:

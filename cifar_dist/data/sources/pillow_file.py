@@ -1,8 +1,8 @@
 """Files opened with Pillow, within limits of size, and checked for what Pillow does not check."""
 
 import io
+import logging
 import re
-import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
+from cifar_dist.data.sources.cut_files import refuse_cut_jpeg_2000, refuse_cut_tiff
 from cifar_dist.data.sources.formats import READ, STORED
 
-SUBFILE_TYPE, COMPRESSION, OFFSETS, LENGTHS, DNG_VERSION = 254, 259, 273, 279, 50706  # TIFF tags
-TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-OLD_JPEG = 6  # a compression of TIFF
+SUBFILE_TYPE, DNG_VERSION = 254, 50706  # TIFF tags
 LIMIT = threading.Lock()  # Pillow's limit of pixels is a global variable
 
 # Pillow remarks on odd files. What matters of it is an error here, or is seen in the check against DALI.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class TooManyPixels(Exception):
@@ -59,6 +59,8 @@ def loaded(image: Image.Image, content: bytes, max_pixels: int) -> None:
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         refuse_preview(image)
         refuse_cut_tiff(image, content)
+    if image.format == "JPEG2000":
+        refuse_cut_jpeg_2000(content)
     with pixel_limit(max_pixels) if image.format == "TIFF" else nullcontext():  # which checks the size once more
         image.load()
     turn_upright(image)
@@ -86,33 +88,6 @@ def refuse_preview(image: TiffImagePlugin.TiffImageFile) -> None:
     """Raises ValueError for a TIFF whose first picture is a small copy of another, as in cameras' raw files."""
     if DNG_VERSION in image.tag_v2 or image.tag_v2.get(SUBFILE_TYPE, 0) & 1:
         raise ValueError("its first picture is a preview, as in a camera's raw file; convert it to JPEG or PNG")
-
-
-def refuse_cut_tiff(image: TiffImagePlugin.TiffImageFile, content: bytes) -> None:
-    """Raises ValueError for a TIFF that was cut off where Pillow does not see it: in its tags or in old JPEG data."""
-    ends = tag_ends(content)
-    if image.tag_v2.get(COMPRESSION) == OLD_JPEG:
-        strips = zip(image.tag_v2.get(OFFSETS, ()), image.tag_v2.get(LENGTHS, ()), strict=False)
-        ends += [start + length for start, length in strips]
-    if max(ends) > len(content):
-        raise ValueError("image file is truncated: its tags or pixels lie behind its end")
-
-
-def tag_ends(content: bytes) -> list[int]:
-    """Returns where the first directory of a TIFF ends, and where the data of its tags end, in bytes."""
-    order = "<" if content.startswith(b"II") else ">"
-    is_big = content[2:4] in (b"+\0", b"\0+")
-    count, entry, place = (order + kinds for kinds in (("Q", "HHQ", "Q") if is_big else ("H", "HHI", "I")))
-    size_of_entry, inline = (20, 8) if is_big else (12, 4)
-    (start,) = struct.unpack_from(place, content, 8 if is_big else 4)
-    first = start + struct.calcsize(count)
-    ends = [first + size_of_entry * struct.unpack_from(count, content, start)[0]]
-    for at in range(first, min(ends[0], len(content) - size_of_entry + 1), size_of_entry):
-        _, kind, num_values = struct.unpack_from(entry, content, at)
-        num_bytes = num_values * TYPE_BYTES.get(kind, 0)
-        if num_bytes > inline:
-            ends.append(num_bytes + struct.unpack_from(place, content, at + struct.calcsize(entry))[0])
-    return ends
 
 
 def is_special(image: Image.Image) -> bool:
