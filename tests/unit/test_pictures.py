@@ -1,6 +1,5 @@
 """How pictures are read: transparency, floating-point values, sizes, and kinds that are not read."""
 
-import io
 import re
 import struct
 import subprocess
@@ -189,53 +188,6 @@ def test_the_content_is_believed_more_than_the_suffix():
 @pytest.mark.parametrize("tag", [{254: 1}, {50706: b"\1\4\0\0"}])  # a reduced copy; the version of DNG
 def test_a_tiff_that_begins_with_a_preview_is_refused(tag: dict):
     assert "preview" in refusal(saved("TIFF", tiffinfo=tag), "x.tif")
-
-
-# Files that were cut off
-
-TURNED = saved("TIFF", compression="tiff_lzw", tiffinfo={274: 6})  # its tags lie at the end
-WHOLE = {format: saved(format) for format in ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")}
-
-
-@pytest.mark.parametrize("name", [*WHOLE, "turned TIFF", "JP2 codestream"])
-def test_a_file_that_was_cut_off_is_refused_or_shown_as_the_whole(name: str):
-    content = (WHOLE | {"turned TIFF": TURNED, "JP2 codestream": saved("JPEG2000", no_jp2=True)})[name]
-    whole, taken = show(content, "x", FULL).pixels, []
-    for length in range(1, len(content)):
-        try:
-            shown = show(content[:length], "x", FULL)
-        except UserError:
-            continue
-        taken.append(length)
-        assert np.array_equal(shown.pixels, whole), length
-    assert len(taken) < 10
-
-
-@pytest.mark.parametrize("big", [False, True])
-def test_a_tag_of_a_tiff_lies_within_the_file(big: bool):
-    """Pillow forgets this tag and all behind it, for example that colours are multiplied by alpha."""
-    content = saved("TIFF", tiffinfo={305: "x" * 20}, big_tiff=big)
-    tag = struct.pack("<HHQ" if big else "<HHI", 305, 2, 21)
-    at = content.index(tag) + len(tag)
-
-    def pointing(place: int) -> bytes:
-        data = struct.pack("<Q" if big else "<I", place)
-        return content[:at] + data + content[at + len(data) :]
-
-    assert show(pointing(len(content) - 21), "x", FULL).pixels.shape == (16, 24, 3)
-    assert "truncated" in refusal(pointing(len(content) - 20), "x.tif")
-
-
-def test_old_jpeg_data_of_a_tiff_lies_within_the_file():
-    content = saved("TIFF", compression="jpeg")
-    kind = struct.pack("<HHII", 259, 3, 1, 7)  # compression: 7 is JPEG, 6 its old style
-    tags = Image.open(io.BytesIO(content)).tag_v2
-    (start,), (length,) = tags[273], tags[279]
-    lengths = [struct.pack("<HHII", 279, 4, 1, n) for n in (length, len(content) - start + 1)]
-    longer = content.replace(*lengths)
-    assert content.count(kind) == 1
-    assert longer != content
-    assert "truncated" in refusal(longer.replace(kind, struct.pack("<HHII", 259, 3, 1, 6)), "x.tif")
 
 
 # Sizes
