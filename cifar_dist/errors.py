@@ -14,7 +14,12 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in super().__str__())
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Returns the text on one line, without control characters, which file names may contain."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 def exit_code_of(main: Callable[[], object], debug: bool) -> int:
