@@ -66,14 +66,16 @@ def evaluate(
     precision: str = "run",
 ) -> str:
     """Evaluates the runs and writes the report. Returns the URI of the report's page."""
-    from cifar_dist.data.private import Staging  # noqa: PLC0415 - slow import, not needed for help
+    from cifar_dist.data.card import read_card  # noqa: PLC0415 - slow import, not needed for help
+    from cifar_dist.data.private import Staging  # noqa: PLC0415
     from cifar_dist.data.staged import DataSet  # noqa: PLC0415
     from cifar_dist.evaluate import driver, report  # noqa: PLC0415
     from cifar_dist.launch import cluster  # noqa: PLC0415
 
     out = output_uri(out, "--out")
     data = DataSet.open(data_uri, Staging(job=uuid.uuid4().hex, folder=where.staging_folder))
-    chosen = driver.choose(runs, data)  # reports faults before a cluster is started
+    data_card = read_card(data.uri, data.manifest)  # reports faults, like the next line, before a cluster is started
+    chosen = driver.choose(runs, data)
     if not overwrite:
         refuse_foreign(out, [run.name for run, _ in chosen], settings)
     cluster.connect(where.cluster, 1)
@@ -91,7 +93,7 @@ def evaluate(
         flip_tta=settings.flip_tta,
         precision=precision,
     )
-    page = report.write_report(evaluations, data, out)
+    page = report.write_report(evaluations, data, out, data_card)
     for evaluation in evaluations:
         for split, counts in evaluation.counts.items():
             correct, n = int(counts.confusion.trace()), counts.num_images

@@ -20,6 +20,7 @@ from cifar_dist.uris import join_uri
 
 CARD = "data_card.json"
 FORMAT_VERSION = 1
+ORDER = ("train", "validation", "test")
 MOST_SIZES = 5  # of the most common sizes that the card lists
 
 # The facts about a split: a row for each stored picture, in the order of the stored rows. path: in the source. height,
@@ -53,10 +54,12 @@ def data_card(
 ) -> dict[str, Any]:
     """Returns the card of a data set, which JSON can hold.
 
-    splits: tables of FACTS with at least one row, train first. left_out: for each picture or file that was left out, a
-    dict with `kind` (a few words, such as "unreadable"), `path` and, optionally, `reason` (a sentence). layout: how the
-    source was read. drawn: the splits that were drawn from train. Raises ValueError for tables of another schema.
+    splits: tables of FACTS, each with at least one row, for train, test and maybe validation. left_out: for each
+    picture or file that was left out, a dict with `kind` (a few words, such as "unreadable"), `path` and, optionally,
+    `reason` (a sentence). layout: how the source was read. drawn: the splits that were drawn from train. Raises
+    ValueError for other splits and other columns.
     """
+    splits = in_order(splits)
     for name, table in splits.items():
         if table.schema != FACTS:
             raise ValueError(f"the facts of {name} have another schema than FACTS")
@@ -74,6 +77,13 @@ def data_card(
         "left_out": counted(left_out),
     }
     return {**card, "warnings": warnings(card)}
+
+
+def in_order(splits: dict[str, Any]) -> dict[str, Any]:
+    """Returns the splits in ORDER. Raises ValueError for a split of another name."""
+    if others := set(splits) - set(ORDER):
+        raise ValueError(f"the splits {', '.join(sorted(others))} are none of {', '.join(ORDER)}")
+    return {name: splits[name] for name in ORDER if name in splits}
 
 
 def described(facts: pa.Table, class_names: list[str]) -> dict[str, Any]:
@@ -182,6 +192,9 @@ def read_card(uri: str, manifest: Manifest) -> dict[str, Any] | None:
                 raise UserError(f"{where} does not match its own checksum; {remedy}")
             del card["sha256"]
             check_shape(card, SHAPE)
+            card["splits"] = in_order(card["splits"])  # JSON has sorted them
+            for part in filter(None, (card["duplicates"], card["near_duplicates"])):
+                part["within"] = in_order(part["within"])
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -196,9 +209,12 @@ def read_card(uri: str, manifest: Manifest) -> dict[str, Any] | None:
 def is_of(card: dict[str, Any], manifest: Manifest) -> bool:
     """Whether the card counts the rows that the manifest counts, and compares the splits that it counts."""
     counts = {name: split["num_rows_per_class"] for name, split in manifest.splits.items()}
-    compared = [part["within"] for part in (card["duplicates"], card["near_duplicates"]) if part]
+    names = list(card["splits"])
+    pairs = [(late, early) for i, late in enumerate(names) for early in names[:i]]
+    compared = [part for part in (card["duplicates"], card["near_duplicates"]) if part]
     return (
         card["class_names"] == manifest.class_names
         and {name: split["num_rows_per_class"] for name, split in card["splits"].items()} == counts
-        and all(within.keys() == counts.keys() for within in compared)
+        and all(list(part["within"]) == names for part in compared)
+        and all([(e["split"], e["other"]) for e in part["across"]] == pairs for part in compared)
     )

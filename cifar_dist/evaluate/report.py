@@ -45,10 +45,13 @@ CIFAR10_MEANS = (
 CIFAR10_TOLERANCE = 0.6  # of 255, for the changes by lossy encodings
 NUM_MISTAKES = 24
 THUMBNAIL_SIDE = 192
+MOST_CLASSES = 20  # that the page lists at first sight
 
 
-def write_report(evaluations: list[Evaluation], data: DataSet, out_uri: str) -> str:
-    """Writes OUT/report.json and OUT/report.html. Returns the URI of report.html."""
+def write_report(
+    evaluations: list[Evaluation], data: DataSet, out_uri: str, data_card: dict[str, Any] | None = None
+) -> str:
+    """Writes OUT/report.json and OUT/report.html, with what read_card returned. Returns the URI of report.html."""
     manifest, test = data.manifest, data.stage("test")
     runs = [run_report(e, manifest) for e in evaluations]
     compared = is_cifar10(manifest, test)
@@ -61,6 +64,8 @@ def write_report(evaluations: list[Evaluation], data: DataSet, out_uri: str) -> 
         "num_skipped": manifest.num_skipped,
         "is_cifar10": compared,
     }
+    if data_card:
+        card["card"] = data_card
     deck = {name: asdict(stated) for name, stated in DECK.items()} if compared else None
     report = {"format_version": 2, "data": card, "deck": deck, "runs": runs}
     folder = Folder(out_uri)
@@ -69,9 +74,29 @@ def write_report(evaluations: list[Evaluation], data: DataSet, out_uri: str) -> 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.get_template("report.html.j2").render(report=report, figures=figures, zip=zip)
+    page = environment.get_template("report.html.j2").render(
+        report=report, figures=figures, class_table=class_table(data_card) if data_card else None, zip=zip
+    )
     folder.write("report.html", page.encode())
     return join_uri(folder.uri, "report.html")
+
+
+def class_table(card: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows of the page's table of classes: `shown` at first sight, `all` in the order of the labels.
+
+    A row has the class name, its number of images in each split, and `bar`: its train images by those of the largest
+    class. Of many classes the largest and the smallest are shown.
+    """
+    per_split = [split["num_rows_per_class"] for split in card["splits"].values()]
+    largest = max(per_split[0])
+    rows = [
+        {"name": name, "counts": counts, "bar": counts[0] / largest}
+        for name, *counts in zip(card["class_names"], *per_split, strict=True)
+    ]
+    if len(rows) <= MOST_CLASSES:
+        return {"shown": rows, "all": []}
+    by_size = sorted(rows, key=lambda row: -row["bar"])
+    return {"shown": by_size[: MOST_CLASSES // 2] + by_size[-MOST_CLASSES // 2 :], "all": rows}
 
 
 def is_cifar10(manifest: Manifest, test: StagedSplit) -> bool:

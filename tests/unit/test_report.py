@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -20,6 +21,7 @@ from PIL import Image
 
 from cifar_dist import models
 from cifar_dist.data import sources, store
+from cifar_dist.data.card import CARD, FACTS, data_card, read_card, write_card
 from cifar_dist.data.manifest import Manifest, read_manifest
 from cifar_dist.data.private import Staging
 from cifar_dist.data.staged import DataSet, StagedSplit
@@ -495,6 +497,69 @@ def test_json_holds_the_integers_and_is_strict(written, merged):
         assert run["run_card"]["world_size"] == 2
         assert run["run_card"]["config"]["loop"]["global_batch_size"] == 32
     assert stored["data"]["class_names"] == HOSTILE
+
+
+# The section on the data.
+
+
+def facts_of(split: str, num_rows: int, names: list[str]) -> pa.Table:
+    """Facts about pictures whose files have hostile names. Every tenth picture is in each split."""
+    rows = []
+    for i in range(num_rows):
+        content = i if i % 10 == 0 else f"{split}{i}"
+        sha256 = hashlib.sha256(str(content).encode()).digest()
+        sizes = {"height": 20, "width": 20 + i % 3, "num_bytes": 1000}
+        other = {"encoding": "<i>GIF", "pixels_sha256": sha256, "perceptual_hash": 0x5A3C96E12D4BC387 + i % 2}
+        row = {"path": f"{split}/{HOSTILE[i % 9]}/{i}.png", "label": i % len(names), **sizes, **other}
+        rows.append({**row, "stored_as_png": True, "has_alpha": i == 0})
+    return pa.Table.from_pylist(rows, schema=FACTS)
+
+
+def card_for(run: Run, names: list[str] = HOSTILE, num_train: int = NUM_TRAIN) -> dict:
+    splits = {"train": facts_of("train", num_train, names), "test": facts_of("test", NUM_TEST, names)}
+    left_out = [{"kind": "<b>unreadable</b>", "path": HOSTILE[0], "reason": HOSTILE[1]}]
+    facts = {"class_names": names, "layout": HOSTILE[2], "drawn": ["test"], "left_out": left_out}
+    return data_card(source="drawn", manifest_sha256=read_manifest(run.data_uri).sha256, splits=splits, **facts)
+
+
+def test_the_page_has_a_section_on_the_data(run, merged, page, tmp_path):
+    card = card_for(run)
+    write_card(Folder(run.data_uri), card)
+    try:
+        found = read_card(run.data_uri, read_manifest(run.data_uri))
+    finally:
+        (Path(run.data_uri) / CARD).unlink()
+    report.write_report([evaluation(run, merged, "only", "fan")], run.data_set(), str(tmp_path), found)
+    with_card = Page((tmp_path / "report.html").read_text())
+    text = with_card.text
+    for sentence in card["warnings"]:
+        assert " ".join(sentence.split()) in text
+    for words in (
+        f"Read as {HOSTILE[2]}. Drawn from train: test.",
+        "train 60 1.0 20 to 22 (median 21) 20 1.00 to 1.10 3, most often 20 x 20 60 <i>GIF 60 1 0.1",
+        "12 of 310 images have the same pixels as another one.",
+        "test images that are also in train 6 (2.40%) 250 (100.00%)",
+        f"test/{HOSTILE[0]}/0.png (test, {HOSTILE[0]}) = train/{HOSTILE[0]}/0.png (train, {HOSTILE[0]})",
+        f"1 <b>unreadable</b> {HOSTILE[0]}: {HOSTILE[1]}",
+        f"class train test {HOSTILE[0]} 6 25",
+    ):
+        assert words in text
+    assert {r for r in with_card.references if not r.startswith(("data:image/", "#"))} == set()
+    assert [name for name, _ in with_card.attributes if name.startswith("on")] == []
+    assert {"script", "i"} & set(with_card.tags) == set()
+    assert json.loads((tmp_path / "report.json").read_text())["data"]["card"] == card
+    assert "The data" not in page.text  # nor in the report of a data set without a card
+
+
+def test_a_thousand_classes_are_folded(run, merged, tmp_path):
+    names = [f"class-{i}" for i in range(1000)]
+    card = card_for(run, names, num_train=1990)  # the last ten classes have one train image, the others two
+    report.write_report([evaluation(run, merged, "only", "fan")], run.data_set(), str(tmp_path), card)
+    text = Page((tmp_path / "report.html").read_text()).text
+    shown, _, folded = text.partition("Images per class ")[2].partition("All classes")
+    assert re.findall(r"class-(\d+)", shown) == [str(i) for i in (*range(10), *range(990, 1000))]
+    assert "The largest and the smallest 10 of 1,000 classes" in shown
+    assert re.findall(r"class-(\d+)", folded.partition("Images held twice")[0]) == [str(i) for i in range(1000)]
 
 
 @pytest.fixture
