@@ -70,12 +70,12 @@ def balance(name: str, split: dict[str, Any], class_names: list[str]) -> list[st
             f"{classes(len(few), len(counts))} fewer than {FEW[name]} {name} pictures, e.g. {class_name!r} ({count}): "
             f"{harm}"
         )
-    if split["imbalance"] >= MOST_IMBALANCE:
+    if split["imbalance"] >= MOST_IMBALANCE and name != "validation":
         largest = max(counts, key=lambda pair: pair[1])
         smallest = min((pair for pair in counts if pair[1]), key=lambda pair: pair[1])
         found.append(
-            f"class {largest[0]!r} has {largest[1]:,} {name} pictures and {smallest[0]!r} has {smallest[1]:,}, "
-            f"{split['imbalance']:,.0f} times fewer: look at the accuracy per class, not only at the mean"
+            f"class {largest[0]!r} has {largest[1]:,} {name} pictures, class {smallest[0]!r} has {smallest[1]:,}: look "
+            "at the accuracy per class, not only at the mean"
         )
     return found
 

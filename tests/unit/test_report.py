@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cifar_dist import models
+from cifar_dist.cli.evaluate import evaluate
 from cifar_dist.data import sources, store
 from cifar_dist.data.card import CARD, FACTS, data_card, read_card, write_card
 from cifar_dist.data.manifest import Manifest, read_manifest
@@ -30,6 +31,7 @@ from cifar_dist.evaluate import driver, report
 from cifar_dist.evaluate.driver import Evaluation, choose, merge
 from cifar_dist.evaluate.scores import count, wilson_interval
 from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard
+from cifar_dist.job_settings import ClusterSettings, EvaluationSettings
 from cifar_dist.recipes import recipe_config
 from cifar_dist.run import folder as run_folder
 from cifar_dist.run.checkpoint import Checkpoint, CheckpointState, Cursor, Mark
@@ -536,7 +538,10 @@ def test_the_page_has_a_section_on_the_data(run, merged, page, tmp_path):
         assert " ".join(sentence.split()) in text
     for words in (
         f"Read as {HOSTILE[2]}. Drawn from train: test.",
-        "train 60 1.0 20 to 22 (median 21) 20 1.00 to 1.10 3, most often 20 x 20 60 <i>GIF 60 1 0.1",
+        "images 60 250 largest / smallest class 1.0 1.0 classes without images 0 0",
+        "width 20 to 22 (median 21) 20 to 22 (median 21) height 20 20 width / height 1.00 to 1.10 1.00 to 1.10",
+        "different sizes 3 3 most common sizes 20 x 20: 20 21 x 20: 20 22 x 20: 20 20 x 20: 84 21 x 20: 83 22 x 20: 83",
+        "formats <i>GIF: 60 <i>GIF: 250 stored as PNG 60 250 with transparency 1 1 MB 0.1 0.2",
         "12 of 310 images have the same pixels as another one.",
         "test images that are also in train 6 (2.40%) 250 (100.00%)",
         f"test/{HOSTILE[0]}/0.png (test, {HOSTILE[0]}) = train/{HOSTILE[0]}/0.png (train, {HOSTILE[0]})",
@@ -549,6 +554,22 @@ def test_the_page_has_a_section_on_the_data(run, merged, page, tmp_path):
     assert {"script", "i"} & set(with_card.tags) == set()
     assert json.loads((tmp_path / "report.json").read_text())["data"]["card"] == card
     assert "The data" not in page.text  # nor in the report of a data set without a card
+
+
+def test_a_damaged_card_stops_the_evaluation_before_it_starts(run, tmp_path):
+    file = Path(run.data_uri) / CARD
+    file.write_text("{")
+    try:
+        with pytest.raises(UserError, match=r"data_card\.json is damaged"):
+            evaluate(
+                [run.run_uri],
+                run.data_uri,
+                str(tmp_path / "out"),
+                settings=EvaluationSettings(),
+                where=ClusterSettings(address="nowhere:1"),
+            )
+    finally:
+        file.unlink()
 
 
 def test_a_thousand_classes_are_folded(run, merged, tmp_path):
