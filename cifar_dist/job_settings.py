@@ -23,18 +23,11 @@ OWN_CLUSTER = "local"  # as --address
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterSettings(Section):
-    """Where a job runs."""
+class ClusterAddress(Section):
+    """The cluster that a job joins."""
 
     table, heading = "cluster", "where it runs"
 
-    device: str = option("auto", help="auto: GPUs if the cluster has any", choices=("auto", "cpu", "gpu"), common=True)
-    staging_folder: str | None = option(
-        None,
-        help="local folder for staged data (default: in the temporary folder)",
-        metavar="FOLDER",
-        parse=os.path.abspath,
-    )
     address: str | None = option(
         None, help="HOST:PORT of a Ray cluster (default: RAY_ADDRESS, else the job starts one)", metavar="HOST:PORT"
     )
@@ -48,6 +41,19 @@ class ClusterSettings(Section):
     def cluster(self) -> str | None:
         """The address of the cluster to join; None where the job starts one."""
         return None if self.address == OWN_CLUSTER else self.address
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSettings(ClusterAddress):
+    """Where a job runs, and on which devices."""
+
+    device: str = option("auto", help="auto: GPUs if the cluster has any", choices=("auto", "cpu", "gpu"), common=True)
+    staging_folder: str | None = option(
+        None,
+        help="local folder for staged data (default: in the temporary folder)",
+        metavar="FOLDER",
+        parse=os.path.abspath,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +120,42 @@ class SourceSettings(Section):
     table, heading = "source", "source of the images"
 
     source: str = option(
-        help="what to read", choices=("cifar10", "folder", "parquet", "shapes"), metavar="SOURCE", common=True
+        help="what to read; folder: pictures in any usual layout or archive",
+        choices=("cifar10", "folder", "parquet", "shapes"),
+        metavar="SOURCE",
+        common=True,
     )
     path: str | None = option(
-        None, help="where the source is (cifar10: where to keep its download)", metavar="PATH", common=True
+        None,
+        help="folder, archive or URI of the source (cifar10: where to keep its download)",
+        metavar="PATH",
+        common=True,
     )
-    skip_bad: bool = option(False, help="leave unreadable images out and count them", common=True)
+    labels: str | None = option(
+        None, help="table of paths and labels (.csv, .tsv, .jsonl), here or below --path", metavar="FILE", common=True
+    )
+    image_column: str | None = option(None, help="column of the pictures in a table, or of their paths", metavar="NAME")
+    label_column: str | None = option(None, help="column of the labels in a table", metavar="NAME")
+    skip_bad: bool = option(False, help="leave unreadable images out and list them in _left_out.jsonl", common=True)
+    max_bad_share: float = option(
+        0.01, help="share of a class's images that --skip-bad may leave out", minimum=0, maximum=1
+    )
+    check: str = option(
+        "full",
+        help="full: decode each image; fast: take plain files by header, size and end, so damage inside may be missed",
+        choices=("full", "fast"),
+    )
+    max_pixels: int = option(178_956_970, help="most pixels of an image", minimum=1)
+    alpha: str = option(
+        "drop",
+        help="transparent images: drop the transparency, or lay them on white or black",
+        choices=("drop", "white", "black"),
+    )
+    near_duplicates: bool = option(False, help="look for images that look alike, for the data card")
     overwrite: bool = option(False, help="replace an existing data set, or files of the same names", common=True)
+    tasks: int = option(
+        0, help="parallel tasks that prepare (0: one for each CPU of the machine or cluster)", minimum=0
+    )
     test_fraction: float = option(0.2, help="share drawn for test where the source has no test split")
     data_seed: int = option(0, help="seed of that draw, and of the shapes", minimum=0)
     num_train: int = option(1000, help="shapes: images to draw for train")
@@ -132,6 +167,8 @@ class SourceSettings(Section):
         super().__post_init__()
         if self.source == "shapes" and self.path:
             raise UserError("--source shapes draws its images and reads no --path")
+        if self.source not in ("folder", "parquet") and (self.labels or self.image_column or self.label_column):
+            raise UserError(f"--labels, --image-column and --label-column are for --source folder, not {self.source}")
 
 
 @dataclass(frozen=True, kw_only=True)

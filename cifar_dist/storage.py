@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
@@ -120,6 +120,10 @@ class Folder:
     def read(self, name: str) -> bytes:
         """Returns the file's content. Raises FileNotFoundError if the file does not exist."""
         return self.tried("read", name, lambda: self.fs.open_input_stream(self.at(name)).read())
+
+    def open(self, name: str) -> Any:
+        """Returns a stream to read a file in parts. Raises FileNotFoundError if the file does not exist."""
+        return self.tried("read", name, lambda: self.fs.open_input_stream(self.at(name)))
 
     def write(self, name: str, content: bytes) -> None:
         """Replaces a file atomically: a reader sees the old or the new content.

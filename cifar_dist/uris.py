@@ -53,6 +53,13 @@ def join_uri(uri: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *filter(None, parts)]) + mark + query
 
 
+def split_uri(uri: str) -> tuple[str, str]:
+    """Returns (folder, last part) of a path or URI. The folder keeps a query such as ?region=..."""
+    base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    folder, _, name = base.rstrip("/").rpartition("/")
+    return (folder or ("/" if base.startswith("/") else ".")) + mark + query, name
+
+
 def open_uri(uri: str) -> tuple["fs.FileSystem", str]:
     """Returns the file system of a URI and the path in it. Raises UserError if the URI cannot be opened."""
     import pyarrow as pa  # noqa: PLC0415 - slow import, not needed for help

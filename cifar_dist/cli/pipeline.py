@@ -70,7 +70,7 @@ def run(given: Given) -> None:
     configs = [config_for(given, recipe) for recipe in recipes]
     if not source.overwrite:
         refuse_foreign(report, recipes, settings)
-    prepare(source, data, reuse=True)
+    prepare(source, data, launches[0].cluster, reuse=True)
     plans = [make_plan(*pair) for pair in zip(configs, launches, strict=True)]  # checks all runs before any trains
     if message := ineffective_settings(given.values, plans[0]):
         print(f"WARNING: {message}", flush=True)

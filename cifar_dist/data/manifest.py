@@ -12,6 +12,7 @@ from cifar_dist.uris import join_uri
 FORMAT_VERSION = 2
 MANIFEST = "_manifest.json"  # Arrow and Spark skip names that begin with _ when they read a folder
 OLD_MANIFEST = "manifest.json"
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def check_words(manifest: Manifest) -> None:
     if type(manifest.source) is not str or not is_count(manifest.num_skipped):
         raise ValueError("source or num_skipped")
     splits = manifest.splits
-    if not {"train", "test"} <= splits.keys() <= {"train", "validation", "test"}:
+    if not {"train", "test"} <= splits.keys() <= set(SPLITS):
         raise ValueError(f"its splits are {', '.join(splits)}, not train and test")
     for name, split in splits.items():
         check_split(name, split, manifest.num_classes)

@@ -18,7 +18,7 @@ from cifar_dist.sealed_json import from_json
 from cifar_dist.storage import Folder
 from cifar_dist.uris import absolute_uri, join_uri
 
-ROWS_PER_GROUP = 1_000  # of Parquet, and rows per Arrow batch: staging holds one batch in memory
+ROWS_PER_GROUP = 1_000  # of Parquet at most, and rows per Arrow batch: staging holds one group in memory
 STAGED = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
 
 
@@ -109,20 +109,32 @@ class DataSet:
         return StagedSplit(path)
 
 
-def rows_sha256(batches: Iterable[pa.RecordBatch]) -> str:
-    """Returns the SHA-256 (hex) of rows with STAGED's columns bytes, path and label, however split into batches."""
-    digests = {name: hashlib.sha256() for name in ("label", "length", "bytes", "path length", "path")}
-    for batch in batches:
-        digests["label"].update(np.ascontiguousarray(batch["label"].to_numpy(), "<i8").data)
+class RowsDigest:
+    """The SHA-256 of rows with STAGED's columns bytes, path and label, however split into batches."""
+
+    def __init__(self) -> None:
+        self._digests = {name: hashlib.sha256() for name in ("label", "length", "bytes", "path length", "path")}
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        self._digests["label"].update(np.ascontiguousarray(batch["label"].to_numpy(), "<i8").data)
         for name in ("bytes", "path"):
             column = batch[name].cast(pa.large_binary())
             _, offsets, data = column.buffers()
             ends = np.frombuffer(offsets, np.int64, len(column) + 1, 8 * column.offset)
-            digests["length" if name == "bytes" else "path length"].update(
-                np.ascontiguousarray(np.diff(ends), "<i8").data
-            )
-            digests[name].update(memoryview(data or b"")[ends[0] : ends[-1]])
-    return hashlib.sha256(b"".join(digest.digest() for digest in digests.values())).hexdigest()
+            lengths = self._digests["length" if name == "bytes" else "path length"]
+            lengths.update(np.ascontiguousarray(np.diff(ends), "<i8").data)
+            self._digests[name].update(memoryview(data or b"")[ends[0] : ends[-1]])
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests.values())).hexdigest()
+
+
+def rows_sha256(batches: Iterable[pa.RecordBatch]) -> str:
+    """Returns the RowsDigest (hex) of batches."""
+    digest = RowsDigest()
+    for batch in batches:
+        digest.add(batch)
+    return digest.hexdigest()
 
 
 def has_rows(path: Path, files: list[dict[str, Any]]) -> bool:
@@ -220,7 +232,8 @@ def copy_rows(
     before = int(per_class.sum())
     try:
         file = pq.ParquetFile(local)
-        digest = rows_sha256(written(staged_batches(file.iter_batches(ROWS_PER_GROUP)), writer, per_class, where))
+        batches = (batch for i in range(file.num_row_groups) for batch in file.read_row_group(i).to_batches())
+        digest = rows_sha256(written(staged_batches(batches), writer, per_class, where))
         metadata = (file.schema_arrow.metadata or {}).get(b"huggingface")
         names = from_json(metadata)["info"]["features"]["label"]["names"] if metadata else None
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError, TypeError) as error:

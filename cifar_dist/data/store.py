@@ -1,100 +1,144 @@
-"""Writes a data set, Parquet files and a manifest, completely or not at all."""
+"""Writes a data set, Parquet files, a manifest and a data card, completely or not at all."""
 
-import contextlib
-import hashlib
-import json
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from cifar_dist.data.manifest import FORMAT_VERSION, MANIFEST, OLD_MANIFEST, Manifest, has_old_manifest, read_manifest
-from cifar_dist.data.sources.picture import Row
+from cifar_dist.data.assembly import card_of, made_of, manifest_of, moves
+from cifar_dist.data.card import CARD, read_card, write_card
+from cifar_dist.data.check import Checker
+from cifar_dist.data.left_out import LEFT_OUT, BadPictures
+from cifar_dist.data.making import make_part
+from cifar_dist.data.manifest import MANIFEST, OLD_MANIFEST, Manifest, has_old_manifest, read_manifest
+from cifar_dist.data.parts import PREPARING, Made, Part, made_before, parts_of, sha256_of
+from cifar_dist.data.sources.picture import Rules
 from cifar_dist.data.sources.source import Source
-from cifar_dist.data.staged import ROWS_PER_GROUP, rows_sha256, staged_batches
+from cifar_dist.environment import frugal_memory
 from cifar_dist.errors import UserError
-from cifar_dist.sealed_json import from_json, seal, to_json
-from cifar_dist.storage import Folder, file_sha256
+from cifar_dist.sealed_json import from_json, is_sealed, to_json
+from cifar_dist.storage import Folder
 from cifar_dist.uris import join_uri
 
-ROWS_PER_FILE = 10_000
-BYTES_PER_FILE = 256 << 20
-PREPARING = ".cifar_dist-preparing"
 REPLACED = "_manifest.json.replaced"  # in PREPARING: the manifest of the data set that is being replaced
 DATA_FILE = re.compile(r"(train|validation|test)-\d{5}\.parquet")
-UNFINISHED = re.compile(  # in PREPARING
-    rf"({DATA_FILE.pattern}|_manifest\.json(\.replaced)?|start-[0-9a-f]{{8}})(\.[0-9a-f]{{8}}\.tmp)?"
+UNFINISHED = re.compile(  # in PREPARING; an earlier version wrote the data files under their names
+    rf"({DATA_FILE.pattern}|part-[0-9a-f]{{64}}\.(parquet|facts|json)|_manifest\.json(\.replaced)?|start-[0-9a-f]{{8}})"
+    r"(\.[0-9a-f]{8}\.tmp)?"
 )
-Progress = Callable[[Iterable[Row], str, int], Iterable[Row]]  # shows that rows of a split pass, of so many
+Passed = Callable[[int], None]  # is told how many further pictures are done
+MakeAll = Callable[[list[Part], str, Passed], Iterator[Made]]
 
 
-def prepare(
-    source: Source,
-    uri: str,
-    skip_bad: bool = False,
-    overwrite: bool = False,
-    progress: Progress = lambda rows, _split, _total: rows,
-) -> tuple[Manifest, bool]:
+def one_by_one(parts: list[Part], uri: str, passed: Passed) -> Iterator[Made]:
+    """Makes the parts in this process, in order."""
+    checker = Checker()
+    try:
+        with frugal_memory():
+            for part in parts:
+                yield make_part(part, uri, checker, passed)
+    finally:
+        checker.stop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How a data set is prepared.
+
+    rules: how pictures are read. near_duplicates: whether to look for pictures that look alike. skip_bad: leave bad
+    pictures out, up to `max_bad_share` of a class. overwrite: replace another data set, or files of the same names.
+    make_all: makes the parts, in this process or in many. show: gets the numbers of pictures done and left out."""
+
+    rules: Rules = field(default_factory=Rules)
+    near_duplicates: bool = False
+    skip_bad: bool = False
+    max_bad_share: float = 0.01
+    overwrite: bool = False
+    make_all: MakeAll = one_by_one
+    show: Callable[[int, int], None] = lambda _done, _bad: None
+
+
+def prepare(source: Source, uri: str, how: Preparation | None = None) -> tuple[Manifest, bool]:
     """Writes the source as a data set. Returns its manifest and whether anything was written.
 
-    Files are written into a folder PREPARING and moved when complete, the manifest last. An existing data set is left
-    alone if it is equal and complete. Another data set, and files of the same names that no manifest names, are
-    replaced only with `overwrite`; without it they raise UserError.
+    Files are written into a folder PREPARING and moved when complete, the manifest last. What an interrupted
+    preparation has completed there is used. An existing data set is left alone if it is equal and complete. Another
+    data set, and files of the same names that are not of this program, are replaced only with `overwrite`; without it
+    they raise UserError.
     """
-    folder = Folder(uri)
-    old, has_old_name = old_manifest(folder, overwrite)
-    clear_unfinished(folder)
-    if not overwrite:
+    how, folder = how or Preparation(), Folder(uri)
+    parts = list(parts_of(source, how.rules, near_duplicates=how.near_duplicates, skip_bad=how.skip_bad))
+    old, has_old_name = old_manifest(folder, how.overwrite)
+    if old and is_made_of(old, folder, parts, how.skip_bad) and is_whole(folder, old):
+        return old, False
+    clear_unfinished(folder, parts)
+    if not how.overwrite:
         refuse_foreign(folder, old)
     folder.create(PREPARING)
     mine = f"{PREPARING}/start-{uuid.uuid4().hex[:8]}"
     folder.write(mine, b"")
     seen = folder.exists(MANIFEST), data_files(folder)
-    source.forget()
     is_moving = False
     try:
-        manifest = write_splits(folder, source, skip_bad, progress)
-        same = old is not None and old.sha256 == manifest.sha256
-        if same and is_whole(folder, manifest):
-            return manifest, False
-        if old is not None and not same:
+        bad = BadPictures(source, how.max_bad_share)
+        made = all_made(parts, folder, how, bad)
+        manifest = manifest_of(source, parts, made)
+        card = card_of(source, manifest, folder, parts, made, bad)
+        if old is not None and (old.class_names, old.splits) != (manifest.class_names, manifest.splits):
             raise UserError(f"{uri} already holds another data set ({old.source}); use --overwrite or another --out")
-        replaced = data_files(folder)
-        if not folder.exists(mine) or seen != (folder.exists(MANIFEST), replaced):
+        if old is not None and old.sha256 == manifest.sha256 and is_whole(folder, old) and folder.exists(CARD):
+            write_card(folder, card)
+            return old, False
+        if not folder.exists(mine) or seen != (folder.exists(MANIFEST), data_files(folder)):
             raise UserError(f"another job has written to {uri} meanwhile; run the same command again")
         folder.write(f"{PREPARING}/{MANIFEST}", to_json(asdict(manifest)))  # clear_unfinished reads it
         is_moving = True
-        publish(folder, manifest, replaced, has_old_name)
+        publish(folder, manifest, moves(parts, made), has_old_name)
+        write_card(folder, card)
+        write_left_out(folder, bad)
+        folder.write(MANIFEST, to_json(asdict(manifest)))
         is_moving = False
+        folder.delete(PREPARING)
         return manifest, True
     except FileNotFoundError as error:
         raise UserError(f"{error} while {uri} was written; is another job preparing the same folder?") from error
     finally:
-        source.checker.stop()
         if not is_moving and folder.exists(mine):  # else PREPARING belongs to another job
-            folder.delete(PREPARING)
+            folder.delete(mine)
+            if not any(name.endswith(".json") for name in folder.names(PREPARING)):  # else the next start goes on
+                folder.delete(PREPARING)
 
 
-def write_splits(folder: Folder, source: Source, skip_bad: bool, progress: Progress) -> Manifest:
-    """Writes all splits into PREPARING; returns the manifest of what was written."""
-    splits = {}
-    for split in source.splits:
-        rows = progress(source.rows(split, skip_bad), split, len(source.splits[split]))
-        splits[split] = write_split(folder, split, iter(rows), source.class_names)
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        source=source.name,
-        class_names=source.class_names,
-        splits=splits,
-        num_skipped=len(source.skipped),
-    )
-    return Manifest(**seal(asdict(manifest)))
+def all_made(parts: list[Part], folder: Folder, how: Preparation, bad: BadPictures) -> list[Made]:
+    """Returns what was made of each part, now or before. Shows the progress."""
+    found: dict[str, Made] = {}
+    num_done = 0
+
+    def passed(num_pictures: int) -> None:
+        nonlocal num_done
+        num_done += num_pictures
+        how.show(num_done, len(bad))
+
+    by_key = {part.key: part for part in parts}
+    for part in parts:
+        if made := made_before(folder, part):
+            found[part.key] = made
+            bad.add(part, made)
+            passed(len(part.items))
+    left = [part for part in parts if part.key not in found]
+    for made in how.make_all(left, folder.uri, passed):
+        found[made.key] = made
+        bad.add(by_key[made.key], made)
+        passed(0)
+    return [found[part.key] for part in parts]
+
+
+def is_made_of(manifest: Manifest, folder: Folder, parts: list[Part], skip_bad: bool) -> bool:
+    """Whether the data set was made of these very parts, so that they need not be read again."""
+    if manifest.num_skipped and not skip_bad:
+        return False
+    card = read_card(folder.uri, manifest) if folder.exists(CARD) else None
+    return card is not None and card.get("made_of") == made_of(parts)
 
 
 def old_manifest(folder: Folder, overwrite: bool) -> tuple[Manifest | None, bool]:
@@ -112,23 +156,42 @@ def old_manifest(folder: Folder, overwrite: bool) -> tuple[Manifest | None, bool
 
 def refuse_foreign(folder: Folder, old: Manifest | None) -> None:
     """Raises UserError for files that have names of data files but are not in the manifest `old`."""
-    if foreign := [name for name in data_files(folder) if name not in file_names(old)]:
+    foreign = [name for name in data_files(folder) if name not in file_names(old)]
+    if old is None and not is_own_card(folder):
+        foreign += [name for name in (CARD, LEFT_OUT) if folder.exists(name)]
+    if foreign:
         raise UserError(
             f"{join_uri(folder.uri, foreign[0])} is in the way: no data set of this program names it, so it is left "
             "alone; use another --out, or --overwrite to replace such files"
         )
 
 
-def publish(folder: Folder, manifest: Manifest, replaced: list[str], has_old_name: bool) -> None:
-    """Replaces the old files by the new files in PREPARING, the manifest last."""
+def is_own_card(folder: Folder) -> bool:
+    """Whether the folder's data card was written by this program, perhaps in a preparation that was killed."""
+    try:
+        return is_sealed(from_json(folder.read(CARD)))
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def publish(folder: Folder, manifest: Manifest, moves: list[tuple[str, str]], has_old_name: bool) -> None:
+    """Replaces the old files by the new files in PREPARING. Afterwards the folder has no manifest yet."""
+    replaced = data_files(folder)
     for name in [MANIFEST, *[OLD_MANIFEST] * has_old_name]:
         if folder.exists(name):
             folder.move(name, f"{PREPARING}/{REPLACED}")
     for name in replaced:
         folder.delete(name)
-    for name in file_names(manifest):
-        folder.move(f"{PREPARING}/{name}", name)
-    folder.write(MANIFEST, to_json(asdict(manifest)))
+    assert [name for _, name in moves] == file_names(manifest)
+    for part, name in moves:
+        folder.move(part, name)
+
+
+def write_left_out(folder: Folder, bad: BadPictures) -> None:
+    if lines := bad.lines():
+        folder.write(LEFT_OUT, lines)
+    else:
+        folder.delete(LEFT_OUT)
 
 
 def data_files(folder: Folder) -> list[str]:
@@ -140,8 +203,8 @@ def file_names(manifest: Manifest | None) -> list[str]:
     return [file["name"] for split in manifest.splits.values() for file in split["files"]] if manifest else []
 
 
-def clear_unfinished(folder: Folder) -> None:
-    """Removes the leftovers of an interrupted prepare: PREPARING, and files already moved out of it.
+def clear_unfinished(folder: Folder, parts: list[Part]) -> None:
+    """Removes the leftovers of an interrupted prepare but for these parts: in PREPARING, and moved out of it.
 
     Raises UserError if PREPARING holds files that prepare does not write.
     """
@@ -156,7 +219,10 @@ def clear_unfinished(folder: Folder) -> None:
         for name in data_files(folder):
             if sha256_of(folder, name) in known:
                 folder.delete(name)
-    folder.delete(PREPARING)
+    wanted = {f"part-{part.key}.{kind}" for part in parts for kind in ("parquet", "facts", "json")}
+    for name in inside:
+        if name not in wanted:
+            folder.delete(f"{PREPARING}/{name}")
 
 
 def checksums(folder: Folder, name: str) -> set[str]:
@@ -182,66 +248,3 @@ def is_whole(folder: Folder, manifest: Manifest) -> bool:
     files = [file for split in manifest.splits.values() for file in split["files"]]
     existing = set(folder.names())
     return all(f["name"] in existing and sha256_of(folder, f["name"]) == f["sha256"] for f in files)
-
-
-def sha256_of(folder: Folder, name: str) -> str:
-    """Returns the SHA-256 of a file of the data set (hex), or '' for a broken link."""
-    with contextlib.suppress(FileNotFoundError):
-        if folder.is_local:  # without reading the whole file into memory
-            return folder.tried("read", name, lambda: file_sha256(Path(folder.at(name))))
-        return hashlib.sha256(folder.read(name)).hexdigest()
-    return ""
-
-
-def write_split(folder: Folder, split: str, rows: Iterator[Row], class_names: list[str]) -> dict[str, Any]:
-    """Writes PREPARING/SPLIT-*.parquet in the Hugging Face layout. Returns the split's part of the manifest."""
-    features = {"image": {"_type": "Image"}, "label": {"names": class_names, "_type": "ClassLabel"}}
-    schema = pa.schema(
-        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
-    files: list[dict[str, Any]] = []
-    per_class, encodings = np.zeros(len(class_names), int), set()
-    sizes = []
-    for chunk in file_chunks(rows):
-        images = [{"bytes": row.encoded, "path": row.path} for row in chunk]
-        table = pa.table({"image": images, "label": [row.label for row in chunk]}, schema=schema)
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, row_group_size=ROWS_PER_GROUP, compression="none", use_dictionary=False)
-        content = buffer.getvalue().to_pybytes()
-        name = f"{split}-{len(files):05d}.parquet"
-        folder.write(f"{PREPARING}/{name}", content)
-        digests = {
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "rows_sha256": rows_sha256(staged_batches(table.to_batches())),
-        }
-        files.append({"name": name, "num_rows": len(chunk), "num_bytes": len(content), **digests})
-        per_class += np.bincount([row.label for row in chunk], minlength=len(class_names))
-        encodings |= {row.encoding for row in chunk}
-        sizes += [(row.height, row.width) for row in chunk]
-    for name, count in zip(class_names, per_class, strict=True):
-        if not count:
-            raise UserError(f"class {name!r} has no usable images in the {split} split; add some or remove the class")
-    heights, widths = zip(*sizes, strict=True)
-    return {
-        "num_rows": int(per_class.sum()),
-        "num_rows_per_class": per_class.tolist(),
-        "encodings": sorted(encodings),
-        "height": [min(heights), max(heights)],
-        "width": [min(widths), max(widths)],
-        "files": files,
-    }
-
-
-def file_chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Yields the rows of one file at a time: ROWS_PER_FILE rows, or fewer if images are large."""
-    chunk: list[Row] = []
-    num_bytes = 0
-    for row in rows:
-        chunk.append(row)
-        num_bytes += len(row.encoded)
-        if len(chunk) == ROWS_PER_FILE or num_bytes >= BYTES_PER_FILE:
-            yield chunk
-            chunk, num_bytes = [], 0
-    if chunk:
-        yield chunk

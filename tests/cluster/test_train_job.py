@@ -105,7 +105,7 @@ def test_what_cannot_work_is_said_before_a_cluster_is_started(
 def test_a_data_set_that_cannot_be_split_is_named(tmp_path: Path) -> None:
     """One train image per class: none is left for validation."""
     images = [sources.Item(f"{i}.png", i, partial(sources.draw_shape, i, (i,))) for i in range(3)]
-    source = sources.Source(name="folder", class_names=["a", "b", "c"], splits={"train": images, "test": images})
+    source = sources.Source.of("drawn", ["a", "b", "c"], {"train": images, "test": images})
     store.prepare(source, str(tmp_path / "data"))
     where = Launch(data=str(tmp_path / "data"), storage=str(tmp_path), name="run", recipe="quickstart_fan")
     with pytest.raises(UserError, match="2 train images that a validation split needs"):

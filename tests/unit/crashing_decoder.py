@@ -22,6 +22,6 @@ class CrashingDecoder(check.Decoder):
         return super().sound(pictures)
 
 
-def serve(descriptor: int) -> None:
+def serve(descriptor: int, num_threads: int) -> None:
     check.Decoder = CrashingDecoder
-    check.serve(descriptor)
+    check.serve(descriptor, num_threads)

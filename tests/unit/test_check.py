@@ -15,10 +15,12 @@ from crashing_decoder import CRASH, HANG, POISON
 from odd_formats import other_pictures
 from odd_pictures import exif, jpeg_with, odd_pictures, picture, saved
 from PIL import Image, ImageOps
+from prepared import read
 
 from cifar_dist.data import check, sources, store
+from cifar_dist.data.making import Row
 from cifar_dist.data.sources.fast_check import plain_file
-from cifar_dist.data.sources.picture import examined
+from cifar_dist.data.sources.picture import show
 from cifar_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -31,14 +33,15 @@ REFUSED = {
 }
 
 
-def stored(files: dict[str, bytes], skip_bad: bool = False) -> tuple[list[sources.Row], list[str]]:
+def stored(files: dict[str, bytes], skip_bad: bool = False) -> tuple[list[Row], list[str]]:
     """The rows of a source of these files, and what was left out."""
     items = [sources.Item(name, 0, lambda content=content: content) for name, content in files.items()]
-    source = sources.Source(name="test", class_names=["a"], splits={"train": items})
+    checker = check.Checker()
     try:
-        return list(source.rows("train", skip_bad)), source.skipped
+        rows, found = read(sources.Source.of("test", ["a"], {"train": items}), skip_bad=skip_bad, checker=checker)
+        return rows, [bad["reason"] for bad in found.bad]
     finally:
-        source.checker.stop()
+        checker.stop()
 
 
 def upright(content: bytes) -> np.ndarray:
@@ -58,7 +61,7 @@ def upright(content: bytes) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def odd() -> tuple[dict[str, bytes], dict[str, sources.Row], list[str]]:
+def odd() -> tuple[dict[str, bytes], dict[str, Row], list[str]]:
     """Odd files, the rows of those that were stored, and what was said of the others."""
     files = odd_pictures() | other_pictures()
     rows, skipped = stored(files, skip_bad=True)
@@ -128,11 +131,11 @@ def test_every_number_of_threads_and_size_of_batch_gives_the_same_rows(odd, monk
 def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(check, "BATCH_BYTES", 1000)
     sizes = [400, 400, 400, 5000, 10, 990, *[1] * 600]
-    found = list(check.batches(check.Picture(bytes(size), None, i) for i, size in enumerate(sizes)))
+    found = list(check.batches(check.Picture(bytes(size), (1, 1), None, i) for i, size in enumerate(sizes)))
     assert [[len(p.encoded) for p in batch] for batch in found[:4]] == [[400, 400], [400], [5000], [10, 990]]
     assert [len(batch) for batch in found[4:]] == [256, 256, 88]
     assert [p.owner for batch in found for p in batch] == list(range(len(sizes)))
-    assert check.Picture(b"12", picture(), None).num_bytes == 2 + 24 * 16 * 3
+    assert check.Picture(b"12", (16, 24), b"digest", None).num_bytes == 2 + 24 * 16 * 3
 
 
 # The child process
@@ -140,7 +143,7 @@ def test_batches_are_bounded(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def checker() -> Iterator[check.Checker]:
-    checker = check.Checker("crashing_decoder")
+    checker = check.Checker(module="crashing_decoder")
     yield checker
     checker.stop()
 
@@ -148,9 +151,14 @@ def checker() -> Iterator[check.Checker]:
 GOOD = saved("PNG")
 
 
+def as_picture(encoded: bytes, pixels: np.ndarray, owner: bytes = b"") -> check.Picture[bytes]:
+    """A file that must decode to the pixels."""
+    return check.Picture(encoded, pixels.shape[:2], check.pixels_sha256(pixels), owner)
+
+
 def pictures(*tails: bytes) -> list[check.Picture[bytes]]:
     """The same PNG again and again; bytes behind its end tell the stand-in what to do."""
-    return [check.Picture(GOOD + tail, picture(), tail) for tail in tails]
+    return [as_picture(GOOD + tail, picture(), tail) for tail in tails]
 
 
 def answers(checker: check.Checker, found: list[check.Picture[bytes]]) -> list[tuple[bytes, bool]]:
@@ -185,7 +193,8 @@ def with_limit(start, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_child_is_asked_of_nothing_else(checker: check.Checker):
     """Pictures of our own come through in their places, also between those that are asked of."""
-    found = [check.Picture(GOOD, None, b"own"), *pictures(b"1", CRASH), check.Picture(GOOD, None, b"own")]
+    own = check.Picture(GOOD, (16, 24), None, b"own")
+    found = [own, *pictures(b"1", CRASH), own]
     assert answers(checker, found) == [(b"own", True), (b"1", True), (CRASH, False), (b"own", True)]
 
 
@@ -193,13 +202,13 @@ def test_one_wrong_pixel_is_seen(checker: check.Checker):
     pixels = picture()
     pixels[3, 4, 1] ^= 1
     turned = np.ascontiguousarray(picture().transpose(1, 0, 2))
-    found = [check.Picture(GOOD, p, b"") for p in (pixels, picture(), picture()[::-1], turned, picture()[:-1])]
+    found = [as_picture(GOOD, p) for p in (pixels, picture(), picture()[::-1], turned, picture()[:-1])]
     assert [sound for _, sound in checker.checked(found)] == [False, True, False, False, False]
 
 
 def test_who_leaves_early_and_asks_again_gets_the_right_answers(checker: check.Checker, monkeypatch):
     monkeypatch.setattr(check, "BATCH_SIZE", 1)
-    wrong = check.Picture(GOOD, 255 - picture(), b"wrong")
+    wrong = as_picture(GOOD, 255 - picture(), b"wrong")
     rows = checker.checked([*pictures(b"1"), wrong, wrong])
     assert next(rows)[1]
     rows.close()
@@ -208,7 +217,7 @@ def test_who_leaves_early_and_asks_again_gets_the_right_answers(checker: check.C
 
 def test_without_dali_one_sentence_says_so():
     with pytest.raises(UserError, match=r"DALI, .* does not run on this machine \(ModuleNotFoundError: .*no_such_one"):
-        list(check.Checker("no_such_one").checked(pictures(b"")))
+        list(check.Checker(module="no_such_one").checked(pictures(b"")))
 
 
 def test_arrays_and_drawn_shapes_start_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -226,10 +235,7 @@ def test_prepare_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
     items = [sources.Item(str(i), i, lambda: GOOD) for i in range(2)]
-    source = sources.Source(
-        name="x", class_names=["a", "b"], splits={"train": items, "test": items}
-    )  # kept, so that it is not cleared away
-    store.prepare(source, str(tmp_path / "out"))
+    store.prepare(sources.Source.of("x", ["a", "b"], {"train": items, "test": items}), str(tmp_path / "out"))
     assert [process.returncode for process in started] == [-signal.SIGKILL]  # one for both splits, and it is no more
 
 
@@ -252,8 +258,7 @@ def test_the_child_ends_with_a_parent_that_was_killed():
 def test_a_jpeg_that_ends_dali_is_never_shown_to_it(segments: tuple[int, ...], is_shown: bool):
     """DALI 2.4 may die of a JPEG with EXIF twice, or live on and decode the next pictures wrong."""
     file = jpeg_with(*map(exif, segments))
-    found = examined(sources.Item("x", 0, lambda: file), sources.DeepImages())
-    assert (found.pixels is not None) == is_shown
+    assert show(file, "x", sources.Rules()).is_odd != is_shown
 
 
 def test_there_is_one_decoder():

@@ -23,7 +23,7 @@ from checkpoint_states import EXPECT, put_meta, tree, write
 from mutations import deep, sha256, torch_file
 
 from cifar_dist.config import Config
-from cifar_dist.data import sources, store
+from cifar_dist.data import parts, sources, store
 from cifar_dist.data.manifest import MANIFEST, read_manifest
 from cifar_dist.data.private import Staging
 from cifar_dist.data.staged import STAGED, DataSet
@@ -160,7 +160,7 @@ def test_a_user_error_is_one_line_without_control_characters():
 def sealed_manifest(folder: Path, change: Callable[[dict], object]) -> Path:
     """A data set whose manifest was edited and sealed again. It has two files of train and one of test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "ROWS_PER_FILE", 30)
+        patch.setattr(parts, "ROWS_PER_FILE", 30)
         store.prepare(sources.shapes(60, 30), str(folder))
     values = json.loads((folder / MANIFEST).read_bytes())
     change(values)
@@ -229,8 +229,7 @@ def test_a_sealed_manifest_of_other_sizes_is_refused_when_images_are_decoded(
 
     told = 72 - real
     items = [sources.Item(f"{i}.png", i % 2, lambda: np.zeros((real, real, 3), np.uint8)) for i in range(6)]
-    source = sources.Source(name="grey", class_names=["a", "b"], splits={"train": items, "test": items})
-    store.prepare(source, str(tmp_path / "data"))
+    store.prepare(sources.Source.of("grey", ["a", "b"], {"train": items, "test": items}), str(tmp_path / "data"))
     path = tmp_path / "data" / MANIFEST
     values = json.loads(path.read_bytes())
     values["splits"]["train"] |= {"height": [told, told], "width": [told, told]}
@@ -268,7 +267,8 @@ def test_a_link_that_leads_nowhere_is_no_missing_test_split(target: str, shapes_
     """Else a test split would be drawn from train, without a word."""
     (tmp_path / "train-00000.parquet").write_bytes(Path(shapes_uri, "train-00000.parquet").read_bytes())
     (tmp_path / "test-00000.parquet").symlink_to(target)
-    assert "test-00000.parquet is not a readable Parquet file" in sentence_of(lambda: sources.parquet(str(tmp_path)))
+    line = sentence_of(lambda: sources.find_source("parquet", str(tmp_path)))
+    assert f"{tmp_path}/test-00000.parquet cannot be read" in line
 
 
 def test_a_data_set_with_a_file_that_leads_nowhere_is_not_whole(tmp_path: Path):
@@ -284,7 +284,7 @@ def test_class_names_of_a_source_that_are_no_names_are_refused(names: Any, tmp_p
     metadata = {"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})}
     table = pa.table({"image": images, "label": [0, 1, 2]}).replace_schema_metadata(metadata)
     pq.write_table(table, tmp_path / "train-00000.parquet")
-    assert "no list of names" in sentence_of(lambda: sources.parquet(str(tmp_path)))
+    assert "no list of names" in sentence_of(lambda: sources.find_source("parquet", str(tmp_path)))
 
 
 def test_weights_with_a_damaged_heap_are_refused(tmp_path: Path):

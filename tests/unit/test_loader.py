@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prepared import put_unchecked
 
 from cifar_dist.data import order, sources, store
 from cifar_dist.data.batch import Batch
@@ -41,7 +42,7 @@ def open_loader(
 @pytest.fixture(scope="module")
 def train_pixels() -> np.ndarray:
     """uint8 [200, 32, 32, 3]: the train split of `shapes_uri`, drawn anew."""
-    return np.stack([item.read() for item in sources.shapes(200, 100).splits["train"]])
+    return np.stack([sources.draw_shape(i % 10, (0, 0, i)) for i in range(200)])
 
 
 def equal(one: Batch, other: Batch) -> bool:
@@ -91,10 +92,8 @@ def test_images_of_several_sizes_and_formats(tmp_path: Path, staging_folder: Pat
         return buffer.getvalue()
 
     items = [sources.Item("a", 0, partial(jpeg, 20, 31)), sources.Item("b", 1, lambda: np.zeros((9, 9, 3), np.uint8))]
-    store.prepare(
-        sources.Source(name="mixed", class_names=["a", "b"], splits={"train": items, "test": items}),
-        str(tmp_path / "out"),
-    )
+    source = sources.Source.of("mixed", ["a", "b"], {"train": items, "test": items})
+    store.prepare(source, str(tmp_path / "out"))
     loader = open_loader(str(tmp_path / "out"), staging_folder)
     assert loader.decoded is None
     (batch,) = loader.batches(eval_plans(np.arange(2), 2, 0, 1))
@@ -169,10 +168,7 @@ def test_synthetic_batches_are_one_random_batch_under_the_plans_of_the_data(
 
 
 def test_synthetic_data_decodes_nothing(tmp_path: Path, staging_folder: Path):
-    source = sources.shapes(20, 20)
-    store.prepare(
-        UncheckedShapes(name=source.name, class_names=source.class_names, splits=source.splits), str(tmp_path / "out")
-    )
+    prepare_with_a_bad_picture(tmp_path / "out")
     loader = open_loader(str(tmp_path / "out"), staging_folder, cache="decoded", synthetic=True)
     assert [len(batch.images) for batch in loader.batches(eval_plans(np.arange(20), 8, 0, 1))] == [8, 8, 4]
     assert not list(staging_folder.rglob("train.decoded"))
@@ -232,29 +228,15 @@ def test_a_damaged_decoded_cache_is_made_again(shapes_uri: str, staging_folder: 
 # Faults
 
 
-class UncheckedShapes(sources.Source):
-    """Rows as a program without checks would store them: row 13 of train holds text."""
-
-    def rows(self, split: str, skip_bad: bool = False):
-        for i, row in enumerate(super().rows(split, skip_bad)):
-            if (split, i) == ("train", 13):
-                row = sources.Row(
-                    encoded=b"this is no picture",
-                    path=row.path,
-                    label=row.label,
-                    encoding=row.encoding,
-                    height=row.height,
-                    width=row.width,
-                )
-            yield row
+def prepare_with_a_bad_picture(out: Path) -> None:
+    """Shapes as a program without checks would store them: row 13 of train holds text."""
+    store.prepare(sources.shapes(20, 20), str(out))
+    put_unchecked(out, b"this is no picture", row=13)
 
 
 @pytest.mark.parametrize("cache", ["encoded", "decoded"])
 def test_a_bad_image_in_the_store_is_named_by_path_and_row(tmp_path: Path, staging_folder: Path, cache: str):
-    source = sources.shapes(20, 20)
-    store.prepare(
-        UncheckedShapes(name=source.name, class_names=source.class_names, splits=source.splits), str(tmp_path / "out")
-    )
+    prepare_with_a_bad_picture(tmp_path / "out")
 
     def read_all() -> None:
         loader = open_loader(str(tmp_path / "out"), staging_folder, cache=cache)
@@ -272,10 +254,7 @@ def test_a_bad_image_in_the_store_is_named_by_path_and_row(tmp_path: Path, stagi
 
 
 def test_images_before_a_bad_one_are_still_had(tmp_path: Path, staging_folder: Path):
-    source = sources.shapes(20, 20)
-    store.prepare(
-        UncheckedShapes(name=source.name, class_names=source.class_names, splits=source.splits), str(tmp_path / "out")
-    )
+    prepare_with_a_bad_picture(tmp_path / "out")
     loader = open_loader(str(tmp_path / "out"), staging_folder, cache="encoded")
     assert len(list(loader.batches(eval_plans(np.arange(13), 8, 0, 1)))) == 2
 

@@ -299,9 +299,7 @@ def few_images(folder: Path, counts: list[int], size: Callable[[int], int] = lam
         ]
 
     splits = {"train": items(counts), "test": items([1] * len(counts))}
-    store.prepare(
-        sources.Source(name="few", class_names=[f"class {i}" for i in range(len(counts))], splits=splits), str(folder)
-    )
+    store.prepare(sources.Source.of("few", [f"class {i}" for i in range(len(counts))], splits), str(folder))
     return str(folder)
 
 

@@ -66,7 +66,7 @@ def prepare(folder: Path, class_names: list[str], first: int = 0) -> str:
         return [sources.Item(f"{split}/{class_names[i % 10]}/{i}.png", i % 10, draw[i]) for i in range(n)]
 
     splits = {"train": items("train", NUM_TRAIN, 0), "test": items("test", NUM_TEST, 1)}
-    store.prepare(sources.Source(name="drawn", class_names=class_names, splits=splits), str(folder))
+    store.prepare(sources.Source.of("drawn", class_names, splits), str(folder))
     return str(folder)
 
 
@@ -659,7 +659,7 @@ def test_the_real_cifar10_is_recognised(tmp_path):
     root = next(path.parent for path in tmp_path.rglob("train") if path.is_dir())
     for name in ("train", "test"):
         (root / name / "airplane").rename(root / name / "zeppelin")  # neither names nor their order matter
-    store.prepare(sources.image_folder(str(root)), str(tmp_path / "data"))
+    store.prepare(sources.find_source("folder", str(root)), str(tmp_path / "data"))
     manifest = read_manifest(str(tmp_path / "data"))
     assert report.is_cifar10(
         manifest,

@@ -1,4 +1,4 @@
-"""Sources: each kind of image becomes RGB or is refused by its path; folders, Parquet, CIFAR-10, shapes."""
+"""Sources: each kind of image becomes RGB or is refused by its path; CIFAR-10, shapes. Layouts: test_layouts.py."""
 
 import hashlib
 import io
@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from odd_pictures import png
 from PIL import Image, ImageOps
+from prepared import read, rows
 from torchvision.datasets import CIFAR10
 
 from cifar_dist.data import sources
-from cifar_dist.data.check import Checker
+from cifar_dist.data.making import Row
 from cifar_dist.data.pipeline import decode
-from cifar_dist.data.sources import image_folders
 from cifar_dist.errors import UserError
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -53,20 +53,15 @@ def write_tree(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-CHECKER = Checker()  # one child for all tests
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_child_is_left() -> Iterator[None]:
-    yield
-    CHECKER.stop()
-
-
-def row_of(content: bytes | np.ndarray, path: str = "picture", label: int = 0) -> sources.Row:
+def row_of(content: bytes | np.ndarray, path: str = "picture", label: int = 0) -> Row:
     """What is stored of a file."""
     items = [sources.Item(path, label, lambda: content)]
-    (row,) = sources.Source(name="test", class_names=["a"], splits={"train": items}, checker=CHECKER).rows("train")
+    (row,) = rows(sources.Source.of("test", ["a"], {"train": items}))
     return row
+
+
+def folder(root: Path | str | None, **options: Any) -> sources.Source:
+    return sources.find_source("folder", str(root) if root else None, **options)
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -196,7 +191,7 @@ def test_a_bad_file_is_named_by_its_path(tmp_path: Path, name: str):
         },
     )
     with pytest.raises(UserError) as caught:
-        list(sources.image_folder(str(root)).rows("train"))
+        rows(folder(root))
     message = str(caught.value)
     assert str(root / "train" / "a" / name) in message
     assert reason in message
@@ -207,179 +202,19 @@ def test_a_bad_file_is_named_by_its_path(tmp_path: Path, name: str):
 def test_skip_bad_leaves_out_and_lists_the_bad_files_only(tmp_path: Path):
     good = {f"{split}/{c}/good.png": PNG for split in ("train", "test") for c in "ab"}
     root = write_tree(tmp_path, good | {f"train/b/{name}": content for name, (content, _) in BAD_FILES.items()})
-    source = sources.image_folder(str(root))
-    assert [row.path for row in source.rows("train", skip_bad=True)] == ["train/a/good.png", "train/b/good.png"]
-    assert len(source.skipped) == len(BAD_FILES)
-    assert all(str(root / "train/b" / name) in " ".join(source.skipped) for name in BAD_FILES)
+    found, about = read(folder(root), skip_bad=True)
+    assert [row.path for row in found] == ["train/a/good.png", "train/b/good.png"]
+    assert {bad["path"] for bad in about.bad} == {f"train/b/{name}" for name in BAD_FILES}
+    assert all(str(root / bad["path"]) in bad["reason"] and bad["label"] == 1 for bad in about.bad)
 
 
-def test_a_folder_in_place_of_an_image_is_named(tmp_path: Path):
-    root = write_tree(tmp_path, {"train/a/1.png": PNG, "train/b/nested/1.png": PNG})
-    source = sources.Source(
-        name="folder",
-        class_names=["b"],
-        splits={"train": [sources.Item("x", 0, lambda: image_folders.read_file(root / "train/b/nested"))]},
-    )
-    with pytest.raises(UserError, match="nested cannot be read"):
-        list(source.rows("train"))
-
-
-# Image folders
-
-
-def test_labels_follow_the_sorted_class_folders(tmp_path: Path):
-    names = ["ant", "Zebra", "bee"]
-    root = write_tree(
-        tmp_path, {f"{split}/{name}/{i}.png": PNG for split in ("train", "test") for name in names for i in "21"}
-    )
-    write_tree(
-        root, {"train/.cache/x.png": PNG, "train/bee/.DS_Store": b"hidden", "train/README": b"a file beside classes"}
-    )
-    source = sources.image_folder(str(root))
-    assert source.class_names == ["Zebra", "ant", "bee"]
-    assert [(row.path, row.label) for row in source.rows("test")] == [
-        (f"test/{name}/{i}.png", label) for label, name in enumerate(source.class_names) for i in "12"
-    ]
-    assert len(list(source.rows("train"))) == 6
-
-
-@pytest.mark.parametrize("num_classes", [2, 13])
-def test_any_number_of_classes(tmp_path: Path, num_classes: int):
-    root = write_tree(tmp_path, {f"train/c{c:02d}/{i}.png": PNG for c in range(num_classes) for i in range(2)})
-    assert len(sources.image_folder(str(root)).class_names) == num_classes
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"x.png": PNG}, "no folder named train"),
-        ({"train/a/1.png": PNG}, "holds 1 classes"),
-        ({"train/a/1.png": PNG, "train/b/.keep": b""}, "class 'b' has no images in"),
-        ({"train/a/1.png": PNG, "train/b/1.png": PNG, "test/a/1.png": PNG}, "class 'b' has no images in"),
-        (
-            {f"{s}/1.png": PNG for s in ("train/a", "train/b", "test/a", "test/b", "test/c")},
-            "'c' is in .*test but not in",
-        ),
-        ({"train/a/1.png": PNG, "train/b/1.png": PNG, "train/b/2.png": PNG}, "'a' has fewer than 2 images"),
-    ],
-)
-def test_a_folder_that_cannot_be_a_source_is_refused(tmp_path: Path, files: dict[str, bytes], message: str):
-    with pytest.raises(UserError, match=message):
-        sources.image_folder(str(write_tree(tmp_path, files)))
-
-
-@pytest.mark.parametrize("path", [None, "", "does/not/exist"])
-def test_no_such_folder(path: str | None):
-    with pytest.raises(UserError, match="no folder named train"):
-        sources.image_folder(path)
-
-
-def test_a_missing_test_split_is_drawn_by_class_with_the_seed(tmp_path: Path):
-    root = write_tree(tmp_path, {f"train/{c}/{i:02d}.png": PNG for c, n in (("a", 20), ("b", 10)) for i in range(n)})
-
-    def paths(seed: int, fraction: float = 0.2) -> dict[str, list[str]]:
-        source = sources.image_folder(str(root), fraction, seed)
-        return {split: [item.path for item in items] for split, items in source.splits.items()}
-
-    drawn = paths(seed=0)
-    assert [sum(f"/{c}/" in path for path in drawn["test"]) for c in "ab"] == [4, 2]
-    assert len(drawn["train"]) + len(drawn["test"]) == len({*drawn["train"], *drawn["test"]}) == 30
-    assert paths(seed=0) == drawn
-    assert paths(seed=1)["test"] != drawn["test"]
-    assert len(paths(seed=0, fraction=0.5)["test"]) == 15
-
-
-# Parquet
-
-
-def image_table(
-    labels: list[Any], column: str = "image", names: list[str] | None = None, **kinds: pa.DataType
-) -> pa.Table:
-    """The Hugging Face layout; the image of row i is i pixels wider than the first."""
-    images = [{"bytes": encoded(picture(size=(24 + i, 16)), "PNG"), "path": f"{i}.png"} for i in range(len(labels))]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({column: pa.array(images, kind), "label": pa.array(labels, kinds.get("label", pa.int64()))})
-    features = {"label": {"names": names, "_type": "ClassLabel"}} if names else {}
-    return table.replace_schema_metadata(
-        {"huggingface": json.dumps({"info": {"features": features}})} if names else None
-    )
-
-
-@pytest.mark.parametrize("column", ["image", "img"])
-@pytest.mark.parametrize("folder", ["", "data"])
-def test_parquet_rows_keep_bytes_paths_and_labels(tmp_path: Path, column: str, folder: str):
-    (tmp_path / folder).mkdir(exist_ok=True)
-    table = image_table([0, 1, 1, 0], column)
-    pq.write_table(table.slice(0, 3), tmp_path / folder / "train-00000-of-00002.parquet")
-    pq.write_table(table.slice(3), tmp_path / folder / "train-00001-of-00002.parquet")
-    pq.write_table(table, tmp_path / folder / "test.parquet")
-    source = sources.parquet(str(tmp_path))
-    assert source.class_names == ["0", "1"]
-    for split in ("train", "test"):
-        rows = list(source.rows(split))
-        assert [(r.path, r.label, r.width) for r in rows] == [(f"{i}.png", [0, 1, 1, 0][i], 24 + i) for i in range(4)]
-        assert [r.encoded for r in rows] == [v["bytes"] for v in table[column].to_pylist()]
-
-
-def test_class_names_come_from_the_hugging_face_metadata(tmp_path: Path):
-    pq.write_table(image_table([1, 0, 1, 0], names=["cat", "dog"]), tmp_path / "train.parquet")
-    source = sources.parquet(str(tmp_path), test_fraction=0.5)
-    assert source.class_names == ["cat", "dog"]
-    assert sorted(len(items) for items in source.splits.values()) == [2, 2]  # no test file: drawn from train
-
-
-def test_parquet_without_paths_names_rows(tmp_path: Path):
-    table = image_table([0, 0, 1, 1])
-    only_bytes = pa.StructArray.from_arrays([table["image"].combine_chunks().field("bytes")], ["bytes"])
-    pq.write_table(pa.table({"image": only_bytes, "label": table["label"]}), tmp_path / "train.parquet")
-    source = sources.parquet(str(tmp_path), 0.5)
-    assert {item.path for items in source.splits.values() for item in items} == {f"row-{i}" for i in range(4)}
-
-
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        (lambda: image_table([0, 1, 2], names=["a", "b"]), "row 2 has the label 2; 0 to 1 are valid"),
-        (lambda: image_table([0, -1, 1], names=["a", "b"]), "row 1 has the label -1"),
-        (lambda: image_table([0, None, 1]), "row 1 has the label None"),
-        (lambda: image_table([0, 1, 2**50]), f"3 labels up to {2**50}"),
-        (lambda: image_table([]), "0 labels"),
-        (lambda: image_table([0.0, 1.0], label=pa.float32()), "column label is float; integers are needed"),
-        (lambda: image_table(["a", "b"], label=pa.string()), "column label is string"),
-        (lambda: image_table([0, 1], column="picture"), "columns picture, label; an image"),
-        (lambda: image_table([0, 1]).drop_columns("label"), "columns image; an image .* and a label column"),
-        (lambda: pa.table({"image": [b"x", b"y"], "label": [0, 1]}), "column image is binary; struct"),
-    ],
-)
-def test_a_parquet_file_that_cannot_be_a_source_is_refused(tmp_path: Path, table: Callable[[], pa.Table], message: str):
-    pq.write_table(table(), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=message) as caught:
-        sources.parquet(str(tmp_path))
-    assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize("null", ["struct", "bytes"])
-def test_a_bad_image_in_parquet_is_named_by_file_and_row(tmp_path: Path, null: str):
-    images = [{"bytes": PNG, "path": "a"}, None if null == "struct" else {"bytes": None, "path": "b"}]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    for split in ("train", "test"):
-        pq.write_table(pa.table({"image": pa.array(images, kind), "label": [0, 1]}), tmp_path / f"{split}.parquet")
-    with pytest.raises(UserError, match=r"test.parquet row 1 is empty \(zero bytes\)"):
-        list(sources.parquet(str(tmp_path)).rows("test"))
-
-
-def test_damaged_parquet_is_named(tmp_path: Path):
-    path = tmp_path / "train.parquet"
-    pq.write_table(image_table([0, 1]), path)
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match=r"train\.parquet is not a readable Parquet file"):
-        sources.parquet(str(tmp_path))
-
-
-@pytest.mark.parametrize("path", [None, "", "does/not/exist"])
-def test_no_such_parquet_folder(path: str | None):
-    with pytest.raises(UserError, match=r"needs --path|no train\*\.parquet"):
-        sources.parquet(path)
+def test_a_file_that_is_gone_when_it_is_read_is_named(tmp_path: Path):
+    root = write_tree(tmp_path, {f"train/{c}/{i}.png": PNG for c in "ab" for i in range(2)})
+    source = folder(root)
+    gone = root / source.splits["train"]["name"][0].as_py()
+    gone.unlink()
+    with pytest.raises(UserError, match=f"{gone} cannot be read: No such file"):
+        rows(source)
 
 
 # CIFAR-10
@@ -411,10 +246,10 @@ def test_cifar10_keeps_every_pixel_and_label(tmp_path: Path, monkeypatch: pytest
     for split, files in (("train", ["data_batch_1", "data_batch_2"]), ("test", ["test_batch"])):
         batches = [pickle.loads((root / file).read_bytes()) for file in files]  # noqa: S301 - written above
         planes = np.concatenate([b["data"] for b in batches]).reshape(-1, 3, 32, 32)
-        rows = list(source.rows(split))
-        assert [row.label for row in rows] == [label for b in batches for label in b["labels"]]
-        assert {row.encoding for row in rows} == {"PNG"}
-        got = np.stack([np.asarray(Image.open(io.BytesIO(row.encoded))) for row in rows])
+        stored = rows(source, split)
+        assert [row.label for row in stored] == [label for b in batches for label in b["labels"]]
+        assert {row.encoding for row in stored} == {"PNG"}
+        got = np.stack([np.asarray(Image.open(io.BytesIO(row.encoded))) for row in stored])
         assert (got == planes.transpose(0, 2, 3, 1)).all()
 
 
@@ -439,23 +274,23 @@ def test_cifar10_does_not_make_a_mistyped_folder(tmp_path: Path):
 
 
 def test_shapes_follow_the_seed():
-    def rows(seed: int) -> dict[str, list[sources.Row]]:
+    def drawn(seed: int) -> dict[str, list[Row]]:
         source = sources.shapes(40, 20, seed)
-        return {split: list(source.rows(split)) for split in ("train", "test")}
+        return {split: rows(source, split) for split in ("train", "test")}
 
-    first = rows(seed=0)
-    assert rows(seed=0) == first
-    contents = [row.encoded for rows in (first["train"], first["test"], rows(seed=1)["train"]) for row in rows]
+    first = drawn(seed=0)
+    assert drawn(seed=0) == first
+    contents = [row.encoded for part in (first["train"], first["test"], drawn(seed=1)["train"]) for row in part]
     assert len(set(contents)) == 100  # no picture twice: not within a split, between splits or between seeds
 
 
 def test_shapes_are_balanced_32_px_rgb():
     source = sources.shapes(50, 20)
-    rows = list(source.rows("train"))
-    assert np.bincount([row.label for row in rows]).tolist() == [5] * 10
+    stored = rows(source)
+    assert np.bincount([row.label for row in stored]).tolist() == [5] * 10
     assert len(set(source.class_names)) == 10
-    assert {(row.height, row.width, row.encoding) for row in rows} == {(32, 32, "PNG")}
-    assert all(Image.open(io.BytesIO(row.encoded)).mode == "RGB" for row in rows)
+    assert {(row.height, row.width, row.encoding) for row in stored} == {(32, 32, "PNG")}
+    assert all(Image.open(io.BytesIO(row.encoded)).mode == "RGB" for row in stored)
 
 
 @pytest.mark.parametrize("label", range(10))
@@ -472,21 +307,6 @@ def test_too_few_shapes_are_refused(num_train: int, num_test: int):
         sources.shapes(num_train, num_test)
 
 
-def test_a_parquet_source_of_one_class_is_an_error(tmp_path: Path) -> None:
-    image = pa.array([{"bytes": PNG, "path": "a.png"}] * 3)
-    pq.write_table(pa.table({"image": image, "label": [0, 0, 0]}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="holds 1 classes"):
-        sources.parquet(str(tmp_path))
-
-
-def test_unreadable_class_names_in_a_parquet_file_are_an_error(tmp_path: Path) -> None:
-    image = pa.array([{"bytes": PNG, "path": "a.png"}] * 2)
-    table = pa.table({"image": image, "label": [0, 1]}).replace_schema_metadata({"huggingface": "{"})
-    pq.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="Hugging Face metadata that cannot be read"):
-        sources.parquet(str(tmp_path))
-
-
 @pytest.mark.parametrize(("name", "save"), [("a.mpo", {"format": "MPO"}), ("b.webp", {"lossless": True})])
 def test_files_that_the_decoder_may_not_read_become_png(name: str, save: dict, tmp_path: Path) -> None:
     """What cameras write: two pictures in one JPEG, and WebP with EXIF."""
@@ -499,10 +319,20 @@ def test_files_that_the_decoder_may_not_read_become_png(name: str, save: dict, t
     assert (row.encoding, row.height, row.width) == ("PNG", 15, 20)
 
 
-def test_floating_point_pixels_out_of_range_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), -1, np.float32)).save(tmp_path / "f.tiff")
-    with pytest.raises(UserError, match="floating-point"):
+def test_floating_point_pixels_from_0_to_1_are_read_and_others_out_of_range_refused(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    Image.fromarray(values).save(tmp_path / "f.tiff")
+    row = row_of((tmp_path / "f.tiff").read_bytes())
+    assert (row.encoding, decoded(row.encoded)[..., 0].tolist()) == ("PNG", np.rint(values * 255).tolist())
+    Image.fromarray(values - 0.5).save(tmp_path / "f.tiff")
+    with pytest.raises(UserError, match="picture is not a readable image: .*-0.5"):
         row_of((tmp_path / "f.tiff").read_bytes())
+
+
+def test_of_an_animation_the_first_picture_is_kept():
+    row = row_of(encoded(picture("P"), "GIF", save_all=True, append_images=[Image.new("P", (24, 16))]))
+    assert (row.encoding, row.height, row.width) == ("PNG", 16, 24)
+    assert np.abs(decoded(row.encoded).astype(int) - np.asarray(picture("P").convert("RGB"))).max() == 0
 
 
 def test_a_turned_image_whose_exif_cannot_be_written_again_is_kept():
@@ -530,9 +360,7 @@ def test_an_image_that_is_longer_than_dali_decodes_is_refused(mode: str):
 
 def warning_of(*images: np.ndarray) -> str | None:
     items = [sources.Item(f"{i}.png", 0, lambda a=a: png_of(a)) for i, a in enumerate(images)]
-    source = sources.Source(name="test", class_names=["a"], splits={"train": items}, checker=CHECKER)
-    list(source.rows("train"))
-    return source.deep.warning()
+    return read(sources.Source.of("test", ["a"], {"train": items}))[1].deep.warning()
 
 
 def png_of(pixels: np.ndarray) -> bytes:
@@ -561,12 +389,3 @@ def test_16_bit_images_of_the_full_range_are_not():
     assert warning_of(np.stack([gray(65535)] * 3, -1)) is None
     assert warning_of(gray(50, np.uint8)) is None
     assert warning_of() is None
-
-
-def test_a_second_reading_counts_anew():
-    items = [sources.Item("x.png", 0, lambda: png_of(gray(4095))), sources.Item("bad.png", 0, lambda: b"x")]
-    source = sources.Source(name="test", class_names=["a"], splits={"train": items}, checker=CHECKER)
-    for _ in range(2):
-        source.forget()
-        list(source.rows("train", skip_bad=True))
-    assert (source.deep.num_images, len(source.skipped)) == (1, 1)

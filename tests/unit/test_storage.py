@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from moto.server import ThreadedMotoServer
+from prepared import rows
 
 from cifar_dist.data import sources, store
 from cifar_dist.data.manifest import read_manifest
@@ -484,12 +485,12 @@ def test_a_data_set_is_the_same_on_every_storage(uri: str, shapes_uri: str, stag
     manifest, written = store.prepare(sources.shapes(200, 100), uri)
     assert written
     assert manifest == read_manifest(uri) == read_manifest(shapes_uri)
-    names = ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    names = ["_manifest.json", "data_card.json", "test-00000.parquet", "train-00000.parquet"]
     assert Folder(uri).names() == Folder(shapes_uri).names() == names
     for name in names:
         assert Folder(uri).read(name) == Folder(shapes_uri).read(name)
     staged = DataSet.open(uri, Staging(folder=staging_folder)).stage("train")
-    assert staged.encoded(7).tobytes() == list(sources.shapes(200, 100).rows("train"))[7].encoded
+    assert staged.encoded(7).tobytes() == rows(sources.shapes(200, 100))[7].encoded
     assert not store.prepare(sources.shapes(200, 100), uri)[1]
 
 
@@ -499,8 +500,8 @@ def test_a_data_set_in_a_bucket_is_protected_and_replaced(s3: str, staging_folde
     with pytest.raises(UserError, match="already holds another data set"):
         store.prepare(sources.shapes(20, 20, seed=1), uri)
     assert len(DataSet.open(uri, Staging(folder=staging_folder)).stage("test")) == 20
-    manifest, _ = store.prepare(sources.shapes(30, 20, seed=1), uri, overwrite=True)
-    assert Folder(uri).names() == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    manifest, _ = store.prepare(sources.shapes(30, 20, seed=1), uri, store.Preparation(overwrite=True))
+    assert Folder(uri).names() == ["_manifest.json", "data_card.json", "test-00000.parquet", "train-00000.parquet"]
     assert len(DataSet(uri=uri, manifest=manifest, staging=Staging(folder=staging_folder)).stage("train")) == 30
 
 
@@ -520,7 +521,7 @@ def test_a_fault_in_a_bucket_is_named_by_its_uri(s3: str, staging_folder: Path, 
 @pytest.mark.parametrize("below", ["", "/data"])
 def test_a_parquet_source_in_a_bucket(s3: str, tmp_path: Path, below: str):
     store.prepare(sources.shapes(20, 20), f"s3://bucket/source{below.replace('/', '-')}{below}{s3}")
-    source = sources.parquet(f"s3://bucket/source{below.replace('/', '-')}{s3}")
+    source = sources.find_source("parquet", f"s3://bucket/source{below.replace('/', '-')}{s3}")
     assert source.class_names == sources.SHAPES
     manifest, _ = store.prepare(source, str(tmp_path / "out"))
     assert (manifest.num_rows("train"), manifest.num_rows("test")) == (20, 20)

@@ -1,6 +1,7 @@
 """The store: what is written, what is refused, and staging under concurrency, damage and crashes."""
 
 import ctypes
+import dataclasses
 import hashlib
 import io
 import json
@@ -10,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from prepared import rows
 
-from cifar_dist.data import sources, staged, store
+from cifar_dist.data import parts, sources, staged, store
+from cifar_dist.data.making import Row
 from cifar_dist.data.manifest import read_manifest
 from cifar_dist.data.private import Staging, once_per_node
+from cifar_dist.data.sources.source import ItemReader
 from cifar_dist.data.staged import DataSet, StagedSplit
 from cifar_dist.errors import UserError
 from cifar_dist.sealed_json import seal, to_json
@@ -35,14 +39,27 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
+FILES = ["_manifest.json", "data_card.json", "test-00000.parquet", "train-00000.parquet"]  # of small shapes
+
+
+def published(folder: str | Path) -> dict[str, bytes]:
+    """The files of the folder but for those in PREPARING."""
+    return {name: content for name, content in files_of(folder).items() if not name.startswith(store.PREPARING)}
+
+
 def small_shapes(seed: int = 0) -> sources.Source:
     return sources.shapes(20, 20, seed)
 
 
-def failing(source: sources.Source, split: str = "test") -> sources.Source:
-    """The source with an unreadable last image."""
-    source.splits[split][-1] = sources.Item("broken.png", 9, lambda: b"no image")
-    return source
+def shapes_but_for_the_last(read: Callable[[], Any], seed: int = 0) -> sources.Source:
+    """Small shapes; the last image of test is what `read` gives."""
+    source = small_shapes(seed)
+    source.reader.items[-1] = sources.Item("broken.png", 9, read)
+    return dataclasses.replace(source, reader=ItemReader(source.reader.items, f"{seed} {read}"))
+
+
+def failing(seed: int = 0) -> sources.Source:
+    return shapes_but_for_the_last(lambda: b"no image", seed)
 
 
 @pytest.fixture
@@ -59,7 +76,7 @@ def test_prepared_twice_gives_the_same_bytes(tmp_path: Path):
     for name in ("one", "two"):
         assert store.prepare(small_shapes(), str(tmp_path / name))[1]
     files = files_of(tmp_path / "one")
-    assert sorted(files) == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    assert sorted(files) == FILES
     assert files == files_of(tmp_path / "two")
 
 
@@ -78,7 +95,7 @@ def test_other_data_is_refused_and_the_stored_data_stay(tmp_path: Path):
     before = files_of(out)
     with pytest.raises(UserError, match=r"already holds another data set .*--overwrite"):
         store.prepare(small_shapes(seed=1), out)
-    assert files_of(out) == before
+    assert published(out) == before
 
 
 def test_overwrite_replaces_the_data_set_and_nothing_else(tmp_path: Path):
@@ -88,7 +105,7 @@ def test_overwrite_replaces_the_data_set_and_nothing_else(tmp_path: Path):
     strangers = {"notes.txt": b"mine", "train-mine.parquet": b"mine too"}
     for name, content in strangers.items():
         (out / name).write_bytes(content)
-    manifest, written = store.prepare(small_shapes(seed=1), str(out), overwrite=True)
+    manifest, written = store.prepare(small_shapes(seed=1), str(out), store.Preparation(overwrite=True))
     assert written
     assert read_manifest(str(out)) == manifest
     store.prepare(small_shapes(seed=1), str(tmp_path / "fresh"))
@@ -101,31 +118,45 @@ def test_a_failing_source_leaves_the_stored_data_set_intact(tmp_path: Path, over
     store.prepare(small_shapes(), out)
     before = files_of(out)
     with pytest.raises(UserError, match=r"broken\.png is not a readable image"):
-        store.prepare(failing(small_shapes(seed=1)), out, overwrite=overwrite)
-    assert files_of(out) == before
+        store.prepare(failing(seed=1), out, store.Preparation(overwrite=overwrite))
+    assert published(out) == before
 
 
 def test_a_failing_source_leaves_no_data_set(tmp_path: Path):
     with pytest.raises(UserError, match=r"broken\.png"):
-        store.prepare(failing(small_shapes()), str(tmp_path / "out"))
-    assert files_of(tmp_path / "out") == {}
+        store.prepare(failing(), str(tmp_path / "out"))
+    assert published(tmp_path / "out") == {}
     with pytest.raises(UserError, match="is no data set"):
         read_manifest(str(tmp_path / "out"))
 
 
 def test_skipped_images_are_counted_in_the_manifest(tmp_path: Path):
-    manifest, _ = store.prepare(failing(small_shapes()), str(tmp_path / "out"), skip_bad=True)
+    skip = store.Preparation(skip_bad=True, max_bad_share=1)
+    manifest, _ = store.prepare(failing(), str(tmp_path / "out"), skip)
     assert manifest.num_skipped == 1
     assert manifest.num_rows("test") == 19
     assert manifest.splits["test"]["num_rows_per_class"] == [2] * 9 + [1]
     assert read_manifest(str(tmp_path / "out")) == manifest
 
 
-def test_a_class_whose_images_are_all_bad_is_an_error(tmp_path: Path):
-    source = small_shapes()
-    source.splits["test"] = [item for item in source.splits["test"] if item.label != 3]
-    with pytest.raises(UserError, match=r"class 'frame' has no usable images in the test split"):
-        store.prepare(source, str(tmp_path / "out"), skip_bad=True)
+def gray(label: int, split: str, num: int = 2) -> list[sources.Item]:
+    return [
+        sources.Item(f"{split}/{label}/{i}.png", label, lambda i=i: np.full((8, 8, 3), i, np.uint8)) for i in range(num)
+    ]
+
+
+def test_a_class_may_be_missing_in_test_but_not_in_train(tmp_path: Path):
+    items = {"train": [*gray(0, "train"), *gray(1, "train")], "test": gray(1, "test")}
+    manifest, _ = store.prepare(sources.Source.of("gray", ["a", "b"], items), str(tmp_path / "out"))
+    assert manifest.splits["test"]["num_rows_per_class"] == [0, 2]
+    bad = [sources.Item("bad.png", 0, lambda: b"no image")]
+    source = sources.Source.of("gray", ["a", "b"], {"train": [*bad, *gray(1, "train")], "test": gray(0, "test")})
+    with pytest.raises(UserError, match=r"class 'a' has no usable images in the train split; add some or remove"):
+        store.prepare(source, str(tmp_path / "none"), store.Preparation(skip_bad=True, max_bad_share=1))
+    source = sources.Source.of("gray", ["a", "b"], {"train": [*gray(0, "train"), *gray(1, "train")], "test": bad})
+    with pytest.raises(UserError, match=r"the test split has no usable images; add some, or leave the split out"):
+        store.prepare(source, str(tmp_path / "none"), store.Preparation(skip_bad=True, max_bad_share=1))
+    assert published(tmp_path / "none") == {}
 
 
 def test_the_manifest_describes_the_files(shapes_uri: str):
@@ -150,7 +181,7 @@ def test_images_of_several_sizes_have_no_one_shape(tmp_path: Path, axis: str):
         return np.zeros((side, 8, 3) if axis == "height" else (8, side, 3), np.uint8)
 
     items = [sources.Item(str(side), 0, partial(rectangle, side)) for side in (9, 8)]
-    source = sources.Source(name="rectangles", class_names=["a"], splits={"train": items, "test": items[:1]})
+    source = sources.Source.of("rectangles", ["a"], {"train": items, "test": items[:1]})
     manifest, _ = store.prepare(source, str(tmp_path / "out"))
     assert manifest.image_shape("train") is None
     assert manifest.image_shape("test") == ((9, 8) if axis == "height" else (8, 9))
@@ -173,31 +204,32 @@ def test_a_manifest_under_its_old_name_is_said_and_works_when_renamed(data: str)
 def test_an_old_manifest_goes_when_its_data_set_is_replaced_and_nobody_else_s(data: str, tmp_path: Path):
     folder, foreign = Path(data), tmp_path / "foreign"
     (folder / "_manifest.json").rename(folder / "manifest.json")
-    store.prepare(small_shapes(), data, overwrite=True)
-    assert sorted(files_of(folder)) == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    store.prepare(small_shapes(), data, store.Preparation(overwrite=True))
+    assert sorted(files_of(folder)) == FILES
     foreign.mkdir()
     for content in (b'{"name": "an app"}', b"[]", b"no JSON"):
         (foreign / "manifest.json").write_bytes(content)
         with pytest.raises(UserError, match=r"is no data set: it has no _manifest\.json"):
             read_manifest(str(foreign))
-        store.prepare(small_shapes(), str(foreign), overwrite=True)
+        store.prepare(small_shapes(), str(foreign), store.Preparation(overwrite=True))
         assert (foreign / "manifest.json").read_bytes() == content
         (foreign / "_manifest.json").unlink()
 
 
 def test_a_reader_of_the_whole_folder_finds_images_only(shapes_uri: str):
-    """Arrow leaves out names that begin with an underscore, as Spark does."""
-    table = pyarrow.dataset.dataset(shapes_uri, format="parquet").to_table()
+    """Arrow leaves out names that begin with an underscore, as Spark does, and other files if it is told to."""
+    table = pyarrow.dataset.dataset(shapes_uri, format="parquet", exclude_invalid_files=True).to_table()
     assert table.num_rows == 300
     assert table.column_names == ["image", "label"]
+    assert pyarrow.dataset.dataset([str(file) for file in Path(shapes_uri).glob("*.parquet")]).count_rows() == 300
 
 
 def test_duckdb_reads_the_store(shapes_uri: str):
-    rows = duckdb.sql(
+    found = duckdb.sql(
         f"select image.path, image.bytes, label from '{shapes_uri}/train-*.parquet' where label = 3 order by image.path"
     ).fetchall()
-    expected = [row for row in sources.shapes(200, 100).rows("train") if row.label == 3]
-    assert rows == [(row.path, row.encoded, row.label) for row in expected]
+    expected = [row for row in rows(sources.shapes(200, 100)) if row.label == 3]
+    assert found == [(row.path, row.encoded, row.label) for row in expected]
 
 
 def test_the_store_is_in_the_hugging_face_layout(shapes_uri: str, tmp_path: Path):
@@ -208,19 +240,8 @@ def test_the_store_is_in_the_hugging_face_layout(shapes_uri: str, tmp_path: Path
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
     assert features["label"] == {"_type": "ClassLabel", "names": sources.SHAPES}
     assert features["image"] == {"_type": "Image"}
-    store.prepare(sources.parquet(shapes_uri), str(tmp_path / "copy"))
+    store.prepare(sources.find_source("parquet", shapes_uri), str(tmp_path / "copy"))
     assert files_of(tmp_path / "copy")["train-00000.parquet"] == files_of(shapes_uri)["train-00000.parquet"]
-
-
-def test_a_file_holds_so_many_rows_and_bytes():
-    def lengths(num_rows: int, encoded: bytes) -> list[int]:
-        row = sources.Row(encoded=encoded, path="", label=0, encoding="PNG", height=1, width=1)
-        return [len(chunk) for chunk in store.file_chunks(iter([row] * num_rows))]
-
-    assert lengths(20_001, b"x") == [10_000, 10_000, 1]
-    assert lengths(20_000, b"x") == [10_000, 10_000]
-    assert lengths(5, bytes(128 << 20)) == [2, 2, 1]
-    assert lengths(0, b"") == []
 
 
 # The manifest
@@ -280,14 +301,14 @@ def test_a_damaged_manifest_can_be_overwritten(tmp_path: Path):
     (out / "_manifest.json").write_bytes(b"{")
     with pytest.raises(UserError, match="is damaged"):
         store.prepare(small_shapes(), str(out))
-    store.prepare(small_shapes(), str(out), overwrite=True)
+    store.prepare(small_shapes(), str(out), store.Preparation(overwrite=True))
     assert files_of(out) == before
 
 
 # Staging
 
 
-def same_images(staged: StagedSplit, rows: list[sources.Row]) -> bool:
+def same_images(staged: StagedSplit, rows: list[Row]) -> bool:
     return (
         len(staged) == len(rows)
         and [staged.encoded(i).tobytes() for i in range(len(rows))] == [row.encoded for row in rows]
@@ -297,11 +318,11 @@ def same_images(staged: StagedSplit, rows: list[sources.Row]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def train_rows() -> list[sources.Row]:
-    return list(sources.shapes(200, 100).rows("train"))
+def train_rows() -> list[Row]:
+    return rows(sources.shapes(200, 100))
 
 
-def test_the_staged_split_equals_the_source(shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row]):
+def test_the_staged_split_equals_the_source(shapes_uri: str, staging_folder: Path, train_rows: list[Row]):
     assert same_images(DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train"), train_rows)
     assert len(DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("test")) == 100
     left = {path.suffix for path in staging_folder.rglob("*") if path.is_file()}
@@ -324,9 +345,9 @@ def numbered(i: int) -> np.ndarray:
 
 
 def test_several_files_and_batches_are_one_split(tmp_path: Path, staging_folder: Path):
-    count = store.ROWS_PER_FILE + 1_050  # two files, twelve Arrow batches
+    count = parts.ROWS_PER_FILE + 1_050  # two files, twelve Arrow batches
     items = [sources.Item(f"{i}.png", i % 2, partial(numbered, i)) for i in range(count)]
-    source = sources.Source(name="numbered", class_names=["even", "odd"], splits={"train": items, "test": items[:2]})
+    source = sources.Source.of("numbered", ["even", "odd"], {"train": items, "test": items[:2]})
     manifest, _ = store.prepare(source, str(tmp_path / "out"))
     assert [file["num_rows"] for file in manifest.splits["train"]["files"]] == [10_000, 1_050]
     staged = DataSet.open(str(tmp_path / "out"), Staging(folder=staging_folder)).stage("train")
@@ -339,7 +360,7 @@ def test_several_files_and_batches_are_one_split(tmp_path: Path, staging_folder:
 
 @pytest.mark.parametrize("change", ["truncate", "flip", "no checksum", "delete"])
 def test_a_damaged_staged_file_is_made_again(
-    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], change: str
+    shapes_uri: str, staging_folder: Path, train_rows: list[Row], change: str
 ):
     DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
     (path,) = staging_folder.rglob("train.arrow")
@@ -372,7 +393,7 @@ def files_checked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_a_staged_file_is_checked_once_in_a_job_and_again_after_a_restart_or_a_change(
-    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], monkeypatch: pytest.MonkeyPatch
+    shapes_uri: str, staging_folder: Path, train_rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ):
     checked = files_checked(monkeypatch)
 
@@ -409,7 +430,7 @@ def test_a_staged_file_is_checked_once_in_a_job_and_again_after_a_restart_or_a_c
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"two", b"a" * (1 << 20)], ids=["no", "odd", "job", "long"])
 def test_what_says_that_a_file_was_checked_may_be_anything(
-    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row], content: bytes
+    shapes_uri: str, staging_folder: Path, train_rows: list[Row], content: bytes
 ):
     DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
     (path,) = staging_folder.rglob("train.arrow")
@@ -417,7 +438,7 @@ def test_what_says_that_a_file_was_checked_may_be_anything(
     assert same_images(DataSet.open(shapes_uri, Staging(job="two", folder=staging_folder)).stage("train"), train_rows)
 
 
-def test_a_good_staged_file_is_used_without_the_store(data: str, staging_folder: Path, train_rows: list[sources.Row]):
+def test_a_good_staged_file_is_used_without_the_store(data: str, staging_folder: Path, train_rows: list[Row]):
     manifest = read_manifest(data)
     DataSet.open(data, Staging(folder=staging_folder)).stage("train")
     shutil.rmtree(data)
@@ -512,7 +533,7 @@ def run_together(target: Callable[..., None], *args: Any, count: int = 3) -> lis
 
 
 def test_processes_that_stage_together_share_one_file(
-    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row]
+    shapes_uri: str, staging_folder: Path, train_rows: list[Row]
 ):
     found = run_together(stage_in_child, shapes_uri, staging_folder)
     assert len(set(found)) == 1
@@ -530,6 +551,7 @@ import os, signal, sys
 from pathlib import Path
 from cifar_dist.data.manifest import read_manifest
 from cifar_dist.data.private import Staging, once_per_node
+from cifar_dist.data.sources.source import ItemReader
 from cifar_dist.data.staged import DataSet, copy_split
 
 def half(path):
@@ -546,8 +568,8 @@ import os, signal, sys
 from cifar_dist.data import sources, store
 
 source = sources.shapes(20, 20, seed=1)
-source.splits["test"][-1] = sources.Item("killer", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
-store.prepare(source, sys.argv[1], overwrite=True)
+source.reader.items[-1] = sources.Item("killer", 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+store.prepare(source, sys.argv[1], store.Preparation(overwrite=True))
 """
 
 
@@ -566,7 +588,7 @@ def move_or_die(*names):
     move(*names)
 
 store.Folder.move = move_or_die
-store.prepare(sources.shapes(20, 20, seed=1), sys.argv[1], overwrite=True)
+store.prepare(sources.shapes(20, 20, seed=1), sys.argv[1], store.Preparation(overwrite=True))
 """
 
 
@@ -576,7 +598,7 @@ def run_until_killed(code: str, *args: str) -> None:
 
 
 def test_staging_goes_on_after_a_process_was_killed_half_way(
-    shapes_uri: str, staging_folder: Path, train_rows: list[sources.Row]
+    shapes_uri: str, staging_folder: Path, train_rows: list[Row]
 ):
     run_until_killed(KILLED_WHILE_STAGING, shapes_uri, str(staging_folder))
     (part,) = staging_folder.rglob("train.arrow.part-*")
@@ -591,11 +613,10 @@ def test_a_data_set_outlives_a_process_killed_while_replacing_it(tmp_path: Path)
     store.prepare(small_shapes(), str(out))
     before = files_of(out)
     run_until_killed(KILLED_WHILE_PREPARING, str(out))
-    after = files_of(out)
-    assert any(name.startswith(f"{store.PREPARING}/train-") for name in after)  # it was killed half-way
-    assert {name: content for name, content in after.items() if not name.startswith(f"{store.PREPARING}/")} == before
+    assert len(list((out / store.PREPARING).glob("part-*.parquet"))) == 1  # it was killed half-way
+    assert published(out) == before
     assert not store.prepare(small_shapes(), str(out))[1]
-    assert files_of(out) == before
+    assert published(out) == before
 
 
 @pytest.mark.parametrize(
@@ -616,21 +637,22 @@ def test_a_write_that_was_killed_is_no_data_set(tmp_path: Path, num_moves: int |
     else:
         with pytest.raises(UserError, match="is no data set"):
             read_manifest(str(out))
-    store.prepare(small_shapes(), str(out), overwrite=is_replaced and not num_moves)
+    store.prepare(small_shapes(), str(out), store.Preparation(overwrite=is_replaced and not num_moves))
     store.prepare(small_shapes(), str(tmp_path / "fresh"))
     assert files_of(out) == files_of(tmp_path / "fresh")
 
 
-def rows_then_stop(source: sources.Source) -> Iterator[sources.Row]:
-    yield from list(source.rows("train"))[:3]
-    raise KeyboardInterrupt
+@pytest.mark.parametrize(("num_done", "num_kept"), [(3, 0), (23, 1)])
+def test_ctrl_c_leaves_what_is_complete_for_the_next_start_only(tmp_path: Path, num_done: int, num_kept: int):
+    def stop(done: int, _bad: int) -> None:
+        if done == num_done:
+            raise KeyboardInterrupt
 
-
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path):
-    source = small_shapes()
     with pytest.raises(KeyboardInterrupt):
-        store.prepare(source, str(tmp_path / "out"), progress=lambda *_: rows_then_stop(source))
-    assert files_of(tmp_path / "out") == {}
+        store.prepare(small_shapes(), str(tmp_path / "out"), store.Preparation(show=stop))
+    assert published(tmp_path / "out") == {}
+    names = [name.rpartition(".")[2] for name in files_of(tmp_path / "out")]
+    assert sorted(names) == sorted(["parquet", "facts", "json"] * num_kept)
 
 
 @pytest.mark.parametrize("harm", ["truncate", "delete"])
@@ -654,21 +676,23 @@ def test_a_damaged_manifest_is_replaced_with_overwrite_only(tmp_path: Path) -> N
     manifest.write_bytes(good[:-9])
     with pytest.raises(UserError, match=r"is damaged .* with --overwrite"):
         prepare()
-    prepare(overwrite=True)
+    prepare(store.Preparation(overwrite=True))
     assert manifest.read_bytes() == good
 
 
 # What is not ours
 
 
-@pytest.mark.parametrize("name", ["train-00000.parquet", "validation-00003.parquet", "test-00000.parquet"])
+@pytest.mark.parametrize(
+    "name", ["train-00000.parquet", "validation-00003.parquet", "test-00000.parquet", "data_card.json", "_left_out.jsonl"]
+)
 def test_a_file_that_no_manifest_names_is_replaced_with_overwrite_only(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"somebody's own")
     with pytest.raises(UserError, match=rf"{name} is in the way: no data set of this program names it"):
         store.prepare(small_shapes(), str(tmp_path))
     assert files_of(tmp_path) == {name: b"somebody's own"}
-    store.prepare(small_shapes(), str(tmp_path), overwrite=True)
-    assert sorted(files_of(tmp_path)) == ["_manifest.json", "test-00000.parquet", "train-00000.parquet"]
+    store.prepare(small_shapes(), str(tmp_path), store.Preparation(overwrite=True))
+    assert sorted(files_of(tmp_path)) == FILES
 
 
 def test_a_file_beside_a_data_set_that_its_manifest_does_not_name_stays(data: str) -> None:
@@ -685,7 +709,7 @@ def test_other_files_of_a_folder_stay_with_overwrite_too(tmp_path: Path) -> None
     (tmp_path / "sub").mkdir()
     for name, content in mine.items():
         (tmp_path / name).write_bytes(content)
-    store.prepare(small_shapes(), str(tmp_path), overwrite=True)
+    store.prepare(small_shapes(), str(tmp_path), store.Preparation(overwrite=True))
     assert mine.items() <= files_of(tmp_path).items()
 
 
@@ -695,7 +719,7 @@ def test_what_lies_in_the_folder_for_unfinished_data_is_not_deleted_if_it_is_not
     file.parent.mkdir(parents=True)
     file.write_bytes(b"somebody's own")
     with pytest.raises(UserError, match="is in the way: this program did not write it"):
-        store.prepare(small_shapes(), str(tmp_path), overwrite=True)
+        store.prepare(small_shapes(), str(tmp_path), store.Preparation(overwrite=True))
     assert file.read_bytes() == b"somebody's own"
 
 
@@ -713,29 +737,28 @@ def test_what_was_not_moved_by_a_killed_prepare_stays(tmp_path: Path) -> None:
 
 def test_a_prepare_that_another_one_has_overtaken_changes_nothing(tmp_path: Path) -> None:
     """The second one takes what the first one has begun for what a killed one has left."""
-    out, source = tmp_path / "out", small_shapes(seed=1)
+    out = tmp_path / "out"
 
-    def overtaken(rows: Iterable[sources.Row], *_: object) -> Iterator[sources.Row]:
-        yield from rows
-        if not (out / "_manifest.json").exists():
+    def overtaken(num_done: int, _bad: int) -> None:
+        if num_done == 40 and not (out / "_manifest.json").exists():
             store.prepare(small_shapes(), str(out))
 
     with pytest.raises(UserError, match=r"meanwhile|another job"):
-        store.prepare(source, str(out), progress=overtaken)
+        store.prepare(small_shapes(seed=1), str(out), store.Preparation(show=overtaken))
     store.prepare(small_shapes(), str(tmp_path / "fresh"))
     assert files_of(out) == files_of(tmp_path / "fresh")
 
 
 def test_a_prepare_does_not_remove_what_another_one_has_begun(tmp_path: Path) -> None:
-    out, source = tmp_path / "out", small_shapes(seed=1)
+    out = tmp_path / "out"
 
-    def replaced(rows: Iterable[sources.Row], *_: object) -> Iterator[sources.Row]:
-        yield from rows
-        shutil.rmtree(out / store.PREPARING)
-        (out / store.PREPARING).mkdir()
-        (out / store.PREPARING / "start-01234567").write_bytes(b"")
+    def replaced(num_done: int, _bad: int) -> None:
+        if num_done == 40 and not (out / store.PREPARING / "start-01234567").exists():
+            shutil.rmtree(out / store.PREPARING)
+            (out / store.PREPARING).mkdir()
+            (out / store.PREPARING / "start-01234567").write_bytes(b"")
 
     with pytest.raises(UserError, match=r"meanwhile|another job"):
-        store.prepare(source, str(out), progress=replaced)
+        store.prepare(small_shapes(seed=1), str(out), store.Preparation(show=replaced))
     assert f"{store.PREPARING}/start-01234567" in files_of(out)
-    assert {name.split("/")[0] for name in files_of(out)} == {store.PREPARING}  # nothing was published
+    assert published(out) == {}

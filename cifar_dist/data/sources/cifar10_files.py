@@ -1,5 +1,6 @@
 """The source CIFAR-10, which torchvision downloads."""
 
+import functools
 import os
 from functools import partial
 from pathlib import Path
@@ -7,8 +8,8 @@ from urllib.error import URLError
 
 import numpy as np
 
-from cifar_dist.data.sources.picture import Item
-from cifar_dist.data.sources.source import Source
+from cifar_dist.data.sources.archives import temporary_folder
+from cifar_dist.data.sources.source import Item, Source
 from cifar_dist.errors import UserError
 
 
@@ -34,10 +35,20 @@ def cifar10(path: str | None) -> Source:
         ) from error
 
     def items(split: str) -> list[Item]:
-        data: np.ndarray = parts[split].data
+        file = Path(temporary_folder(), f"{split}.npy")
+        np.save(file, parts[split].data)  # for the processes that encode the pictures
         targets = parts[split].targets
-        return [Item(f"{split}-{i:05d}.png", targets[i], partial(data.__getitem__, i)) for i in range(len(data))]
+        return [Item(f"{split}-{i:05d}.png", targets[i], partial(pixels_of, str(file), i)) for i in range(len(targets))]
 
-    return Source(
-        name="cifar10", class_names=list(parts["train"].classes), splits={split: items(split) for split in parts}
-    )
+    splits = {split: items(split) for split in parts}
+    return Source.of("cifar10", list(parts["train"].classes), splits, identity="cifar10")
+
+
+@functools.lru_cache(maxsize=2)
+def pixels_in(file: str) -> np.ndarray:
+    return np.load(file, mmap_mode="r")
+
+
+def pixels_of(file: str, i: int) -> np.ndarray:
+    """Returns uint8 [32, 32, 3]."""
+    return np.asarray(pixels_in(file)[i])

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cifar_dist.data.sources.picture import Item
-from cifar_dist.data.sources.source import Source
+from cifar_dist.data.sources.source import Item, Source
 from cifar_dist.errors import UserError
 
 SHAPES = ["circle", "cross", "diamond", "frame", "grid", "ring", "square", "star", "stripes", "triangle"]
@@ -25,11 +24,8 @@ def shapes(num_train: int = 1000, num_test: int = 500, seed: int = 0) -> Source:
             for i in range(count)
         ]
 
-    return Source(
-        name="shapes",
-        class_names=SHAPES,
-        splits={"train": items("train", num_train, 0), "test": items("test", num_test, 1)},
-    )
+    splits = {"train": items("train", num_train, 0), "test": items("test", num_test, 1)}
+    return Source.of("shapes", SHAPES, splits, identity=f"shapes {seed}")
 
 
 def draw_shape(label: int, key: tuple[int, ...], size: int = 32) -> np.ndarray:

@@ -1,0 +1,233 @@
+"""A table of labels beside the pictures: CSV, TSV or JSON lines with a path and a label a row."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from cifar_dist.data.sources.columns import LABEL_NAMES
+from cifar_dist.data.sources.folders import Pictures, pictures_of, table_of
+from cifar_dist.data.sources.labels import Labels, numbered
+from cifar_dist.data.sources.names import PICTURES, SPLIT_OF, LeftOut, listing, suffix_of
+from cifar_dist.data.sources.source import FileReader, Source, need_two_classes
+from cifar_dist.data.sources.trees import Files, Tree
+from cifar_dist.errors import UserError
+from cifar_dist.options import nearest
+from cifar_dist.storage import Folder
+from cifar_dist.uris import join_uri, split_uri
+
+PATH_NAMES = (
+    "path",
+    "file_name",
+    "filename",
+    "file",
+    "filepath",
+    "image",
+    "img",
+    "image_path",
+    "image_id",
+    "id",
+    "name",
+)
+SPLIT_NAMES = ("split", "set", "subset", "fold")
+TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson"}
+FOUND_BY_ITSELF = ("metadata.csv", "metadata.jsonl", "labels.csv", "labels.jsonl")  # without class folders
+UNNAMED = "pictures that no table of labels names"
+
+
+class LabelTable(NamedTuple):
+    """The rows of a table of labels: number of the line, path, label and split ('' if it names none)."""
+
+    lines: list[int]
+    paths: list[str]
+    labels: list[Any]
+    splits: list[str]
+
+
+def read_table(uri: str, content: bytes, image_column: str | None, label_column: str | None) -> LabelTable:
+    """Reads a table of labels. Raises UserError."""
+    suffix = suffix_of(uri.partition("?")[0])
+    if suffix not in TABLE_SUFFIXES:
+        raise UserError(f"{uri} is no table of labels; --labels names a .csv, .tsv or .jsonl file")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{uri} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    rows = json_rows(uri, text) if suffix in (".jsonl", ".ndjson") else csv_rows(uri, text)
+    names: list[str] = []
+    found = LabelTable([], [], [], [])
+    for line, row in rows:
+        if not names:
+            path = column(uri, list(row), image_column, PATH_NAMES, "--image-column", "paths")
+            label = column(uri, [n for n in row if n != path], label_column, LABEL_NAMES, "--label-column", "labels")
+            split = next((name for name in row if name.lower() in SPLIT_NAMES), "")
+            names = [path, label, split]
+        if missing := [name for name in names[:2] if row.get(name) in (None, "")]:
+            raise UserError(f"{uri} line {line} has no {missing[0]}")
+        word = str(row.get(names[2]) or "").strip().lower() if names[2] else ""
+        if word and word not in SPLIT_OF:
+            raise UserError(
+                f"{uri} line {line} has the split {word!r}{nearest(word, SPLIT_OF)}; train, val, test are known"
+            )
+        found.lines.append(line)
+        found.paths.append(str(row[names[0]]).strip())
+        found.labels.append(row[names[1]])
+        found.splits.append(SPLIT_OF.get(word, ""))
+    if not found.paths:
+        raise UserError(f"{uri} has no rows")
+    return found
+
+
+def csv_rows(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (number of the line, values by column). Columns are separated by a comma, a semicolon or a tab."""
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if len(header) == 2 and suffix_of(header[0]) in PICTURES:  # no header, but the first row
+            yield 1, {"path": header[0], "label": header[1]}
+            header = ["path", "label"]
+        if len(set(header)) < len(header):
+            raise UserError(f"{uri} names a column twice: {', '.join(header)}")
+        for row in reader:
+            if not any(row):
+                continue
+            if len(row) != len(header):
+                raise UserError(f"{uri} line {reader.line_num} has {len(row)} values for {len(header)} columns")
+            yield reader.line_num, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{uri} line {reader.line_num} is no CSV: {error}") from error
+
+
+def json_rows(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{uri} line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{uri} line {number} is no JSON object such as {{'path': 'cat/1.jpg', 'label': 'cat'}}")
+        yield number, row
+
+
+def column(uri: str, names: list[str], wanted: str | None, usual: tuple[str, ...], option: str, what: str) -> str:
+    """Returns the column of paths or labels. Raises UserError if none fits."""
+    if wanted:
+        if wanted not in names:
+            raise UserError(f"{uri} has no column {wanted}{nearest(wanted, names)}; it has {', '.join(names)}")
+        return wanted
+    by_name = {name.lower(): name for name in reversed(names)}
+    for name in usual:
+        if name in by_name:
+            return by_name[name]
+    rest = [name for name in names if name.lower() not in (*SPLIT_NAMES, *PATH_NAMES)]
+    if what == "labels" and len(rest) == 1:
+        return rest[0]
+    raise UserError(f"{uri} has the columns {', '.join(names)}; which holds the {what}? Name it with {option}")
+
+
+def read_labels_file(labels: str, tree: Tree, files: Files) -> tuple[str, bytes, str]:
+    """Returns (where the file is, its content, the folder in the tree that its paths are relative to)."""
+    if labels in files.names:
+        row = files.names.index(labels)
+        content = tree.read(labels, int(files.sizes[row]), int(files.at[row]))
+        return tree.where(labels), content, labels.rpartition("/")[0]
+    folder, name = split_uri(labels)
+    try:
+        content = Folder(folder).read(name)
+    except FileNotFoundError:
+        raise UserError(f"--labels: there is no file {labels}, neither here nor below --path") from None
+    root, inside = (
+        f"{tree.where('').partition('?')[0].rstrip('/')}/",
+        join_uri(Folder(folder).uri, name).partition("?")[0],
+    )
+    below = inside[len(root) :].rpartition("/")[0] if inside.startswith(root) else ""
+    return join_uri(folder, name) if "://" in labels else labels, content, below
+
+
+def labelled_source(
+    tree: Tree,
+    files: Files,
+    tables: dict[str, str],
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Source:
+    """Returns the source of the pictures that tables of labels name. Raises UserError.
+
+    tables: the split of each table, '' where the table itself says it, or holds train alone."""
+    pictures = pictures_of(tree, files)
+    places: dict[str, list[int]] = {}  # of the pictures, by split
+    values: dict[str, list[Any]] = {}
+    uris, seen = [], dict[int, tuple[Any, str]]()
+    for labels, split_of_table in tables.items():
+        uri, content, below = read_labels_file(labels, tree, files)
+        table = read_table(uri, content, image_column, label_column)
+        found = positions_of(uri, table, pictures, below, seen)
+        for at, label, split in zip(found, table.labels, table.splits, strict=True):
+            name = split_of_table or split or "train"
+            places.setdefault(name, []).append(at)
+            values.setdefault(name, []).append(label)
+        uris.append(uri)
+    if "train" not in places:
+        raise UserError(f"{uris[0]} names no row of train; its splits are {', '.join(places)}")
+    splits = [split for split in ("train", "validation", "test") if split in places]
+    where = listing(uris)
+    numbers = numbered(where, [Labels(split=split, where=where, values=values_of(values[split])) for split in splits])
+    need_two_classes(where, numbers.class_names)
+    stored: dict[str, pa.Table] = {}
+    for split, labels_of_split in zip(splits, numbers.numbers, strict=True):
+        if labels_of_split is not None:
+            order = np.argsort(labels_of_split, kind="stable")
+            chosen = [places[split][i] for i in order]
+            stored[split] = table_of(files, pictures, chosen, labels_of_split[order])
+    idle = [name for i, name in enumerate(pictures.names) if i not in seen]
+    left_out = [out for out in pictures.left_out if tree.where(out.path) not in uris]
+    return Source(
+        name="folder",
+        class_names=numbers.class_names,
+        splits=stored,
+        reader=FileReader(tree),
+        layout=f"labels in {where}",
+        notes=numbers.notes,
+        left_out=[*left_out, *(LeftOut(name, UNNAMED, f"{where} does not name it") for name in idle)],
+    )
+
+
+def values_of(labels: list[Any]) -> Any:
+    """Returns labels as an Arrow array: as texts if they differ in type. Texts of whole numbers sort as numbers."""
+    try:
+        return pa.array(labels)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([None if label is None else str(label) for label in labels])
+
+
+def positions_of(
+    uri: str, table: LabelTable, pictures: Pictures, below: str, seen: dict[int, tuple[Any, str]]
+) -> list[int]:
+    """Returns each row's position among the pictures. Raises UserError for a path that names none, or one twice.
+
+    seen: the label and the place of each picture that a table has named."""
+    place = {name: i for i, name in enumerate(pictures.names)}
+    stems = {name[: len(name) - len(suffix_of(name))]: i for name, i in place.items()}
+    found: list[int] = []
+    for line, path, label in zip(table.lines, table.paths, table.labels, strict=True):
+        name = path.replace("\\", "/").removeprefix("./")
+        tried = [f"{below}/{name}" if below else name, name]
+        at = next((known[n] for known in (place, stems) for n in tried if n in known), None)
+        if at is None:
+            raise UserError(f"{uri} line {line} names {path}, and no such picture is below --path; correct the table")
+        if at in seen:
+            other, before = seen[at]
+            fault = f"again, as {before} does" if other == label else f"as {label!r}, and {before} as {other!r}"
+            raise UserError(f"{uri} line {line} names {path} {fault}; name each picture once")
+        seen[at] = label, f"line {line} of {uri}"
+        found.append(at)
+    return found
