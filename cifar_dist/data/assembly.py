@@ -87,7 +87,8 @@ def card_of(
             facts.setdefault(part.split, []).append(pq.read_table(pa.BufferReader(content)))
         if m.deep["num_pictures"]:
             deep.add(m.deep["where"], m.deep["largest"], m.deep["num_pictures"])
-    card = data_card(
+    warning = deep.warning()
+    return data_card(
         source=source.name,
         manifest_sha256=manifest.sha256,
         class_names=source.class_names,
@@ -95,6 +96,6 @@ def card_of(
         left_out=bad.dicts(),
         layout=source.layout,
         drawn=source.drawn,
+        made_of=made_of(parts),
+        notes=[warning] if warning else [],
     )
-    warning = deep.warning()
-    return {**card, "made_of": made_of(parts), "warnings": [*card["warnings"], *([warning] if warning else [])]}

@@ -13,7 +13,7 @@ from cifar_dist.data.card_words import warnings
 from cifar_dist.data.duplicates import MOST_EXAMPLES, Pictures, duplicates
 from cifar_dist.data.manifest import Manifest
 from cifar_dist.data.near_duplicates import DISTANCE, NearDuplicates, near_duplicates
-from cifar_dist.errors import UserError
+from cifar_dist.errors import UserError, printable
 from cifar_dist.sealed_json import from_json, is_sealed, seal, to_json
 from cifar_dist.storage import Folder
 from cifar_dist.uris import join_uri
@@ -25,7 +25,7 @@ MOST_SIZES = 5  # of the most common sizes that the card lists
 
 # The facts about a split: a row for each stored picture, in the order of the stored rows. path: in the source. height,
 # width: pixels. num_bytes: of the stored file. encoding: of the source's file, such as JPEG. The checksum and the hash
-# are null where they were not computed (duplicates.pixels_sha256, near_duplicates.perceptual_hash).
+# are null where they were not computed (check.pixels_sha256, near_duplicates.perceptual_hash).
 FACTS = pa.schema(
     [
         ("path", pa.string()),
@@ -51,12 +51,15 @@ def data_card(
     left_out: list[dict[str, Any]],
     layout: str = "",
     drawn: Sequence[str] = (),
+    made_of: str = "",
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the card of a data set, which JSON can hold.
 
     splits: tables of FACTS, each with at least one row, for train, test and maybe validation. left_out: for each
     picture or file that was left out, a dict with `kind` (a few words, such as "unreadable"), `path` and, optionally,
-    `reason` (a sentence). layout: how the source was read. drawn: the splits that were drawn from train. Raises
+    `reason` (a sentence). layout: how the source was read. drawn: the splits that were drawn from train. made_of: a
+    checksum of all that the data set follows from. notes: further warnings. Raises
     ValueError for other splits and other columns.
     """
     splits = in_order(splits)
@@ -70,13 +73,14 @@ def data_card(
         "layout": layout,
         "drawn": list(drawn),
         "manifest_sha256": manifest_sha256,
+        "made_of": made_of,
         "class_names": class_names,
         "splits": {name: described(table, class_names) for name, table in splits.items()},
         "duplicates": duplicates(pictures),
         "near_duplicates": alike(pictures, pa.concat_tables(splits.values())["perceptual_hash"]),
         "left_out": counted(left_out),
     }
-    return {**card, "warnings": warnings(card)}
+    return {**card, "warnings": [*warnings(card), *map(printable, notes)]}
 
 
 def in_order(splits: dict[str, Any]) -> dict[str, Any]:
@@ -160,11 +164,11 @@ def counted(left_out: list[dict[str, Any]]) -> dict[str, Any]:
     for item in left_out:
         kinds.setdefault(item["kind"], []).append(item)
     return {
-        "num_pictures": len(left_out),
+        "num_files": len(left_out),
         "kinds": [
             {
                 "kind": kind,
-                "num_pictures": len(items),
+                "num_files": len(items),
                 "examples": [{"path": i["path"], "reason": i.get("reason", "")} for i in items[:MOST_EXAMPLES]],
             }
             for kind, items in sorted(kinds.items(), key=lambda pair: (-len(pair[1]), pair[0]))

@@ -38,13 +38,14 @@ SPLIT = {
 COPIES = {"num_groups": int, "num_pictures": int, "examples": [PAIR]}
 ALIKE = {"num_pairs": int, "num_pictures": int, "share": float, "examples": [{"distance": int, "pictures": PAIR}]}
 BETWEEN = {"split": str, "other": str}
-KIND = {"kind": str, "num_pictures": int, "examples": [{"path": str, "reason": str}]}
+KIND = {"kind": str, "num_files": int, "examples": [{"path": str, "reason": str}]}
 SHAPE = {
     "format_version": int,
     "source": str,
     "layout": str,
     "drawn": [str],
     "manifest_sha256": str,
+    "made_of": str,
     "class_names": [str],
     "splits": Each(SPLIT),
     "duplicates": {
@@ -64,7 +65,7 @@ SHAPE = {
             "across": [{**BETWEEN, **ALIKE}],
         }
     ),
-    "left_out": {"num_pictures": int, "kinds": [KIND]},
+    "left_out": {"num_files": int, "kinds": [KIND]},
     "warnings": [str],
 }
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from cifar_dist.data.manifest import SPLITS
+from cifar_dist.data.sources.names import NOTE, STRAY
 from cifar_dist.errors import printable
 
 FEW = {"train": 20, "validation": 10, "test": 10}  # pictures of a class: with fewer, a warning
@@ -9,6 +11,7 @@ MOST_IMBALANCE = 10.0  # the largest class by the smallest; from here on, a warn
 LEAST_COPIES = 0.01  # the share of a split that are copies within it; from here on, a warning
 MOST_ALIKE = 0.2  # the share of a split with near duplicates; from here on, the hash itself is in doubt
 DOUBT = "so many are copies of few scenes, or are too plain for the comparison; look at the examples"
+HARMLESS = {STRAY, NOTE}
 HARM = {
     ("validation", "train"): "validation accuracy will look better than it is",
     ("test", "train"): "test accuracy will look better than it is",
@@ -24,9 +27,8 @@ def warnings(card: dict[str, Any]) -> list[str]:
     for name, split in card["splits"].items():
         found += balance(name, split, card["class_names"])
         found += copies(name, split, card["duplicates"]["within"][name])
-    if num := card["left_out"]["num_pictures"]:
-        kinds = ", ".join(f"{kind['num_pictures']:,} {kind['kind']}" for kind in card["left_out"]["kinds"])
-        found.append(f"{pictures(num)} {were(num)} left out: {kinds}")
+    if kinds := [kind for kind in card["left_out"]["kinds"] if kind["kind"] not in HARMLESS]:
+        found.append(f"not stored: {counts(kinds)}")
     return [printable(sentence) for sentence in found]
 
 
@@ -116,8 +118,10 @@ def similar(card: dict[str, Any], entry: dict[str, Any], split: str, like: str, 
 
 def told(card: dict[str, Any]) -> list[str]:
     """Returns the lines about the card that a job prints, warnings last. No line has control characters."""
-    lines = [split_line(name, split) for name, split in card["splits"].items()]
+    lines = [split_line(name, card["splits"][name]) for name in SPLITS if name in card["splits"]]
     lines += [duplicates_line(card)]
+    if kinds := card["left_out"]["kinds"]:
+        lines += [f"left out: {counts(kinds)}"]
     lines += [f"WARNING: {sentence}" for sentence in card["warnings"]]
     return [printable(line) for line in lines]
 
@@ -129,7 +133,7 @@ def split_line(name: str, split: dict[str, Any]) -> str:
     formats = ", ".join(f"{count:,} {encoding}" for encoding, count in split["formats"].items())
     return (
         f"{name}: {pictures(split['num_rows'])}, {per_class} a class, {width} x {height} pixels, {formats}, "
-        f"{split['num_bytes'] / 1e6:,.1f} MB"
+        f"{size_of(split['num_bytes'])}"
     )
 
 
@@ -148,6 +152,14 @@ def duplicates_line(card: dict[str, Any]) -> str:
         line += f", {close['num_plain']:,} pictures are too plain to tell" if close["num_plain"] else ""
         line += ", not all pairs were compared" if close["num_bounded"] else ""
     return line
+
+
+def size_of(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 100_000 else f"{num_bytes / 1e3:,.1f} kB"
+
+
+def counts(kinds: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{kind['num_files']:,} {kind['kind']}" for kind in kinds)
 
 
 def extent(size: dict[str, float]) -> str:

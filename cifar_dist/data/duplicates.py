@@ -1,7 +1,5 @@
 """Finds pictures whose pixels a data set holds more than once, by a checksum of the pixels."""
 
-import hashlib
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +7,6 @@ import numpy as np
 import pyarrow as pa
 
 MOST_EXAMPLES = 10
-
-
-def pixels_sha256(pixels: np.ndarray) -> bytes:
-    """Returns the SHA-256 of height and width (little-endian uint32), then the RGB bytes of uint8 [H, W, 3] pixels."""
-    digest = hashlib.sha256(struct.pack("<II", *pixels.shape[:2]))
-    digest.update(np.ascontiguousarray(pixels).data)
-    return digest.digest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 from cifar_dist.data.batch import Batch, planned_batch
 from cifar_dist.data.order import BatchPlan, ImageSpec
 from cifar_dist.data.pipeline import ImagePipeline, decode
-from cifar_dist.data.private import once_per_node
+from cifar_dist.data.private import need_room, once_per_node
 from cifar_dist.data.resident import ResidentImages, computes
 from cifar_dist.data.staged import DataSet, StagedSplit, use_decoded
 from cifar_dist.data.to_device import ToDevice
@@ -133,6 +133,9 @@ class Loader:
 
     def _decode_all(self, path: Path, num_threads: int) -> None:
         """Writes the pixels of all images, followed by their SHA-256."""
+        assert self.shape
+        num_bytes = len(self.staged) * math.prod(self.shape) * 3
+        need_room(path, num_bytes, f"decoded pixels of the {self.split} split, which --cache encoded does without,")
         digest = hashlib.sha256()
         with open(path, "wb") as file:
             for pixels in self._decode(np.arange(len(self.staged)), num_threads):

@@ -196,6 +196,16 @@ def once_per_node(
     return path
 
 
+def need_room(path: Path, num_bytes: int, what: str) -> None:
+    """Raises UserError if the disk at a path has less room than `num_bytes`, so that a long copy does not fail late."""
+    free = shutil.disk_usage(path.parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"{what} needs {num_bytes / 2**30:,.2f} GiB on this node and {path.parent} has {free / 2**30:,.2f} GiB free; "
+            "make room, or set --staging-folder"
+        )
+
+
 def remove_parts(path: Path) -> None:
     """Removes incomplete files of processes that no longer exist."""
     for part in path.parent.glob(f"{path.name}.part-*"):

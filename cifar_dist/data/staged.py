@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cifar_dist.data.manifest import Manifest, read_manifest
-from cifar_dist.data.private import Staging, default_folder, once_per_node, private_folder, user_folder
+from cifar_dist.data.private import Staging, default_folder, need_room, once_per_node, private_folder, user_folder
 from cifar_dist.errors import UserError
 from cifar_dist.sealed_json import from_json
 from cifar_dist.storage import Folder
@@ -177,12 +177,14 @@ def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
     Compares files and rows with the manifest, which may have been edited and sealed again. Raises UserError if they
     differ.
     """
-    data = Folder(uri)
+    data, files = Folder(uri), manifest.splits[split]["files"]
+    sizes = [file["num_bytes"] for file in files]
+    need_room(path, sum(sizes) + max(sizes), f"a copy of the {split} split of {uri}")  # and one file as it is read
     local = path.with_name(path.name + ".parquet")
     per_class, others = np.zeros(manifest.num_classes, int), []
     try:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, STAGED) as writer:
-            for file in manifest.splits[split]["files"]:
+            for file in files:
                 where = join_uri(uri, file["name"])
                 try:
                     sha256 = data.download(file["name"], local)

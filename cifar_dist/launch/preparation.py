@@ -29,7 +29,8 @@ def make_on_node(part: Part, uri: str) -> Made:
             return make_part(part, uri, checker)
     except UserError as error:
         raise UserError(
-            f"{error} (on node {node}, which must see the same files as the job; --address local prepares on this machine alone)"
+            f"{error} (on node {node}, which must see the same files as the job; --address local prepares on this "
+            "machine alone)"
         ) from error
     finally:
         checker.stop()

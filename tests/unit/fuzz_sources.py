@@ -119,7 +119,9 @@ class Sources(Group):
                 for i, row in enumerate(table.to_pylist()):
                     image: dict[str, Any] = row.get("image") or row["picture"]
                     picture = upright(image["bytes"]).tobytes()
-                    found.setdefault(split, []).append((image.get("path") or f"row-{i}", text_of(row["label"]), picture))
+                    found.setdefault(split, []).append(
+                        (image.get("path") or f"row-{i}", text_of(row["label"]), picture)
+                    )
         return {split: part for split, part in found.items() if any(label for _, label, _ in part)}
 
     def pictures(self, random: Random, copy: Path) -> None:
@@ -174,7 +176,9 @@ class Sources(Group):
         if not isinstance(found, Refused):
             told = sorted((path, label) for part in found.values() for path, label, _ in part)
             said = changed.decode("utf-8-sig").splitlines()
-            require(len(told) >= len([line for line in said if line.strip(", \t;\f\v")]) - 1, "fewer rows than the table")
+            require(
+                len(told) >= len([line for line in said if line.strip(", \t;\f\v")]) - 1, "fewer rows than the table"
+            )
             require(all(label in changed.decode() for _, label in told), "a class that the table does not name")
 
 

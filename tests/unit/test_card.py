@@ -13,7 +13,7 @@ from PIL import Image
 from cifar_dist.data import near_duplicates as near
 from cifar_dist.data.card import CARD, FACTS, data_card, read_card, write_card
 from cifar_dist.data.card_words import DOUBT, FEW, told
-from cifar_dist.data.duplicates import pixels_sha256
+from cifar_dist.data.check import pixels_sha256
 from cifar_dist.data.manifest import FORMAT_VERSION, Manifest
 from cifar_dist.data.near_duplicates import perceptual_hash
 from cifar_dist.errors import UserError
@@ -92,8 +92,8 @@ def test_what_was_left_out_is_counted_by_kind():
     left_out = [{"kind": "tiny", "path": f"t{i}"} for i in range(12)]
     left_out[3:3] = [{"kind": "unreadable", "path": "u", "reason": "it is empty"}]
     found = card_of(left_out, train=many("train", 2))["left_out"]
-    assert found["num_pictures"] == 13
-    assert [(kind["kind"], kind["num_pictures"]) for kind in found["kinds"]] == [("tiny", 12), ("unreadable", 1)]
+    assert found["num_files"] == 13
+    assert [(kind["kind"], kind["num_files"]) for kind in found["kinds"]] == [("tiny", 12), ("unreadable", 1)]
     assert [example["path"] for example in found["kinds"][0]["examples"]] == [f"t{i}" for i in range(10)]
     assert found["kinds"][1]["examples"] == [{"path": "u", "reason": "it is empty"}]
 

@@ -359,9 +359,7 @@ def test_several_files_and_batches_are_one_split(tmp_path: Path, staging_folder:
 
 
 @pytest.mark.parametrize("change", ["truncate", "flip", "no checksum", "delete"])
-def test_a_damaged_staged_file_is_made_again(
-    shapes_uri: str, staging_folder: Path, train_rows: list[Row], change: str
-):
+def test_a_damaged_staged_file_is_made_again(shapes_uri: str, staging_folder: Path, train_rows: list[Row], change: str):
     DataSet.open(shapes_uri, Staging(folder=staging_folder)).stage("train")
     (path,) = staging_folder.rglob("train.arrow")
     whole = path.read_bytes()
@@ -532,9 +530,7 @@ def run_together(target: Callable[..., None], *args: Any, count: int = 3) -> lis
     return found
 
 
-def test_processes_that_stage_together_share_one_file(
-    shapes_uri: str, staging_folder: Path, train_rows: list[Row]
-):
+def test_processes_that_stage_together_share_one_file(shapes_uri: str, staging_folder: Path, train_rows: list[Row]):
     found = run_together(stage_in_child, shapes_uri, staging_folder)
     assert len(set(found)) == 1
     assert found[0][-1] == hashlib.sha256(b"".join(row.encoded for row in train_rows)).hexdigest()
@@ -684,7 +680,8 @@ def test_a_damaged_manifest_is_replaced_with_overwrite_only(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["train-00000.parquet", "validation-00003.parquet", "test-00000.parquet", "data_card.json", "_left_out.jsonl"]
+    "name",
+    ["train-00000.parquet", "validation-00003.parquet", "test-00000.parquet", "data_card.json", "_left_out.jsonl"],
 )
 def test_a_file_that_no_manifest_names_is_replaced_with_overwrite_only(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"somebody's own")

@@ -1,14 +1,12 @@
 """Reads images with Pillow, examines them, and turns them into bytes that DALI decodes to the same RGB pixels."""
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from cifar_dist.data.check import Picture
 from cifar_dist.data.sources import formats
 from cifar_dist.data.sources.colours import blended, colours
 from cifar_dist.data.sources.fast_check import plain_file
@@ -28,55 +26,6 @@ class Rules:
     check: str = "full"
     max_pixels: int = 178_956_970
     alpha: str = "drop"
-
-
-@dataclass(frozen=True)
-class Item:
-    """An unchecked image. `read` returns its bytes, or RGB pixels as a uint8 [H, W, 3] array.
-
-    `path` is stored with the image. `where` names the image in messages.
-    """
-
-    path: str
-    label: int
-    read: Callable[[], bytes | np.ndarray]
-    where: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """A checked image in one of formats.STORED, which decodes to RGB."""
-
-    encoded: bytes
-    path: str
-    label: int
-    encoding: str
-    height: int
-    width: int
-
-
-@dataclass
-class DeepImages:
-    """Counts images with 16 bits a sample. If their values span a narrow range, few 8-bit levels are left."""
-
-    num_images: int = 0
-    largest: int = -1
-    where: str = ""  # the image with the largest value
-
-    def add(self, where: str, largest: int) -> None:
-        self.num_images += 1
-        if largest > self.largest:
-            self.largest, self.where = largest, where
-
-    def warning(self) -> str | None:
-        """Returns a warning if no 16-bit image uses a quarter of the range, else None."""
-        if not self.num_images or self.largest >= 65536 // 4:
-            return None
-        return (
-            f"{self.where} has the largest value of the {self.num_images} 16-bit images, {self.largest} of 65535, so "
-            f"{max(self.largest, 0) // 257 + 1} of 256 levels of brightness are left as 8 bits; scale the images to "
-            "the full 16-bit range or to 8 bits, and prepare them again"
-        )
 
 
 def encode_png(pixels: np.ndarray | Image.Image) -> bytes:
@@ -101,34 +50,6 @@ class Shown(NamedTuple):
     is_odd: bool = False
     largest: int | None = None
     has_alpha: bool = False
-
-
-def examined(item: Item, deep: DeepImages, rules: Rules = Rules()) -> Picture[Row]:
-    """Reads the item. Raises UserError if the image is not readable.
-
-    Keeps the file of an RGB image, for the check against Pillow's pixels. Other images become PNG."""
-    where, content = item.where or item.path, item.read()
-    if isinstance(content, np.ndarray):
-        return own_picture(item, content)
-    shown = show(content, where, rules)
-    if shown.largest is not None:
-        deep.add(where, shown.largest)
-    if shown.is_odd and shown.pixels is not None:
-        return own_picture(item, shown.pixels)
-    size = {"height": shown.height, "width": shown.width}
-    row = Row(encoded=content, path=item.path, label=item.label, encoding=shown.encoding, **size)
-    return Picture(content, shown.pixels, row)
-
-
-def own_picture(item: Item, pixels: np.ndarray) -> Picture[Row]:
-    """Returns the item as a new PNG file, which needs no check."""
-    encoded = encode_png(pixels)
-    height, width = pixels.shape[:2]
-    return Picture(
-        encoded,
-        None,
-        Row(encoded=encoded, path=item.path, label=item.label, encoding="PNG", height=height, width=width),
-    )
 
 
 def show(content: bytes, where: str, rules: Rules) -> Shown:

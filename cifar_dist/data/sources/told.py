@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
+from cifar_dist.data.card_words import size_of
 from cifar_dist.data.sources.names import listing
 from cifar_dist.data.sources.source import Source
 from cifar_dist.errors import UserError
@@ -38,7 +39,7 @@ def described(source: Source, split: str) -> str:
     few, most = int(counts.min()), int(counts.max())
     each = f"{few:,} each" if few == most else f"{few:,} to {most:,} each"
     num_bytes = int(np.maximum(items["num_bytes"].to_numpy(), 0).sum())
-    size = f", {num_bytes / 1e6:,.1f} MB" if num_bytes else ""
+    size = f", {size_of(num_bytes)}" if num_bytes else ""
     missing = [name for name, count in zip(source.class_names, counts, strict=True) if not count]
     none = f"; none of {listing(missing)}" if missing else ""
     drawn = ", drawn from train" if split in source.drawn else ""
