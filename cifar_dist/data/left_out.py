@@ -45,7 +45,9 @@ class BadPictures:
         for bad in made.bad:
             label = bad["label"]
             self._lost[label] += 1
-            self._bad.append(LeftOut(bad["path"], BAD, bad["reason"], part.split, names[label]))
+            self._bad.append(
+                LeftOut(path=bad["path"], kind=BAD, reason=bad["reason"], split=part.split, class_name=names[label])
+            )
         over = self._lost > self._max_share * self._totals
         if made.bad and over.any():
             label = int(np.argmax(over))

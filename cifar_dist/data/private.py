@@ -201,8 +201,8 @@ def need_room(path: Path, num_bytes: int, what: str) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < num_bytes:
         raise UserError(
-            f"{what} needs {num_bytes / 2**30:,.2f} GiB on this node and {path.parent} has {free / 2**30:,.2f} GiB free; "
-            "make room, or set --staging-folder"
+            f"{what} needs {num_bytes / 2**30:,.2f} GiB on this node, and {path.parent} has {free / 2**30:,.2f} GiB "
+            "free; make room, or set --staging-folder"
         )
 
 

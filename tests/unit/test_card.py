@@ -16,6 +16,7 @@ from cifar_dist.data.card_words import DOUBT, FEW, told
 from cifar_dist.data.check import pixels_sha256
 from cifar_dist.data.manifest import FORMAT_VERSION, Manifest
 from cifar_dist.data.near_duplicates import perceptual_hash
+from cifar_dist.data.sources.names import NOTE, STRAY
 from cifar_dist.errors import UserError
 from cifar_dist.sealed_json import from_json, seal, to_json
 from cifar_dist.storage import Folder
@@ -351,12 +352,20 @@ def test_near_duplicates_across_splits_are_said_and_doubted_if_many():
 def test_the_job_prints_splits_duplicates_and_warnings(card):
     lines = told(card)
     assert lines[:3] == [
-        "train: 40 pictures, 20 a class, 32 x 32 pixels, 40 JPEG, 0.0 MB",
-        "test: 20 pictures, 10 a class, 32 x 32 pixels, 20 JPEG, 0.0 MB",
+        "train: 40 pictures, 20 a class, 32 x 32 pixels, 40 JPEG, 4.0 kB",
+        "test: 20 pictures, 10 a class, 32 x 32 pixels, 20 JPEG, 2.0 kB",
         "duplicates: 3 pictures have the same pixels as another one",
     ]
-    assert lines[3:] == [f"WARNING: {sentence}" for sentence in card["warnings"]]
-    assert lines[-1] == "WARNING: 1 picture was left out: 1 unreadable"
+    assert lines[3] == "left out: 1 unreadable"
+    assert lines[4:] == [f"WARNING: {sentence}" for sentence in card["warnings"]]
+    assert lines[-1] == "WARNING: not stored: 1 unreadable"
+
+
+def test_files_that_are_no_pictures_are_told_without_a_warning():
+    stray = [{"kind": STRAY, "path": "Thumbs.db"}, {"kind": NOTE, "path": "README.txt"}]
+    card = card_of(stray, train=many("train", 40), test=many("test", 20))
+    assert not any("not stored" in sentence for sentence in card["warnings"])
+    assert f"left out: 1 {NOTE}, 1 {STRAY}" in told(card) or f"left out: 1 {STRAY}, 1 {NOTE}" in told(card)
 
 
 def test_hostile_paths_stay_on_one_line_without_control_characters():

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from cifar_dist.data.sources.names import LeftOut, kind_of, listing, split_of_folder
+from cifar_dist.data.sources.names import NOTE, LeftOut, kind_of, listing, split_of_folder
 from cifar_dist.data.sources.source import FileReader, Source, items_table, need_two_classes
 from cifar_dist.data.sources.trees import Files, Tree
 from cifar_dist.errors import UserError
@@ -38,9 +38,9 @@ def pictures_of(tree: Tree, files: Files) -> Pictures:
             continue
         if kind is None:
             size, at = int(files.sizes[row]), int(files.at[row])
-            kind = "" if size > 0 and starts_as_picture(tree, name, size, at) else "notes and other files"
+            kind = "" if size > 0 and starts_as_picture(tree, name, size, at) else NOTE
         if kind:
-            found.left_out.append(LeftOut(name, kind, kind))
+            found.left_out.append(LeftOut(path=name, kind=kind, reason=kind))
         else:
             found.names.append(name)
             found.rows.append(row)
@@ -137,7 +137,9 @@ def without_labels(found: Pictures, names: dict[int, str], split: str, top: str)
     note = (
         f"{top}/ is left out: its {len(names):,} pictures lie in no folder of a class of train, so they have no labels"
     )
-    found.left_out.extend(LeftOut(found.names[i], "pictures without a label", note, split) for i in names)
+    found.left_out.extend(
+        LeftOut(path=found.names[i], kind="pictures without a label", reason=note, split=split) for i in names
+    )
     return [note]
 
 

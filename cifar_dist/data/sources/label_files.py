@@ -197,7 +197,7 @@ def labelled_source(
         reader=FileReader(tree),
         layout=f"labels in {where}",
         notes=numbers.notes,
-        left_out=[*left_out, *(LeftOut(name, UNNAMED, f"{where} does not name it") for name in idle)],
+        left_out=[*left_out, *(LeftOut(path=name, kind=UNNAMED, reason=f"{where} does not name it") for name in idle)],
     )
 
 

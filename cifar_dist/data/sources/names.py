@@ -33,7 +33,7 @@ SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume informati
 STRAY, NOTE, OTHER_DATA = "files of the system or of tools", "notes and other files", "data files of another kind"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LeftOut:
     """A file that is not stored. `kind` says what it is, `reason` why it is left out."""
 

@@ -173,7 +173,9 @@ def table_source(
         reader=TableReader(tree, places, columns.image),
         layout=describe(columns, len(places)),
         notes=found.notes,
-        left_out=[LeftOut(n, kind_of(n) or "pictures beside the tables", "it is no table") for n in others],
+        left_out=[
+            LeftOut(path=n, kind=kind_of(n) or "pictures beside the tables", reason="it is no table") for n in others
+        ],
     )
 
 

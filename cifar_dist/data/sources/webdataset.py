@@ -10,7 +10,7 @@ import pyarrow as pa
 from cifar_dist.data.sources.archives import TarTree
 from cifar_dist.data.sources.columns import LABEL_NAMES
 from cifar_dist.data.sources.labels import Labels, numbered
-from cifar_dist.data.sources.names import LeftOut, kind_of, listing, split_in, suffix_of
+from cifar_dist.data.sources.names import NOTE, STRAY, LeftOut, kind_of, listing, split_in, suffix_of
 from cifar_dist.data.sources.source import FileReader, Source, items_table, need_two_classes
 from cifar_dist.data.sources.trees import Files, FolderTree, Tree
 from cifar_dist.errors import UserError
@@ -51,11 +51,7 @@ def shards_of(tree: Tree, files: Files) -> list[tuple[str, TarTree]]:
     """Returns the tar archives of a folder by name, empty if it holds other data too."""
     if not isinstance(tree, FolderTree):
         return []
-    data = [
-        name
-        for name in files.names
-        if kind_of(name) not in ("files of the system or of tools", "notes and other files")
-    ]
+    data = [name for name in files.names if kind_of(name) not in (STRAY, NOTE)]
     if not data or not all(name.endswith(".tar") for name in data):
         return []
     return [(name, TarTree(uri=tree.where(name))) for name in data]
@@ -108,7 +104,7 @@ def pairs_of(
                 raise UserError(f"{shard.where(name)}: {key} has two pictures; a sample has one")
             pictures[key] = row
         else:
-            left_out.append(LeftOut(name, kind_of(name) or "notes and other files", "it is no picture"))
+            left_out.append(LeftOut(path=name, kind=kind_of(name) or NOTE, reason="it is no picture"))
     values = []
     for key, row in pictures.items():
         of_key = labels.get(key, {})
