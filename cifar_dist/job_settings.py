@@ -145,7 +145,9 @@ class SourceSettings(Section):
         help="full: decode each image; fast: take plain files by header, size and end, so damage inside may be missed",
         choices=("full", "fast"),
     )
-    max_pixels: int = option(178_956_970, help="most pixels of an image", minimum=1)
+    max_pixels: int = option(  # DALI decodes to less than 2 GiB
+        178_956_970, help="most pixels of an image", minimum=1, maximum=2**31 // 3
+    )
     alpha: str = option(
         "drop",
         help="transparent images: drop the transparency, or lay them on white or black",

@@ -1,5 +1,6 @@
 """Makes one part of a data set: reads and checks its pictures and writes them as a Parquet file."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -79,13 +80,14 @@ def make_part(part: Part, uri: str, checker: Checker, passed: Callable[[int], No
         if writer:
             writer.give_up()
         raise
-    if file:
-        buffer = pa.BufferOutputStream()
-        pq.write_table(found.table(), buffer)
-        folder.write(f"{part.name}.facts", buffer.getvalue().to_pybytes())
+    buffer = pa.BufferOutputStream()
+    pq.write_table(found.table(), buffer)
+    facts = buffer.getvalue().to_pybytes()
+    folder.write(f"{part.name}.facts", facts)
     made = Made(
         key=part.key,
         file=file,
+        facts_sha256=hashlib.sha256(facts).hexdigest(),
         num_rows_per_class=np.bincount(found.labels(), minlength=len(part.class_names)).tolist(),
         encodings=sorted(found.stored),
         heights=found.range_of("height"),

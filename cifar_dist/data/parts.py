@@ -62,6 +62,7 @@ class Made:
 
     key: str
     file: dict[str, Any] | None  # None if no picture was sound
+    facts_sha256: str
     num_rows_per_class: list[int]
     encodings: list[str]
     heights: list[int]
@@ -116,7 +117,7 @@ def made_before(folder: Folder, part: Part) -> Made | None:
             return None
         if made.file and sha256_of(folder, f"{part.name}.parquet") != made.file["sha256"]:
             return None
-        return made if not made.file or folder.exists(f"{part.name}.facts") else None
+        return made if sha256_of(folder, f"{part.name}.facts") == made.facts_sha256 else None
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
 

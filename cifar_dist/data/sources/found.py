@@ -29,6 +29,8 @@ def find_source(
     tree = open_tree(path)
     files = tree.files()
     columns = {"image_column": image_column, "label_column": label_column}
+    if labels and name == "parquet":
+        raise UserError("--labels is for --source folder: a table of pictures has a column of labels")
     if labels:
         source = labelled_source(tree, files, {labels: ""}, **columns)
     elif shards := shards_of(tree, files) if name == "folder" else []:

@@ -75,7 +75,8 @@ def read_table(uri: str, content: bytes, image_column: str | None, label_column:
             )
         found.lines.append(line)
         found.paths.append(str(row[names[0]]).strip())
-        found.labels.append(row[names[1]])
+        label = row[names[1]]
+        found.labels.append(label.strip() if isinstance(label, str) else label)
         found.splits.append(SPLIT_OF.get(word, ""))
     if not found.paths:
         raise UserError(f"{uri} has no rows")

@@ -51,10 +51,11 @@ def shards_of(tree: Tree, files: Files) -> list[tuple[str, TarTree]]:
     """Returns the tar archives of a folder by name, empty if it holds other data too."""
     if not isinstance(tree, FolderTree):
         return []
-    data = [name for name in files.names if kind_of(name) not in (STRAY, NOTE)]
+    data = [name for name in files.names if not name.endswith("/") and kind_of(name) not in (STRAY, NOTE)]
     if not data or not all(name.endswith(".tar") for name in data):
         return []
-    return [(name, TarTree(uri=tree.where(name))) for name in data]
+    shards = [(name, TarTree(uri=tree.where(name))) for name in data]
+    return shards if is_shard(shards[0][1].files()) else []
 
 
 def shard_source(shards: list[tuple[str, TarTree]], where: str, label_column: str | None = None) -> Source:
