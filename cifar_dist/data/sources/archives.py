@@ -113,9 +113,10 @@ class TarTree:
         return not self.is_temporary
 
     def files(self) -> Files:
-        found = {}
+        found, file = {}, tar_at(self.uri)
+        file.seek(0)  # tarfile begins where the last reader has stopped
         try:
-            with tarfile.open(fileobj=tar_at(self.uri), mode="r:") as archive:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     if member.isreg():
                         found[member.name.removeprefix("./")] = (member.size, int(member.mtime), member.offset_data)
