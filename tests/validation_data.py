@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from cifar_dist.data import sources, store
 from cifar_dist.data.manifest import MANIFEST, read_manifest
+from cifar_dist.data.sources.source import ItemReader
 from cifar_dist.data.staged import rows_sha256, staged_batches
 from cifar_dist.sealed_json import seal, to_json
 
@@ -34,15 +35,22 @@ def own_validation(
     """Prepares drawn shapes with a validation image for each of `labels`, by turns of the `sizes` in pixels.
 
     `labels` need not hold each class. Returns the data set's URI."""
-    source = sources.shapes(num_train, num_test)
-    every = [*labels, *range(NUM_CLASSES)]
-    source.splits["validation"] = [
+    shapes = sources.shapes(num_train, num_test)
+    splits = {split: items_of(shapes, split) for split in ("train", "test")}
+    splits["validation"] = [
         sources.Item(f"validation-{i:05d}.png", label, partial(draw, i, label, sizes[i % len(sizes)]))
-        for i, label in enumerate(every)
+        for i, label in enumerate(labels or range(NUM_CLASSES))
     ]
-    store.prepare(source, str(folder))
-    keep_rows(folder, "validation", np.arange(len(labels)))
+    store.prepare(sources.Source.of("shapes", shapes.class_names, splits), str(folder))
+    if not labels:
+        keep_rows(folder, "validation", np.arange(0))
     return str(folder)
+
+
+def items_of(source: sources.Source, split: str) -> list[sources.Item]:
+    """Returns the items of a source that holds them all."""
+    assert isinstance(source.reader, ItemReader)
+    return [source.reader.items[at] for at in source.splits[split]["at"].to_pylist()]
 
 
 def keep_rows(folder: Path, split: str, rows: np.ndarray) -> None:

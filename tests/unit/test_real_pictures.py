@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import prepared
 import pytest
 from PIL import Image, ImageOps
 
@@ -133,11 +134,7 @@ def test_each_transparent_file_is_laid_on_the_ground(files, shown, ground: str):
 
 def test_what_is_stored_decodes_in_dali_to_what_pillow_shows(files, shown):
     items = [sources.Item(name, 0, lambda content=content: content) for name, content in files.items()]
-    source = sources.Source(name="test", class_names=["a"], splits={"train": items})
-    try:
-        rows = list(source.rows("train", skip_bad=True))
-    finally:
-        source.checker.stop()
+    rows = prepared.rows(sources.Source.of("test", ["a"], {"train": items}), skip_bad=True)
     assert {row.path for row in rows} == {name for name, found in shown.items() if isinstance(found, Shown)}
     pipe, wrong, kept = check.decode_pipeline(1, 1), [], set()
     for row in rows:

@@ -195,7 +195,7 @@ def prepared(folder: Path, shapes: list[tuple[int, int]]) -> str:
     pixels = [pictures(*shape, count=1)[0] for shape in shapes]
     items = [sources.Item(str(i), i % 2, lambda image=image: png(image)) for i, image in enumerate(pixels)]
     splits = {"train": items, "test": items}
-    store.prepare(sources.Source(name="odd", class_names=["a", "b"], splits=splits), str(folder))
+    store.prepare(sources.Source.of("odd", ["a", "b"], splits), str(folder))
     return str(folder)
 
 

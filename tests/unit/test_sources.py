@@ -2,17 +2,13 @@
 
 import hashlib
 import io
-import json
 import pickle
 import struct
 import zlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from odd_pictures import png
 from PIL import Image, ImageOps

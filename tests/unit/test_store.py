@@ -117,7 +117,7 @@ def test_a_failing_source_leaves_the_stored_data_set_intact(tmp_path: Path, over
     out = str(tmp_path / "out")
     store.prepare(small_shapes(), out)
     before = files_of(out)
-    with pytest.raises(UserError, match=r"broken\.png is not a readable image"):
+    with pytest.raises(UserError, match=r"broken\.png is no image"):
         store.prepare(failing(seed=1), out, store.Preparation(overwrite=overwrite))
     assert published(out) == before
 

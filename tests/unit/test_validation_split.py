@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from validation_data import LABELS, draw, keep_rows, own_validation
+from validation_data import LABELS, draw, items_of, keep_rows, own_validation
 
 from cifar_dist import models
 from cifar_dist.config import Config
@@ -152,7 +152,7 @@ def test_validation_images_of_another_size_are_resized(tmp_path, sizes):
         drawn = torch.from_numpy(draw(i, label, sizes[i % len(sizes)])).permute(2, 0, 1)[None].float()
         resized = F.interpolate(drawn, (32, 32), mode="bilinear", align_corners=False)[0]
         assert (batch.images[i] - resized).abs().max() < 0.51
-    (first, *_), pixels = images.train_batches(Cursor(0, 0)), sources.shapes(NUM_TRAIN, 20).splits["train"]
+    (first, *_), pixels = images.train_batches(Cursor(0, 0)), items_of(sources.shapes(NUM_TRAIN, 20), "train")
     assert first.labels.tolist() == [pixels[i].label for i in first.ids]
 
 
