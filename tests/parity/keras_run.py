@@ -20,17 +20,17 @@ NUM_REAL = 64
 
 
 def script_command(script: Path) -> list[str]:
-    """What runs a script of Keras's in its own environment, which is made first.
+    """What runs a script in its own environment, which is made first.
 
     Raises UserError where the environment cannot be made, without uv or a network.
     """
     uv = shutil.which("uv") or shutil.which(str(ROOT / ".uv/bin/uv"))
     if not uv:
-        raise UserError("Keras's environment cannot be made: there is no uv")
+        raise UserError(f"the environment of {script.name} cannot be made: there is no uv")
     words = ["--locked", "--script", str(script)]
     made = subprocess.run([uv, "sync", *words], check=False, capture_output=True, text=True, env=outside())
     if made.returncode:
-        raise UserError(f"Keras's environment cannot be made: {made.stderr.strip()}")
+        raise UserError(f"the environment of {script.name} cannot be made: {made.stderr.strip()}")
     return [uv, "run", *words]
 
 
