@@ -19,12 +19,14 @@ OF_OTHER_CLUSTERS = (
     *("RAY_OVERRIDE_LABELS", "RAY_RAYLET_PID", "RAY_LOG_TO_STDERR", "RAY_DEBUG", "RAY_DEBUG_POST_MORTEM"),
 )
 
-# For the C library of processes that read pictures: freed memory goes back to the system.
+# For processes that read pictures: memory that is no longer needed goes back to the system. The thresholds are above a
+# picture of a few megapixels: fetching the pages for each anew would take twice the time of its copies.
 FRUGAL = {
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
-    "MALLOC_TOP_PAD_": str(128 << 10),
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 20),
+    "MALLOC_TOP_PAD_": str(1 << 20),
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
 }
 
 

@@ -22,7 +22,7 @@ from cifar_dist.new_file import NewFile
 from cifar_dist.sealed_json import seal, to_json
 from cifar_dist.storage import Folder
 
-BYTES_PER_GROUP = 8 << 20  # of encoded pictures in a Parquet row group, which is held in memory
+BYTES_PER_GROUP = 4 << 20  # of encoded pictures in a Parquet row group, which is held in memory
 MOST_BYTES = (1 << 31) - 1  # of a picture: a Parquet column of the type `binary` holds no more
 
 

@@ -22,7 +22,8 @@ from cifar_dist.versions import package_versions
 
 PREPARING = ".cifar_dist-preparing"
 ROWS_PER_FILE = 10_000
-BYTES_PER_FILE = 64 << 20  # of the source's files
+BYTES_PER_FILE = 16 << 20, 256 << 20  # least and most, of the source's files
+NUM_FILES = 24  # of a split, if BYTES_PER_FILE allows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +98,19 @@ def versions() -> str:
 
 
 def bounds_of(num_bytes: np.ndarray) -> list[int]:
-    """Returns where files begin, and the number of rows: at most ROWS_PER_FILE rows, about BYTES_PER_FILE, evenly."""
+    """Returns where the files of a split begin, and the number of rows.
+
+    A file holds at most ROWS_PER_FILE rows. It holds a NUM_FILES-th of the split's bytes, within BYTES_PER_FILE, so that
+    small data sets too can be made by many processes at once."""
+    sizes = np.maximum(num_bytes, 0)
+    least, most = BYTES_PER_FILE
+    per_file = min(max(int(sizes.sum()) // NUM_FILES, least), most)
     bounds = [0]
-    for start in range(0, len(num_bytes), ROWS_PER_FILE):
-        sizes = np.maximum(num_bytes[start : start + ROWS_PER_FILE], 0)
-        ends = np.cumsum(sizes)
-        num_files = max(1, -(-int(ends[-1]) // BYTES_PER_FILE))
+    for start in range(0, len(sizes), ROWS_PER_FILE):
+        ends = np.cumsum(sizes[start : start + ROWS_PER_FILE])
+        num_files = max(1, -(-int(ends[-1]) // per_file))
         cuts = np.searchsorted(ends, ends[-1] / num_files * np.arange(1, num_files)) + 1
-        bounds += [start + int(cut) for cut in np.unique(cuts) if 0 < cut < len(sizes)] + [start + len(sizes)]
+        bounds += [start + int(cut) for cut in np.unique(cuts) if 0 < cut < len(ends)] + [start + len(ends)]
     return bounds
 
 

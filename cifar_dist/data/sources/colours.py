@@ -40,7 +40,7 @@ def colours(image: Image.Image, content: bytes, low_bytes: Callable[[], np.ndarr
         rgb, alpha = np.ascontiguousarray(rgba[..., :3]), rgba[..., 3]
         alpha = None if alpha.min() == 255 else alpha
     else:
-        rgb, alpha = np.asarray(image.convert("RGB")), None
+        rgb, alpha = np.asarray(image if image.mode == "RGB" else image.convert("RGB")), None
         if clear is not None:
             seen = rgb if not deep else rgb.astype(np.uint16) << 8 | low_bytes()
             alpha = opaque((seen != clear).any(-1))
