@@ -100,8 +100,8 @@ def versions() -> str:
 def bounds_of(num_bytes: np.ndarray) -> list[int]:
     """Returns where the files of a split begin, and the number of rows.
 
-    A file holds at most ROWS_PER_FILE rows. It holds a NUM_FILES-th of the split's bytes, within BYTES_PER_FILE, so that
-    small data sets too can be made by many processes at once."""
+    A file holds at most ROWS_PER_FILE rows. It holds a NUM_FILES-th of the split's bytes, within BYTES_PER_FILE: many
+    processes can make a small data set too."""
     sizes = np.maximum(num_bytes, 0)
     least, most = BYTES_PER_FILE
     per_file = min(max(int(sizes.sum()) // NUM_FILES, least), most)

@@ -1,5 +1,6 @@
 """Writes a data set, Parquet files, a manifest and a data card, completely or not at all."""
 
+import contextlib
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -70,41 +71,60 @@ def prepare(source: Source, uri: str, how: Preparation | None = None) -> tuple[M
     parts = list(parts_of(source, how.rules, near_duplicates=how.near_duplicates, skip_bad=how.skip_bad))
     old, has_old_name = old_manifest(folder, how.overwrite)
     if old and is_made_of(old, folder, parts, how.skip_bad) and is_whole(folder, old):
+        clear_unfinished(folder, [])
         return old, False
     clear_unfinished(folder, parts)
     if not how.overwrite:
         refuse_foreign(folder, old)
-    folder.create(PREPARING)
-    mine = f"{PREPARING}/start-{uuid.uuid4().hex[:8]}"
-    folder.write(mine, b"")
-    seen = folder.exists(MANIFEST), data_files(folder)
-    is_moving = False
-    try:
+    with claimed(folder) as claim:
         bad = BadPictures(source, how.max_bad_share)
         made = all_made(parts, folder, how, bad)
         manifest = manifest_of(source, parts, made)
         card = card_of(source, manifest, folder, parts, made, bad)
         if old is not None and (old.class_names, old.splits) != (manifest.class_names, manifest.splits):
             raise UserError(f"{uri} already holds another data set ({old.source}); use --overwrite or another --out")
-        if old is not None and old.sha256 == manifest.sha256 and is_whole(folder, old) and folder.exists(CARD):
-            write_card(folder, card)
-            return old, False
-        if not folder.exists(mine) or seen != (folder.exists(MANIFEST), data_files(folder)):
-            raise UserError(f"another job has written to {uri} meanwhile; run the same command again")
-        folder.write(f"{PREPARING}/{MANIFEST}", to_json(asdict(manifest)))  # clear_unfinished reads it
-        is_moving = True
-        publish(folder, manifest, moves(parts, made), has_old_name)
+        is_there = old is not None and old.sha256 == manifest.sha256 and is_whole(folder, old) and folder.exists(CARD)
+        claim.check()
+        if not is_there:
+            folder.write(f"{PREPARING}/{MANIFEST}", to_json(asdict(manifest)))  # clear_unfinished reads it
+            claim.is_moving = True
+            publish(folder, manifest, moves(parts, made), has_old_name)
+            write_left_out(folder, bad)
         write_card(folder, card)
-        write_left_out(folder, bad)
-        folder.write(MANIFEST, to_json(asdict(manifest)))
-        is_moving = False
+        if not is_there:
+            folder.write(MANIFEST, to_json(asdict(manifest)))
+        claim.is_moving = False
         folder.delete(PREPARING)
-        return manifest, True
+        return manifest, not is_there
+
+
+class Claim:
+    """The mark in PREPARING of the one job that prepares, and what it has seen in the folder."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder, self.name = folder, f"{PREPARING}/start-{uuid.uuid4().hex[:8]}"
+        folder.create(PREPARING)
+        folder.write(self.name, b"")
+        self.seen = folder.exists(MANIFEST), data_files(folder)
+        self.is_moving = False  # the old files are on their way out: a new start cleans up
+
+    def check(self) -> None:
+        """Raises UserError if another job has begun or written meanwhile."""
+        if not self.folder.exists(self.name) or self.seen != (self.folder.exists(MANIFEST), data_files(self.folder)):
+            raise UserError(f"another job has written to {self.folder.uri} meanwhile; run the same command again")
+
+
+@contextlib.contextmanager
+def claimed(folder: Folder) -> Iterator[Claim]:
+    """Claims the folder. Leaves the parts that are complete in PREPARING if an error comes between."""
+    claim = Claim(folder)
+    try:
+        yield claim
     except FileNotFoundError as error:
-        raise UserError(f"{error} while {uri} was written; is another job preparing the same folder?") from error
+        raise UserError(f"{error} while {folder.uri} was written; is another job preparing the same folder?") from error
     finally:
-        if not is_moving and folder.exists(mine):  # else PREPARING belongs to another job
-            folder.delete(mine)
+        if not claim.is_moving and folder.exists(claim.name):  # else PREPARING belongs to another job
+            folder.delete(claim.name)
             if not any(name.endswith(".json") for name in folder.names(PREPARING)):  # else the next start goes on
                 folder.delete(PREPARING)
 
@@ -137,8 +157,11 @@ def is_made_of(manifest: Manifest, folder: Folder, parts: list[Part], skip_bad: 
     """Whether the data set was made of these very parts, so that they need not be read again."""
     if manifest.num_skipped and not skip_bad:
         return False
-    card = read_card(folder.uri, manifest) if folder.exists(CARD) else None
-    return card is not None and card.get("made_of") == made_of(parts)
+    try:
+        card = read_card(folder.uri, manifest)
+    except UserError:  # it is damaged, and will be written anew
+        return False
+    return card is not None and card["made_of"] == made_of(parts)
 
 
 def old_manifest(folder: Folder, overwrite: bool) -> tuple[Manifest | None, bool]:
@@ -219,6 +242,8 @@ def clear_unfinished(folder: Folder, parts: list[Part]) -> None:
         for name in data_files(folder):
             if sha256_of(folder, name) in known:
                 folder.delete(name)
+    if not parts:
+        return folder.delete(PREPARING)
     wanted = {f"part-{part.key}.{kind}" for part in parts for kind in ("parquet", "facts", "json")}
     for name in inside:
         if name not in wanted:

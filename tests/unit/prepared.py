@@ -1,16 +1,22 @@
 """What preparing makes of a source, for tests: its checked rows, and data sets that hold what no check has seen."""
 
+import functools
 import hashlib
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from cifar_dist.data import sources, staged
 from cifar_dist.data.check import Checker
 from cifar_dist.data.making import Found, Row, checked_rows
 from cifar_dist.data.parts import parts_of
+from cifar_dist.errors import UserError
 from cifar_dist.sealed_json import seal, to_json
 
 CHECKER = Checker()  # one child process for all tests of a file
@@ -32,14 +38,52 @@ def read(
     return rows, found
 
 
+def sentence_of(action: Callable[[], object]) -> str | None:
+    """What the action refuses with; None if it does what it should."""
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def rows(source: sources.Source, split: str = "train", skip_bad: bool = False) -> list[Row]:
     return read(source, split, skip_bad=skip_bad)[0]
 
 
-def paths_and_labels(source: sources.Source) -> dict[str, list[tuple[str, str]]]:
-    """(path, class name) of each picture of each split, in stored order."""
+@functools.cache
+def png(number: int) -> bytes:
+    """A picture that no other number has, 8 x 8 pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tree(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return root
+
+
+def numbered(*names: str) -> dict[str, bytes]:
+    """A file for each name, the picture of its position."""
+    return {name: png(i) for i, name in enumerate(names)}
+
+
+def listed(source: sources.Source) -> dict[str, list[tuple[str, str]]]:
+    """(path, class name) of each file of each split, in stored order. Reads no picture."""
     return {
-        split: [(row.path, source.class_names[row.label]) for row in rows(source, split)] for split in source.splits
+        split: [(r["name"], source.class_names[r["label"]]) for r in items.to_pylist()]
+        for split, items in source.splits.items()
+    }
+
+
+def contents(source: sources.Source) -> dict[str, tuple[bytes, str]]:
+    """(stored bytes, class name) of each picture by its path, of all splits."""
+    return {
+        row.path: (row.encoded, source.class_names[row.label]) for split in source.splits for row in rows(source, split)
     }
 
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import lzma
 import os
+import posixpath
 import shutil
 import tarfile
 import tempfile
@@ -15,31 +16,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
 from pyarrow import fs
 
-from cifar_dist.data.sources.trees import Files, FolderTree, Tree, named
+from cifar_dist.data.sources.trees import GONE, Files, FolderTree, Tree, named
 from cifar_dist.errors import UserError, first_line
 from cifar_dist.storage import Folder
 from cifar_dist.uris import absolute_uri, open_uri, split_uri
+
+ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # the start of a zip archive, and of an empty one
+COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+SMALL = 1 << 16  # bytes of a zip archive
+BLOCK = 512  # bytes: members of a tar begin at multiples; two blocks of zeros end it
 
 
 def open_tree(path: str) -> Tree:
     """Returns the tree of a folder, a file or an archive. Raises UserError if nothing is there."""
     uri = absolute_uri(path)
     filesystem, inner = open_uri(uri)
-    folder = Folder(uri)
-    kind = folder.tried("look at", "", lambda: filesystem.get_file_info(inner)).type
-    if kind == fs.FileType.Directory:
+    info = Folder(uri).tried("look at", "", lambda: filesystem.get_file_info(inner))
+    if info.type == fs.FileType.Directory:
         return FolderTree(uri=uri)
-    if kind != fs.FileType.File:
+    if info.type != fs.FileType.File:
         raise UserError(f"{path} does not exist; --path names a folder, an archive or a URI")
-    with named(uri), filesystem.open_input_file(inner) as file:
-        start = file.read(512)
-        file.seek(0)
-        if zipfile.is_zipfile(file):
-            return ZipTree(uri=uri)
+    version = f"{info.size} {info.mtime_ns}"
+    with named(uri), filesystem.open_input_stream(inner, compression=None) as file:
+        start = file.read(BLOCK)
+    if start.startswith(ZIP):
+        return ZipTree(uri=uri, version=version)
     if start[257:262] == b"ustar":
-        return TarTree(uri=uri)
+        return TarTree(uri=uri, version=version)
     for magic, opener in COMPRESSED.items():
         if start.startswith(magic):
             return unpacked(uri, opener)
@@ -49,9 +55,10 @@ def open_tree(path: str) -> Tree:
 
 @dataclass(frozen=True, kw_only=True)
 class ZipTree:
-    """The files of a zip archive below `root`, a name with '/' at its end or ''."""
+    """The files of a zip archive below `root`, a name with '/' at its end or ''. version: its size and time."""
 
     uri: str
+    version: str
     root: str = ""
 
     @property
@@ -59,24 +66,23 @@ class ZipTree:
         return True
 
     def files(self) -> Files:
-        archive = zip_at(self.uri)
         found = {}
-        for info in archive.infolist():
-            if not info.is_dir():
-                if info.flag_bits & 1:
-                    raise UserError(f"{self.uri} is encrypted; unpack it, and name the folder")
-                found[info.filename] = (info.file_size, info.CRC, info.header_offset)
+        for info in members(self.uri, self.version)[1].values():
+            if info.flag_bits & 1:
+                raise UserError(f"{self.uri} is encrypted; unpack it, and name the folder")
+            found[plain_name(info.filename)] = (info.file_size, info.CRC, info.header_offset)
         return Files.of(found).below(self.root)
 
     def below(self, prefix: str) -> "ZipTree":
         return replace(self, root=self.root + prefix)
 
-    def where(self, name: str) -> str:
+    def where(self, name: str, at: int = 0) -> str:  # noqa: ARG002
         return f"{self.uri}: {self.root}{name}"
 
-    def read(self, name: str, size: int, at: int) -> bytes:  # noqa: ARG002
+    def read(self, name: str, size: int, at: int) -> bytes:
+        archive, infos = members(self.uri, self.version)
         try:
-            with zip_at(self.uri).open(self.root + name) as file:
+            with archive.open(infos[at]) as file:
                 content = file.read(size + 1)  # not all that a forged archive may unpack to
         except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, EOFError) as error:
             raise UserError(f"{self.where(name)} cannot be unpacked: {first_line(error)}") from error
@@ -89,21 +95,32 @@ class ZipTree:
 
 
 @functools.lru_cache(maxsize=2)
-def zip_at(uri: str) -> zipfile.ZipFile:
-    """Returns the archive at a URI, whose directory is read once per process."""
+def members(uri: str, version: str) -> tuple[zipfile.ZipFile, dict[int, zipfile.ZipInfo]]:  # noqa: ARG001
+    """Returns (the archive, its files by their place in it). Its directory is read once per process and version."""
     filesystem, path = open_uri(uri)
     try:
         with named(uri):
-            return zipfile.ZipFile(filesystem.open_input_file(path))
-    except zipfile.BadZipFile as error:
+            file = filesystem.open_input_file(path)
+            if file.size() < SMALL:  # zipfile tries places before its start, at which Arrow raises other errors
+                file = io.BytesIO(file.read())
+            archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, pa.ArrowException) as error:
         raise UserError(f"{uri} is no whole zip archive: {first_line(error)}; copy it again") from error
+    return archive, {info.header_offset: info for info in archive.infolist() if not info.is_dir()}
+
+
+def plain_name(name: str) -> str:
+    return name.removeprefix("./")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TarTree:
-    """The files of a tar archive below `root`. `shown`: its name in messages. `is_temporary`: unpacked by this job."""
+    """The files of a tar archive below `root`. version: its size and time. shown: its name in messages.
+
+    is_temporary: unpacked by this job."""
 
     uri: str
+    version: str
     root: str = ""
     shown: str = ""
     is_temporary: bool = False
@@ -113,27 +130,37 @@ class TarTree:
         return not self.is_temporary
 
     def files(self) -> Files:
-        found, file = {}, tar_at(self.uri)
+        found: dict[str, tuple[int, int, int]] = {}
+        file, where, links, end = tar_at(self.uri, self.version), self.shown or self.uri, dict[str, str](), 0
         file.seek(0)  # tarfile begins where the last reader has stopped
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
+                    name, end = plain_name(member.name), member.offset_data
                     if member.isreg():
-                        found[member.name.removeprefix("./")] = (member.size, int(member.mtime), member.offset_data)
+                        end += -(-member.size // BLOCK) * BLOCK
+                        found[name] = (member.size, int(member.mtime), member.offset_data)
+                    elif member.islnk() or member.issym():
+                        folder = posixpath.dirname(name) if member.issym() else ""
+                        links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
                     archive.members = []  # type: ignore[attr-defined]  # else it keeps an object for each
-        except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"{self.shown or self.uri} is no whole tar archive: {first_line(error)}") from error
+            if file.read_at(2 * BLOCK, end) != bytes(2 * BLOCK):
+                raise UserError(f"{where} is no whole tar archive: its end is missing; copy it again")
+        except (tarfile.TarError, EOFError, OSError, pa.ArrowException) as error:
+            raise UserError(f"{where} is no whole tar archive: {first_line(error)}; copy it again") from error
+        for name, target in links.items():
+            found[name] = found.get(target, (GONE, 0, 0))
         return Files.of(found).below(self.root)
 
     def below(self, prefix: str) -> "TarTree":
         return replace(self, root=self.root + prefix)
 
-    def where(self, name: str) -> str:
+    def where(self, name: str, at: int = 0) -> str:  # noqa: ARG002
         return f"{self.shown or self.uri}: {self.root}{name}"
 
     def read(self, name: str, size: int, at: int) -> bytes:
         with named(self.where(name)):
-            content = tar_at(self.uri).read_at(size, at)
+            content = tar_at(self.uri, self.version).read_at(size, at)
         if len(content) != size:
             raise UserError(f"{self.where(name)} ends too early: the archive is incomplete")
         return content
@@ -143,13 +170,18 @@ class TarTree:
 
 
 @functools.lru_cache(maxsize=2)
-def tar_at(uri: str) -> Any:
+def tar_at(uri: str, version: str) -> Any:  # noqa: ARG001
+    """Returns the open archive, opened once per process and version."""
     filesystem, path = open_uri(uri)
     with named(uri):
         return filesystem.open_input_file(path)
 
 
-COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+def tar_tree(uri: str) -> TarTree:
+    """Returns the tree of a tar archive in a folder."""
+    filesystem, path = open_uri(uri)
+    info = filesystem.get_file_info(path)
+    return TarTree(uri=uri, version=f"{info.size} {info.mtime_ns}")
 
 
 def unpacked(uri: str, opener: Any) -> TarTree:
@@ -172,13 +204,14 @@ def unpacked(uri: str, opener: Any) -> TarTree:
         ) from error
     if not tarfile.is_tarfile(target):
         raise UserError(f"{uri} is no tar archive; --path names a folder, or a zip or tar archive")
-    return TarTree(uri=str(target), shown=uri, is_temporary=True)
-
-
-@functools.lru_cache(maxsize=1)
-def temporary_folder() -> str:
-    """Returns a folder that goes when this process ends."""
-    return KEPT.setdefault("folder", tempfile.TemporaryDirectory(prefix="cifar_dist-unpacked-")).name
+    return TarTree(uri=str(target), version="", shown=uri, is_temporary=True)
 
 
 KEPT: dict[str, tempfile.TemporaryDirectory] = {}
+
+
+def temporary_folder() -> str:
+    """Returns a folder that goes when this process ends."""
+    if "folder" not in KEPT:
+        KEPT["folder"] = tempfile.TemporaryDirectory(prefix="cifar_dist-unpacked-")
+    return KEPT["folder"].name

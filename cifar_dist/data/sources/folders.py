@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from cifar_dist.data.sources.names import NOTE, LeftOut, kind_of, listing, split_of_folder
+from cifar_dist.data.sources.names import NOTE, STRAY, LeftOut, kind_of, listing, split_of_folder
 from cifar_dist.data.sources.source import FileReader, Source, items_table, need_two_classes
 from cifar_dist.data.sources.trees import Files, Tree
 from cifar_dist.errors import UserError
@@ -44,7 +44,26 @@ def pictures_of(tree: Tree, files: Files) -> Pictures:
         else:
             found.names.append(name)
             found.rows.append(row)
+    found.empty.extend(without_pictures(found))
     return found
+
+
+def without_pictures(found: Pictures) -> list[str]:
+    """Returns folders FOLDER/ that hold other files and no picture: a class whose pictures are missing.
+
+    Folders of notes at the top are no classes."""
+    full = {folder for name in found.names for folder in folders_above(name)}
+    others: set[str] = set()
+    for out in found.left_out:
+        folder = out.path.rpartition("/")[0]
+        is_data = folder and kind_of(f"{folder}/x.png") == "" and (out.kind == STRAY or "/" in folder)
+        others |= {f"{folder}/"} if is_data and folder not in full else set()
+    return sorted(others)
+
+
+def folders_above(name: str) -> list[str]:
+    parts = name.split("/")[:-1]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def starts_as_picture(tree: Tree, name: str, size: int, at: int) -> bool:

@@ -42,7 +42,7 @@ def find_source(
     else:
         if label_column or image_column:
             raise UserError("--image-column and --label-column are for tables; folders name their classes")
-        tree, files, prefix = unwrapped(tree, files)
+        tree, files, prefix = (tree, files, "") if tables_by_themselves(files) else unwrapped(tree, files)
         where = f"{path.rstrip('/')}/{prefix}".rstrip("/")
         tables = tables_by_themselves(files)
         source = labelled_source(tree, files, tables) if tables else folder_source(tree, files, where)
@@ -51,14 +51,26 @@ def find_source(
 
 
 def tables_by_themselves(files: Files) -> dict[str, str]:
-    """Returns tables of labels, with their splits, that lie beside pictures which no class folder holds.
+    """Returns tables of labels, with their splits, that lie beside pictures which no class folders hold.
 
     The library `datasets` reads such a metadata.csv in the folder itself, or one in each folder of a split."""
-    tables = {}
+    tables: dict[str, str] = {}  # by the folder that holds them
     for name in files.names:
         folder, _, base = name.rpartition("/")
-        if base in FOUND_BY_ITSELF and (not folder or split_of_folder(folder)):
-            tables[name] = split_of_folder(folder) or ""
-    folders = {name.rpartition("/")[0] for name in tables}
-    pictures = {name.rpartition("/")[0] for name in files.names if kind_of(name) == ""}
-    return tables if pictures <= folders and len(folders) == len(tables) else {}
+        if (
+            base in FOUND_BY_ITSELF
+            and (not folder or split_of_folder(folder))
+            and tables.setdefault(folder, name) != name
+        ):
+            return {}  # two of them
+    inner: dict[str, set[str]] = {folder: set() for folder in tables}  # folders of pictures below it
+    for name in files.names:
+        if kind_of(name) == "":
+            top = name.partition("/")[0]
+            folder = top if top in tables else ""
+            if folder not in tables:
+                return {}
+            inner[folder].add(name.rpartition("/")[0])
+    if any(len(found) > 1 for found in inner.values()):
+        return {}
+    return {name: split_of_folder(folder) or "" for folder, name in tables.items()}

@@ -36,6 +36,7 @@ PATH_NAMES = (
 SPLIT_NAMES = ("split", "set", "subset", "fold")
 TABLE_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson"}
 FOUND_BY_ITSELF = ("metadata.csv", "metadata.jsonl", "labels.csv", "labels.jsonl")  # without class folders
+SEVERAL = -1  # as a position
 UNNAMED = "pictures that no table of labels names"
 
 
@@ -58,25 +59,30 @@ def read_table(uri: str, content: bytes, image_column: str | None, label_column:
     except UnicodeDecodeError as error:
         raise UserError(f"{uri} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
     rows = json_rows(uri, text) if suffix in (".jsonl", ".ndjson") else csv_rows(uri, text)
-    names: list[str] = []
+    names: list[str] = []  # of the columns of paths, labels and splits
     found = LabelTable([], [], [], [])
     for line, row in rows:
         if not names:
-            path = column(uri, list(row), image_column, PATH_NAMES, "--image-column", "paths")
-            label = column(uri, [n for n in row if n != path], label_column, LABEL_NAMES, "--label-column", "labels")
-            split = next((name for name in row if name.lower() in SPLIT_NAMES), "")
-            names = [path, label, split]
-        if missing := [name for name in names[:2] if row.get(name) in (None, "")]:
-            raise UserError(f"{uri} line {line} has no {missing[0]}")
+            paths = column(uri, list(row), image_column, PATH_NAMES, "--image-column", "paths")
+            others = [name for name in row if name != paths]
+            labels = column(uri, others, label_column, LABEL_NAMES, "--label-column", "labels")
+            names = [paths, labels, next((name for name in row if name.lower() in SPLIT_NAMES), "")]
         word = str(row.get(names[2]) or "").strip().lower() if names[2] else ""
         if word and word not in SPLIT_OF:
             raise UserError(
                 f"{uri} line {line} has the split {word!r}{nearest(word, SPLIT_OF)}; train, val, test are known"
             )
+        if row.get(names[0]) in (None, ""):
+            raise UserError(f"{uri} line {line} has no {names[0]}")
+        label = row.get(names[1])
+        label = label.strip() or None if isinstance(label, str) else label
+        if type(label) not in (str, int, float, bool, type(None)):
+            raise UserError(f"{uri} line {line} has the label {label!r}; a number, a text, true or false is read")
+        if label is None and SPLIT_OF.get(word, "train") == "train":
+            raise UserError(f"{uri} line {line} has no {names[1]}")
         found.lines.append(line)
         found.paths.append(str(row[names[0]]).strip())
-        label = row[names[1]]
-        found.labels.append(label.strip() if isinstance(label, str) else label)
+        found.labels.append(label)
         found.splits.append(SPLIT_OF.get(word, ""))
     if not found.paths:
         raise UserError(f"{uri} has no rows")
@@ -217,7 +223,10 @@ def positions_of(
 
     seen: the label and the place of each picture that a table has named."""
     place = {name: i for i, name in enumerate(pictures.names)}
-    stems = {name[: len(name) - len(suffix_of(name))]: i for name, i in place.items()}
+    stems: dict[str, int] = {}
+    for name, i in place.items():
+        stem = name[: len(name) - len(suffix_of(name))]
+        stems[stem] = i if stem not in stems else SEVERAL
     found: list[int] = []
     for line, path, label in zip(table.lines, table.paths, table.labels, strict=True):
         name = path.replace("\\", "/").removeprefix("./")
@@ -225,6 +234,8 @@ def positions_of(
         at = next((known[n] for known in (place, stems) for n in tried if n in known), None)
         if at is None:
             raise UserError(f"{uri} line {line} names {path}, and no such picture is below --path; correct the table")
+        if at == SEVERAL:
+            raise UserError(f"{uri} line {line} names {path}, and several pictures have this name; add the suffix")
         if at in seen:
             other, before = seen[at]
             fault = f"again, as {before} does" if other == label else f"as {label!r}, and {before} as {other!r}"

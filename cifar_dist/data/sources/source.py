@@ -80,7 +80,7 @@ class FileReader:
 
     def _read_of(self, name: str, size: int, at: int) -> Read:
         def read() -> Content:
-            where = self.tree.where(name)
+            where = self.tree.where(name, at)
             if size < 0:
                 raise UserError(f"{where} cannot be read: it is a broken link, or no regular file")
             return Content(self.tree.read(name, size, at), name, where)

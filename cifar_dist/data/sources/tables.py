@@ -19,16 +19,19 @@ from cifar_dist.errors import UserError, first_line
 
 TABLES = {".parquet", ".arrow"}
 ROWS_AT_ONCE = 32
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's format of streams
 BUFFER = 1 << 20  # bytes read at once: without it, a whole row group is
 
 
 @dataclass(frozen=True)
 class TableReader:
-    """Reads items that are rows of tables: `file` numbers `files` (name, size, place in the tree), `at` is the row."""
+    """Reads items that are rows of tables: `file` numbers `files` and their `columns` of pictures, `at` is the row.
+
+    files: name, size, place in the tree."""
 
     tree: Tree
     files: tuple[tuple[str, int, int], ...]
-    column: str
+    columns: tuple[str, ...]
 
     @property
     def is_shared(self) -> bool:
@@ -43,13 +46,14 @@ class TableReader:
         ends = [*(np.flatnonzero(np.diff(numbers)) + 1), len(numbers)]
         start = 0
         for end in filter(None, ends):
-            yield from self._of_file(self.files[numbers[start]], rows[start:end])
+            yield from self._of_file(int(numbers[start]), rows[start:end])
             start = end
 
-    def _of_file(self, place: tuple[str, int, int], rows: np.ndarray) -> Iterator[Read]:
+    def _of_file(self, number: int, rows: np.ndarray) -> Iterator[Read]:
+        place, column = self.files[number], self.columns[number]
         where = self.tree.where(place[0])
         with opened(self.tree, place) as table:
-            for first, batch in table.batches(self.column, rows):
+            for first, batch in table.batches(column, rows):
                 chosen = rows[(rows >= first) & (rows < first + len(batch))]
                 for row in chosen.tolist():
                     yield partial(content_of, batch, row - first, f"{where} row {row}", row)
@@ -101,18 +105,25 @@ class ArrowTable:
     """An Arrow file as `save_to_disk` writes it: a stream, or a file of the other format."""
 
     def __init__(self, file: Any) -> None:
+        file = file if isinstance(file, pa.NativeFile) else pa.PythonFile(file, "r")
         magic = file.read(6)
         file.seek(0)
         reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
         self.schema = reader.schema
-        is_file = magic == b"ARROW1"
-        self._batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+        self._file, self._is_file = file, magic == b"ARROW1"
+        every = (reader.get_batch(i) for i in range(reader.num_record_batches)) if self._is_file else iter(reader)
+        self._batches = every
 
     def labels_and_sizes(self, label: str, image: str) -> tuple[Any, np.ndarray]:
+        """Returns the labels, and the mean bytes of a picture of each row's batch, int64 [n]. Reads to the end."""
         labels, sizes = [], []
         for batch in self._batches:
             labels.append(batch.column(label))
             sizes.append(np.full(len(batch), batch.column(image).nbytes // max(len(batch), 1), np.int64))
+        if not self._is_file:
+            self._file.seek(self._file.size() - len(END_OF_STREAM))
+            if self._file.read() != END_OF_STREAM:  # Arrow takes the end of the file for that of the stream
+                raise OSError("its end is missing")
         kind = self.schema.field(label).type
         return pa.chunked_array(labels, kind), np.concatenate([np.zeros(0, np.int64), *sizes])
 
@@ -148,13 +159,12 @@ def table_source(
     chosen = by_split(files, where)
     rows = [(split, row) for split in ("train", "validation", "test") for row in chosen.get(split, [])]
     places = tuple((files.names[row], int(files.sizes[row]), int(files.at[row])) for _, row in rows)
-    labels, sizes, columns = [], [], None
+    labels, sizes, columns = [], [], []
     for (split, _), place in zip(rows, places, strict=True):
         of_file, table_labels, table_sizes = read_labels(tree, place, split, image_column, label_column)
-        columns = columns or of_file
+        columns.append(of_file)
         labels.append(table_labels)
         sizes.append(table_sizes)
-    assert columns
     found = numbered(where, labels)
     need_two_classes(where, found.class_names)
     splits: dict[str, list[pa.Table]] = {}
@@ -170,8 +180,8 @@ def table_source(
         name="parquet",
         class_names=found.class_names,
         splits={split: pa.concat_tables(parts) for split, parts in splits.items()},
-        reader=TableReader(tree, places, columns.image),
-        layout=describe(columns, len(places)),
+        reader=TableReader(tree, places, tuple(of_file.image for of_file in columns)),
+        layout=describe(columns[0], len(places)),
         notes=found.notes,
         left_out=[
             LeftOut(path=n, kind=kind_of(n) or "pictures beside the tables", reason="it is no table") for n in others

@@ -9,7 +9,7 @@ from PIL import Image
 from cifar_dist.data.card_words import size_of
 from cifar_dist.data.sources.names import listing
 from cifar_dist.data.sources.source import Source
-from cifar_dist.errors import UserError
+from cifar_dist.errors import UserError, printable
 
 NUM_SAMPLED = 16  # pictures whose headers are read for their sizes
 
@@ -30,7 +30,8 @@ def found_lines(source: Source, path: str | None) -> list[str]:
     for kind, count in kinds.items():
         names = [out.path for out in source.left_out if out.kind == kind]
         lines.append(f"  {'left out':11}{count:,} {kind}: {listing(names)}")
-    return lines + [f"  {'note':11}{note}" for note in source.notes]
+    lines += [f"  {'note':11}{note}" for note in source.notes]
+    return [printable(line) for line in lines]
 
 
 def described(source: Source, split: str) -> str:

@@ -61,7 +61,7 @@ class Tree(Protocol):
     def below(self, prefix: str) -> "Tree":
         """Returns the tree of the files whose names begin with the prefix 'FOLDER/'."""
 
-    def where(self, name: str) -> str:
+    def where(self, name: str, at: int = 0) -> str:
         """Names a file in messages."""
 
     def read(self, name: str, size: int, at: int) -> bytes:
@@ -92,7 +92,7 @@ class FolderTree:
     def below(self, prefix: str) -> "FolderTree":
         return FolderTree(uri=join_uri(self.uri, prefix.rstrip("/")))
 
-    def where(self, name: str) -> str:
+    def where(self, name: str, at: int = 0) -> str:  # noqa: ARG002
         return join_uri(self.uri, name)
 
     def read(self, name: str, size: int, at: int) -> bytes:  # noqa: ARG002

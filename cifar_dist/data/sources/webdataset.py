@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cifar_dist.data.sources.archives import TarTree
+from cifar_dist.data.sources.archives import TarTree, tar_tree
 from cifar_dist.data.sources.columns import LABEL_NAMES
 from cifar_dist.data.sources.labels import Labels, numbered
 from cifar_dist.data.sources.names import NOTE, STRAY, LeftOut, kind_of, listing, split_in, suffix_of
@@ -32,8 +32,8 @@ class ShardTree:
     def read(self, name: str, size: int, at: int) -> bytes:
         return self.shards[at >> 48].read(name, size, at & ((1 << 48) - 1))
 
-    def where(self, name: str) -> str:
-        return name if len(self.shards) > 1 else self.shards[0].where(name)
+    def where(self, name: str, at: int = 0) -> str:
+        return self.shards[at >> 48].where(name)
 
 
 def is_shard(files: Files) -> bool:
@@ -54,7 +54,7 @@ def shards_of(tree: Tree, files: Files) -> list[tuple[str, TarTree]]:
     data = [name for name in files.names if not name.endswith("/") and kind_of(name) not in (STRAY, NOTE)]
     if not data or not all(name.endswith(".tar") for name in data):
         return []
-    shards = [(name, TarTree(uri=tree.where(name))) for name in data]
+    shards = [(name, tar_tree(tree.where(name))) for name in data]
     return shards if is_shard(shards[0][1].files()) else []
 
 

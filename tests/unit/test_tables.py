@@ -1,0 +1,441 @@
+"""Tables of pictures, Parquet and Arrow: which files, columns and labels are read, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from prepared import contents, png, read, rows, sentence_of
+
+from cifar_dist.data import sources
+from cifar_dist.errors import UserError
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def metadata(names: list[str], label: str = "label", image: str = "image") -> dict[str, str]:
+    features = {image: {"_type": "Image"}, label: {"_type": "ClassLabel", "names": names}}
+    return {"huggingface": json.dumps({"info": {"features": features}})}
+
+
+def images(num: int, first: int = 0) -> pa.Array:
+    """Pictures `first`, `first` + 1 and so on, in the Hugging Face layout."""
+    return pa.array([{"bytes": png(i), "path": f"{i}.png"} for i in range(first, first + num)], IMAGE)
+
+
+def table(labels: Any, names: list[str] | None = None, first: int = 0, **columns: pa.Array) -> pa.Table:
+    labels = labels if isinstance(labels, pa.Array) else pa.array(labels)
+    made = pa.table({"image": images(len(labels), first), "label": labels, **columns})
+    return made.replace_schema_metadata(metadata(names)) if names else made
+
+
+def put(path: Path, content: pa.Table, **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(content, path, **options)
+    return path
+
+
+def parquet(root: Path | str, **options: Any) -> sources.Source:
+    return sources.find_source("parquet", str(root), **options)
+
+
+def classes(source: sources.Source, split: str = "train") -> list[str]:
+    """The class of each row."""
+    return [source.class_names[label] for label in source.splits[split]["label"].to_pylist()]
+
+
+# Which files are read
+
+
+LAYOUTS = {
+    "hub": ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000-of-00001.parquet"],
+    "hub with checksums": [
+        "data/train-00000-of-00002-0123456789abcdef.parquet",
+        "data/train-00001-of-00002-fedcba9876543210.parquet",
+        "data/test-00000-of-00001-00112233445566aa.parquet",
+    ],
+    "hub, one data set of a repository": [
+        "cifar10/train-00000.parquet",
+        "cifar10/train-1.parquet",
+        "cifar10/test-0.parquet",
+    ],
+    "hub, converted": ["default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"],
+    "hub, converted in part": ["d/partial-train/0000.parquet", "d/partial-train/0001.parquet", "d/test/0000.parquet"],
+    "plain": ["train.parquet", "train_more.parquet", "test.parquet"],
+    "Spark": [
+        "train.parquet/part-00000-ab.parquet",
+        "train.parquet/part-00001-cd.parquet",
+        "test.parquet/part-0.parquet",
+    ],
+    "words": ["my training 1.parquet", "my training 2.parquet", "evaluation.parquet"],
+}
+
+
+@pytest.mark.parametrize("names", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_the_splits_come_from_the_names_of_the_files(tmp_path: Path, names: list[str], kind: str):
+    for i, name in enumerate(names):
+        put(tmp_path / name, table([0, 1, 1], first=3 * i))
+    (tmp_path / "README.md").write_text("a card")
+    source = sources.find_source(kind, str(tmp_path))
+    assert source.class_names == ["0", "1"]
+    found = {split: [(r.path, r.label, r.encoded) for r in rows(source, split)] for split in source.splits}
+    wanted = [(f"{i}.png", int(i % 3 > 0), png(i)) for i in range(9)]
+    assert found == {"train": wanted[:6], "test": wanted[6:]}
+    assert source.drawn == []
+    assert [out.path for out in source.left_out] == ["README.md"]
+    assert source.layout == "3 table files, pictures in column image, labels in column label"
+
+
+def test_a_validation_split_is_read(tmp_path: Path):
+    for i, split in enumerate(("train", "validation", "test")):
+        put(tmp_path / "data" / f"{split}-00000-of-00001.parquet", table([0, 1], first=2 * i))
+    found = parquet(tmp_path)
+    assert {split: [r.path for r in rows(found, split)] for split in found.splits} == {
+        "train": ["0.png", "1.png"],
+        "validation": ["2.png", "3.png"],
+        "test": ["4.png", "5.png"],
+    }
+
+
+@pytest.mark.parametrize("name", ["pictures.parquet", "0000.parquet", "default/0000.parquet"])
+def test_files_that_name_no_split_are_train(tmp_path: Path, name: str):
+    put(tmp_path / name, table([0, 1] * 5))
+    for path in (tmp_path, tmp_path / name):
+        source = parquet(path)
+        assert source.drawn == ["test"]
+        assert contents(source) == {f"{i}.png": (png(i), str(i % 2)) for i in range(10)}
+
+
+def test_rows_of_several_groups_and_batches_keep_their_labels(tmp_path: Path):
+    """The drawn splits take rows here and there."""
+    put(tmp_path / "train-0.parquet", table([i % 3 for i in range(100)]), row_group_size=40)
+    put(tmp_path / "train-1.parquet", table([i % 3 for i in range(50)], first=100), row_group_size=7)
+    source = parquet(tmp_path, test_fraction=0.3)
+    labels = [str(i % 3) for i in (*range(100), *range(50))]
+    assert contents(source) == {f"{i}.png": (png(i), labels[i]) for i in range(150)}
+    assert len(source.splits["test"]) == 45
+
+
+def save_to_disk(folder: Path, tables: list[pa.Table]) -> None:
+    """As the library `datasets` saves a data set."""
+    folder.mkdir(parents=True)
+    names = [f"data-{i:05d}-of-{len(tables):05d}.arrow" for i in range(len(tables))]
+    for name, content in zip(names, tables, strict=True):
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, content.schema) as writer:
+            writer.write_table(content, max_chunksize=2)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {}}))
+
+
+def test_what_datasets_saved_to_disk_is_read(tmp_path: Path):
+    names = ["cat", "dog"]
+    save_to_disk(tmp_path / "train", [table([0, 1, 0], names), table([1, 1, 0], names, first=3)])
+    save_to_disk(tmp_path / "test", [table([1, 0], names, first=6)])
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "train" / "cache-0123456789abcdef.arrow").write_bytes(b"a leftover of datasets")
+    source = sources.find_source("folder", str(tmp_path))
+    labels = [0, 1, 0, 1, 1, 0, 1, 0]
+    assert contents(source) == {f"{i}.png": (png(i), names[label]) for i, label in enumerate(labels)}
+    assert {split: len(items) for split, items in source.splits.items()} == {"train": 6, "test": 2}
+    left_out = {out.path for out in source.left_out}
+    assert {"dataset_dict.json", "train/state.json", "train/cache-0123456789abcdef.arrow"} <= left_out
+
+
+@pytest.mark.parametrize("format", ["stream", "file"])
+def test_an_arrow_file_alone_is_train(tmp_path: Path, format: str):
+    made = table([0, 1] * 5, ["a", "b"])
+    opened = pa.ipc.new_stream if format == "stream" else pa.ipc.new_file
+    with pa.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as file, opened(file, made.schema) as writer:
+        writer.write_table(made, max_chunksize=3)
+    source = sources.find_source("folder", str(tmp_path))
+    assert contents(source) == {f"{i}.png": (png(i), "ab"[i % 2]) for i in range(10)}
+
+
+# Columns
+
+
+@pytest.mark.parametrize("name", ["image", "img", "picture", "jpg", "whatever"])
+@pytest.mark.parametrize("kind", [IMAGE, pa.struct([("bytes", pa.large_binary())]), pa.binary(), pa.large_binary()])
+def test_pictures_are_found_by_name_or_type(tmp_path: Path, name: str, kind: pa.DataType):
+    is_struct = pa.types.is_struct(kind)
+    has_path = is_struct and kind.num_fields == 2
+    values = [
+        {"bytes": png(i), "path": f"{i}.png"} if has_path else {"bytes": png(i)} if is_struct else png(i)
+        for i in range(4)
+    ]
+    put(tmp_path / "train.parquet", pa.table({name: pa.array(values, kind), "label": [0, 1, 0, 1], "id": ["x"] * 4}))
+    source = parquet(tmp_path, test_fraction=0.5)
+    assert contents(source) == {f"{i}.png" if has_path else f"row-{i}": (png(i), str(i % 2)) for i in range(4)}
+
+
+def test_of_several_columns_that_fit_the_usual_name_or_the_named_column_is_read(tmp_path: Path):
+    made = table([0, 1, 0, 1], depth=images(4, first=10), coarse_label=pa.array([7, 7, 8, 8]))
+    put(tmp_path / "train.parquet", made)
+    source = parquet(tmp_path, test_fraction=0.5)
+    assert contents(source) == {f"{i}.png": (png(i), str(i % 2)) for i in range(4)}
+    assert "(other columns that could be: coarse_label; --label-column)" in source.layout
+    source = parquet(tmp_path, image_column="depth", label_column="coarse_label", test_fraction=0.5)
+    assert contents(source) == {f"{i}.png": (png(i), str(7 + (i > 11))) for i in range(10, 14)}
+
+
+def test_a_column_declared_as_the_label_is_read_whatever_its_name(tmp_path: Path):
+    made = pa.table({"image": images(4), "kind": [0, 1, 0, 1], "weight": [1.0, 2.0, 3.0, 4.0]})
+    put(tmp_path / "train.parquet", made.replace_schema_metadata(metadata(["a", "b"], label="kind")))
+    assert parquet(tmp_path, test_fraction=0.5).class_names == ["a", "b"]
+
+
+def test_columns_may_differ_in_name_between_files(tmp_path: Path):
+    # For the lead: fails; the pictures of all files are read from the column of the first (TableReader.column).
+    put(tmp_path / "train.parquet", table([0, 1]))
+    put(tmp_path / "test.parquet", table([0, 1], first=2).rename_columns(["picture", "label"]))
+    if (sentence := sentence_of(lambda: contents(parquet(tmp_path)))) is not None:
+        assert str(tmp_path / "test.parquet") in sentence
+        return
+    assert contents(parquet(tmp_path)) == {f"{i}.png": (png(i), str(i % 2)) for i in range(4)}
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_names", "found"),
+    [
+        (pa.array(["dog", "cat", "dog", "cat"]), ["cat", "dog"], "dog cat dog cat"),
+        (pa.array(["dog", "cat", "dog", "cat"], pa.large_string()), ["cat", "dog"], "dog cat dog cat"),
+        (pa.array(["dog", "cat", "dog", "cat"]).dictionary_encode(), ["cat", "dog"], "dog cat dog cat"),
+        (pa.array([10, 9, 10, 9]).dictionary_encode(), ["9", "10"], "10 9 10 9"),
+        (pa.array([True, False, True, False]), ["false", "true"], "true false true false"),
+        (pa.array([True, True, False, False]), ["false", "true"], "true true false false"),
+        (pa.array([1.0, 0.0, 1.0, 0.0], pa.float32()), ["0", "1"], "1 0 1 0"),
+        (pa.array([9, 5, 9, 5], pa.uint8()), ["5", "9"], "9 5 9 5"),
+        (pa.array([3, -5, 3, -5], pa.int16()), ["-5", "3"], "3 -5 3 -5"),
+        (pa.array([2**50, 1, 2**50, 1]), ["1", str(2**50)], f"{2**50} 1 {2**50} 1"),
+        (pa.array(["10", "9", "10", "9"]), ["9", "10"], "10 9 10 9"),
+        (pa.array(["10", "x", "10", "x"]), ["10", "x"], "10 x 10 x"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_labels_of_any_type_become_classes(
+    tmp_path: Path, labels: pa.Array, class_names: list[str], found: str, format: str
+):
+    made = table(labels)
+    if format == "parquet":
+        put(tmp_path / "train.parquet", made)
+        put(tmp_path / "test.parquet", made)
+    else:
+        save_to_disk(tmp_path / "train", [made])
+        save_to_disk(tmp_path / "test", [made])
+    source = sources.find_source("folder", str(tmp_path))
+    assert source.class_names == class_names
+    assert classes(source) == classes(source, "test") == found.split()
+
+
+def test_class_names_come_from_the_metadata_in_their_order(tmp_path: Path):
+    put(tmp_path / "train.parquet", table([1, 0, 1, 0], ["dog", "cat"]))
+    source = parquet(tmp_path, test_fraction=0.5)
+    assert source.class_names == ["dog", "cat"]
+    assert {path: name for path, (_, name) in contents(source).items()} == {
+        f"{i}.png": ["cat", "dog"][i % 2] for i in range(4)
+    }
+
+
+def test_class_names_in_another_order_are_matched_by_name(tmp_path: Path):
+    put(tmp_path / "train.parquet", table([0, 1, 2], ["dog", "cat", "emu"]))
+    put(tmp_path / "test.parquet", table([0, 1, 2], ["emu", "dog", "cat"]))
+    source = parquet(tmp_path)
+    assert classes(source) == ["dog", "cat", "emu"]
+    assert classes(source, "test") == ["emu", "dog", "cat"]
+
+
+def test_class_names_without_pictures_are_dropped_and_told(tmp_path: Path):
+    put(tmp_path / "train.parquet", table([0, 2], ["dog", "cat", "emu"]))
+    put(tmp_path / "test.parquet", table([2], ["dog", "cat", "emu"]))
+    source = parquet(tmp_path)
+    assert (source.class_names, classes(source), classes(source, "test")) == (["dog", "emu"], ["dog", "emu"], ["emu"])
+    assert source.notes == ["1 of the 3 class names have no pictures and are dropped: cat"]
+
+
+@pytest.mark.parametrize(
+    "label", [pa.scalar(-1), pa.scalar(None, pa.int64()), pa.scalar(""), pa.scalar(None, pa.string())], ids=str
+)
+def test_a_test_split_without_labels_is_left_out_and_told(tmp_path: Path, label: pa.Scalar):
+    texts = pa.types.is_string(label.type)
+    put(tmp_path / "train.parquet", table(["a", "b"] * 4 if texts else [0, 1] * 4))
+    put(tmp_path / "test.parquet", table(pa.array([label.as_py()] * 3, label.type), first=20))
+    source = parquet(tmp_path)
+    assert source.notes == ["test is left out: its 3 rows have no labels"]
+    assert source.drawn == ["test"]
+    assert contents(source).keys() == {f"{i}.png" for i in range(8)}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([0, None, 1], [0], "train.parquet row 1 has the label None, which names no class"),
+        ([0, 1, -1], [0], "train.parquet row 2 has the label -1, which names no class"),
+        (["a", "", "b"], ["a"], "train.parquet row 1 has the label , which names no class"),
+        ([0, 1], [0, -1], "test.parquet row 1 has the label -1, which names no class"),
+        ([0, 1], [0, 2], "ROOT: class '2' is in another split but not in train"),
+        ([0, 1], ["a", "b"], "ROOT: class 'a' is in another split but not in train"),
+        ([0.0, 0.5], [0.0], r"train.parquet row 1 has the label 0.5; a class needs a whole number or a text"),
+        ([0.0, float("nan"), 1.0], [0.0], "train.parquet row 1 has the label nan; a class needs a whole number"),
+        ([0, 0], [0], "ROOT holds 1 classes, '0'; a classifier needs 2 or more"),
+        (pa.array([], pa.int64()), [0], "class '0' is in another split but not in train"),
+        (
+            pa.array([[0], [1]]),
+            [0],
+            r"train.parquet has the columns image \(struct\), label \(list<.*Name it with --label-column",
+        ),
+    ],
+    ids=str,
+)
+def test_labels_that_name_no_class_are_refused(tmp_path: Path, train: Any, test: Any, message: str):
+    put(tmp_path / "train.parquet", table(train))
+    put(tmp_path / "test.parquet", table(test))
+    with pytest.raises(UserError, match=message.replace("ROOT", str(tmp_path))) as caught:
+        parquet(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def two_pictures() -> pa.Table:
+    return pa.table({"left": images(2), "right": images(2), "label": [0, 1]})
+
+
+def two_labels() -> pa.Table:
+    return pa.table({"image": images(2), "first": [0, 1], "second": [0, 1]})
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "message"),
+    [
+        (
+            two_pictures(),
+            {},
+            r"has the columns left \(struct\), right \(struct\), label \(int64\); which holds the pictures",
+        ),
+        (two_labels(), {}, "which holds the labels"),
+        (
+            table([0, 1]),
+            {"label_column": "lable"},
+            r"has no column lable \(did you mean label\?\); --label-column is one of",
+        ),
+        (table([0, 1]), {"image_column": "label"}, "column label holds no pictures; those are binary, or a struct"),
+        (
+            table([0, 1]),
+            {"label_column": "image"},
+            "column image holds no labels; those are numbers, texts or booleans",
+        ),
+        (table([0, 1]).drop_columns("label"), {}, "which holds the labels"),
+        (table([0, 3], ["a", "b"]), {}, "row 1 has the label 3; 0 to 1 are valid"),
+        (table([0, -2], ["a", "b"]), {}, "row 1 has the label -2; 0 to 1 are valid"),
+        (table([0, 1], ["a", "a"]), {}, "class names are no list of names"),
+    ],
+    ids=range(9),
+)
+def test_columns_that_do_not_fit_are_refused(tmp_path: Path, made: pa.Table, options: dict[str, str], message: str):
+    path = put(tmp_path / "train.parquet", made)
+    with pytest.raises(UserError, match=message) as caught:
+        parquet(tmp_path, **options)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ["a/train-0.parquet", "b/train-0.parquet"],
+            "ROOT holds several data sets: a, b; name the folder of one of them",
+        ),
+        (["train-0.parquet", "b/train-0.parquet"], "ROOT holds several data sets: "),
+        (
+            ["train-0.parquet", "more.parquet"],
+            "ROOT/more.parquet would not be read: its name says no split, and others",
+        ),
+        (["test-0.parquet"], "ROOT holds no table of train, only test-0.parquet"),
+        (["_metadata.parquet"], "ROOT holds no Parquet or Arrow files"),
+    ],
+)
+def test_files_whose_names_do_not_say_enough_are_refused(tmp_path: Path, names: list[str], message: str):
+    for name in names:
+        put(tmp_path / name, table([0, 1]))
+    with pytest.raises(UserError, match=message.replace("ROOT", str(tmp_path))):
+        parquet(tmp_path)
+
+
+def test_tables_of_test_of_another_data_set_are_told(tmp_path: Path):
+    """Only one of the data sets has a table of train: what is not read of the other one is in left_out."""
+    for name in ("a/train-0.parquet", "b/test-0.parquet"):
+        put(tmp_path / name, table([0, 1] * 3))
+    source = parquet(tmp_path, test_fraction=0.5)
+    assert [out.path for out in source.left_out] == ["b/test-0.parquet"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[:-30], lambda c: c[: len(c) // 2], lambda _: b"", lambda _: b"text" * 99]
+)
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_damaged_tables_are_named(tmp_path: Path, damage: Any, format: str):
+    if format == "parquet":
+        path = put(tmp_path / "train.parquet", table([0, 1]))
+    else:
+        save_to_disk(tmp_path / "train", [table([0, 1] * 9)])
+        path = tmp_path / "train" / "data-00000-of-00001.arrow"
+    path.write_bytes(damage(path.read_bytes()))
+    if format == "arrow" and path.stat().st_size > 1000:  # a stream has no footer: what is cut off is noticed when read
+        path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match=f"{path} is not a readable {format.capitalize()} file"):
+        rows(parquet(tmp_path))
+
+
+def test_a_stream_cut_off_between_two_batches_is_noticed(tmp_path: Path):
+    # For the lead: fails; Arrow takes the end of the file for the end of the stream, and the rows behind it are lost
+    # without a word. A whole stream ends with the bytes ff ff ff ff 00 00 00 00.
+    made = table([0, 1] * 4)
+    with pa.OSFile(str(tmp_path / "data-0.arrow"), "wb") as file, pa.ipc.new_stream(file, made.schema) as writer:
+        writer.write_table(made.slice(0, 4))
+        whole_batches = file.tell()
+        writer.write_table(made.slice(4))
+    path = tmp_path / "data-0.arrow"
+    path.write_bytes(path.read_bytes()[:whole_batches])
+    with pytest.raises(UserError, match=f"{path} is not a readable Arrow file"):
+        rows(parquet(tmp_path, test_fraction=0.5))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, r"row 1 is empty \(zero bytes\)"),
+        ({"bytes": None, "path": None}, r"row 1 is empty \(zero bytes\)"),
+        ({"bytes": b"", "path": "1.png"}, "row 1"),
+        (
+            {"bytes": None, "path": "/etc/passwd"},
+            "row 1 names the file /etc/passwd and holds no bytes; store the pictures",
+        ),
+        ({"bytes": b"text", "path": "1.png"}, "row 1 is no"),
+    ],
+)
+def test_a_bad_picture_is_named_by_file_and_row_and_can_be_skipped(tmp_path: Path, image: Any, message: str):
+    values = pa.array([{"bytes": png(0), "path": "0.png"}, image, {"bytes": png(2), "path": "2.png"}], IMAGE)
+    path = put(tmp_path / "train.parquet", pa.table({"image": values, "label": [0, 1, 1]}))
+    put(tmp_path / "test.parquet", table([0, 1]))
+    source = parquet(tmp_path)
+    with pytest.raises(UserError, match=f"{path} {message}.*--skip-bad"):
+        read(source)
+    found, about = read(source, skip_bad=True)
+    assert [row.path for row in found] == ["0.png", "2.png"]
+    ((bad),) = about.bad
+    assert bad["label"] == 1
+
+
+def test_metadata_that_cannot_be_read_is_refused(tmp_path: Path):
+    put(tmp_path / "train.parquet", table([0, 1]).replace_schema_metadata({"huggingface": "{"}))
+    with pytest.raises(UserError, match=r"train.parquet has Hugging Face metadata that cannot be read"):
+        parquet(tmp_path)
