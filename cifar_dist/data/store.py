@@ -89,8 +89,8 @@ def prepare(source: Source, uri: str, how: Preparation | None = None) -> tuple[M
             folder.write(f"{PREPARING}/{MANIFEST}", to_json(asdict(manifest)))  # clear_unfinished reads it
             claim.is_moving = True
             publish(folder, manifest, moves(parts, made), has_old_name)
-            write_left_out(folder, bad)
-        write_card(folder, card)
+        write_card(folder, card)  # first: it tells a next start that the list is not foreign
+        write_left_out(folder, bad)
         if not is_there:
             folder.write(MANIFEST, to_json(asdict(manifest)))
         claim.is_moving = False
