@@ -179,7 +179,9 @@ def copy_split(uri: str, split: str, manifest: Manifest, path: Path) -> None:
     """
     data, files = Folder(uri), manifest.splits[split]["files"]
     sizes = [file["num_bytes"] for file in files]
-    need_room(path, sum(sizes) + max(sizes), f"a copy of the {split} split of {uri}")  # and one file as it is read
+    need_room(
+        path, sum(sizes) + max(sizes, default=0), f"a copy of the {split} split of {uri}"
+    )  # and one file as it is read
     local = path.with_name(path.name + ".parquet")
     per_class, others = np.zeros(manifest.num_classes, int), []
     try:

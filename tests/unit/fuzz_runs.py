@@ -330,10 +330,11 @@ class Runs(Group):
         counts = Counts(np.eye(10, dtype=np.int64), np.full(5, 10), np.zeros((15, 3), np.int64), 0)
 
         def read() -> None:
-            for run, best in choose([str(copy / "run")], DataSet.open(self.data)):
+            data = DataSet.open(self.data)
+            for run, best in choose([str(copy / "run")], data):
                 made = run_report(
                     Evaluation(run=run, checkpoint=best, precision="fp32", predictions={}, counts={"test": counts}),
-                    [str(i) for i in range(10)],
+                    data.manifest,
                 )
                 to_json(made)
                 if random.random() < 0.2:

@@ -203,6 +203,7 @@ def resealed_train(change: Callable[[pa.Table], pa.Table] | bytes) -> Damage:
         with contextlib.suppress(pa.ArrowException, KeyError, ValueError, AttributeError):  # not of images and labels
             words["rows_sha256"] = staged.rows_sha256(staged.staged_batches(pq.read_table(path).to_batches()))
         resealed(lambda values: values["splits"]["train"]["files"][0].update(words))(stored)
+        (stored / "data" / "data_card.json").unlink()  # which is of the data set before
 
     return act
 
@@ -626,7 +627,8 @@ PREPARE = [
     pictures("an out that is the source", "--out {s}/pictures", "--out", "lie in each other"),
     parquet("no Parquet folder given", "--path ''", "needs --path"),
     parquet("no such Parquet folder", "--path {s}/nowhere", "{s}/nowhere does not exist"),
-    parquet("a folder without Parquet", "--path {s}/pictures", "{s}/pictures holds no Parquet or Arrow files", "--source folder"),
+    parquet("a folder without Parquet", "--path {s}/pictures", "{s}/pictures holds no Parquet or Arrow files",
+            "--source folder"),
     parquet("another file for the folder", "--path {s}/runs/first/config.json", "holds no Parquet or Arrow files"),
     parquet("credentials in the path", f"--path {EVIL}", *CREDENTIALS),
     parquet("Parquet that is text", "", "{s}/" + SOURCE_TRAIN + " is not a readable Parquet file",
@@ -634,9 +636,12 @@ PREPARE = [
     parquet("Parquet cut off", "", "{s}/" + SOURCE_TRAIN + " is not a readable Parquet file", damage=cut(SOURCE_TRAIN)),
     parquet("Parquet of no bytes", "", "{s}/" + SOURCE_TEST + " is not a readable Parquet file",
             damage=put(SOURCE_TEST, "")),
-    parquet("no labels", "", "{s}/" + SOURCE_TRAIN, "the columns image (struct)", "which holds the labels", "--label-column", damage=source(no_column("label"))),
-    parquet("no images", "", "{s}/" + SOURCE_TRAIN, "the columns label (int64)", "which holds the pictures", "--image-column", damage=source(no_column("image"))),
-    parquet("images that are text", "", "image (string)", "which holds the pictures", damage=source(text_column("image"))),
+    parquet("no labels", "", "{s}/" + SOURCE_TRAIN, "the columns image (struct)", "which holds the labels",
+            "--label-column", damage=source(no_column("label"))),
+    parquet("no images", "", "{s}/" + SOURCE_TRAIN, "the columns label (int64)", "which holds the pictures",
+            "--image-column", damage=source(no_column("image"))),
+    parquet("images that are text", "", "image (string)", "which holds the pictures",
+            damage=source(text_column("image"))),
     parquet("labels of other classes", "", "class 'circle' is in another split but not in train",
             damage=source(text_column("label"))),
     parquet("a label column that is not there", "--label-column lable", "{s}/" + SOURCE_TRAIN + " has no column lable",

@@ -45,7 +45,6 @@ TABLES = {
     "no header": ("l.csv", text(*joined(",")[1:])),
     "quotes": ("l.csv", text("path,label", *(f'"{n}","{c}"' for n, c in zip(NAMES, LABELS, strict=True)))),
     "empty lines": ("l.csv", text(*joined(","), "", "")),
-    # For the lead: fails; labels keep their spaces, so "cat" and " cat" would be two classes. Paths are stripped.
     "spaces": ("l.csv", text("path, label", *(f"{n}, {c}" for n, c in zip(NAMES, LABELS, strict=True)))),
     "Kaggle": ("l.csv", text("image_id,label", *(f"{i},{c}" for i, c in enumerate(LABELS)))),
     "other names": ("l.csv", text(*joined(",", "file_name,class"))),
@@ -136,7 +135,6 @@ def test_a_split_without_labels_is_left_out_and_told(tmp_path: Path):
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "labels.csv", "labels.jsonl"])
 @pytest.mark.parametrize("folder", ["", "images/"])
 def test_a_table_of_a_usual_name_is_found_by_itself(tmp_path: Path, name: str, folder: str):
-    # For the lead: fails for images/; `unwrapped` takes images/ for a folder around all and loses the table above it.
     names = [f"{folder}{n}" for n in NAMES]
     content = [json.dumps({"file_name": n, "label": c}) for n, c in zip(names, LABELS, strict=True)]
     if name.endswith(".csv"):
@@ -197,7 +195,6 @@ def test_a_table_elsewhere_for_an_archive(tmp_path: Path):
 
 
 def test_a_name_without_its_suffix_that_two_pictures_have_is_refused(tmp_path: Path):
-    # For the lead: fails; the last of them is taken without a word (positions_of, stems).
     root = write_tree(tmp_path / "pictures", numbered("0.jpg", "0.png", "1.png"))
     (tmp_path / "l.csv").write_bytes(text("image_id,label", "0,cat", "1,dog"))
     with pytest.raises(UserError, match=f"{tmp_path}/l.csv line 2 names 0"):
@@ -254,7 +251,6 @@ def test_a_table_that_does_not_fit_is_refused_by_its_line(tmp_path: Path, lines:
         ("l.jsonl", b"[" * 100_000, "line 1 is no JSON"),
         ("l.jsonl", b'{"path": "0.png", "label": "a"}\n{"path": "1.png"}', "line 2 has no label"),
         ("l.jsonl", b'{"path": "0.png", "label": [1]}\n{"path": "1.png", "label": [2]}', "label"),
-        # For the lead: fails; a label that is no number and no text becomes the class "{'a': 1}" (values_of).
         ("l.jsonl", b'{"path": "0.png", "label": {"a": 1}}\n{"path": "1.png", "label": "b"}\n', "l.jsonl"),
         ("l.jsonl", b'{"path": "0.png", "label": 0.5}\n{"path": "1.png", "label": 1}', "0.5"),
         ("l.csv", "path,label\n0.png,café".encode("latin-1"), "is not UTF-8 .* save it as UTF-8"),

@@ -206,7 +206,6 @@ def test_a_picture_is_known_by_its_content_where_its_name_does_not_say(tmp_path:
 
 
 def test_what_is_told_of_odd_file_names_has_no_control_characters(tmp_path: Path):
-    # For the lead: fails; told.found_lines prints names as they are (errors.printable would mend it).
     source = folder(write_tree(tmp_path, {**numbered(*TRAIN), "a\x1b[31m\nb.txt": b"x"}))
     assert all(line.isprintable() for line in found_lines(source, str(tmp_path)))
 
@@ -293,7 +292,6 @@ def test_a_folder_that_cannot_be_a_source_is_refused(tmp_path: Path, names: list
 
 @pytest.mark.parametrize("name", [".gitkeep", ".DS_Store", "Thumbs.db", "notes.txt"])
 def test_a_class_folder_that_holds_no_picture_is_refused_like_an_empty_one(tmp_path: Path, name: str):
-    # For the lead: fails; the class vanishes without a word (folders.pictures_of knows only folders without any file).
     with pytest.raises(UserError, match="class 'emu' has no images in"):
         folder(write_tree(tmp_path, {**numbered(*TRAIN), f"train/emu/{name}": b""}))
 
@@ -309,7 +307,6 @@ def test_no_such_path(source: str, path: str | None, message: str):
 
 @pytest.mark.parametrize("content", [b"", b"mine", b"x" * 5000])
 def test_a_file_that_is_no_archive_and_no_table_is_refused(tmp_path: Path, content: bytes):
-    # For the lead: fails for files of fewer than 22 bytes; zipfile.is_zipfile raises pyarrow.lib.ArrowInvalid.
     (tmp_path / "notes.txt").write_bytes(content)
     with pytest.raises(UserError, match=f"{tmp_path}/?.*holds no pictures"):
         folder(tmp_path / "notes.txt")

@@ -234,7 +234,6 @@ def test_another_start_of_another_source_uses_nothing(tmp_path: Path):
 @pytest.mark.parametrize("suffix", ["json", "parquet", "facts"])
 @pytest.mark.parametrize("harm", ["cut", "empty", "gone"])
 def test_a_damaged_part_is_made_again(tmp_path: Path, suffix: str, harm: str):
-    # For the lead: fails for facts that are cut or empty, with a traceback (made_before asks only whether they exist).
     log, out = tmp_path / "log", tmp_path / "out"
 
     def stop(done: int, _bad: int) -> None:
@@ -362,7 +361,6 @@ def test_an_equal_data_set_is_known_without_reading_a_picture(tmp_path: Path):
 
 
 def test_an_unchanged_data_set_has_no_leftovers(tmp_path: Path):
-    # For the lead: fails; PREPARING of the interrupted preparation stays, with all the bytes in it.
     log, out = tmp_path / "log", tmp_path / "out"
     prepare(watched(log), str(out))
 
@@ -378,7 +376,6 @@ def test_an_unchanged_data_set_has_no_leftovers(tmp_path: Path):
 
 @pytest.mark.parametrize("content", [b"{", b"", b'{"format_version": 1}', b'{"format_version": 9}'])
 def test_a_damaged_data_card_is_mended_or_its_remedy_named(tmp_path: Path, content: bytes):
-    # For the lead: fails; "prepare the data set again" is said to who does just that.
     log, out = tmp_path / "log", tmp_path / "out"
     prepare(watched(log), str(out))
     before = files_of(out)

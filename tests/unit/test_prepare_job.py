@@ -167,6 +167,18 @@ def test_the_drawn_test_split_follows_fraction_and_seed(tmp_path: Path, pictures
     assert test_paths("--test-fraction", "0.3", "--data-seed", "1") != drawn
 
 
+def test_the_number_of_tasks_changes_no_byte_and_the_fast_check_none_of_plain_files(tmp_path: Path, pictures: Path):
+    def prepared(name: str, *options: str) -> dict[str, bytes]:
+        done = prepare("--source", "folder", "--path", pictures, "--out", tmp_path / name, *options)
+        assert done.returncode == 0, done.stderr
+        return files_of(tmp_path / name)
+
+    one = prepared("one", "--tasks", "1")
+    assert prepared("two", "--tasks", "2") == one
+    fast = prepared("fast", "--check", "fast")
+    assert {name for name in one if one[name] != fast[name]} == {"data_card.json"}
+
+
 def test_a_prepared_data_set_is_a_parquet_source(tmp_path: Path, shapes_uri: str):
     done = prepare("--source", "parquet", "--path", shapes_uri, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from odd_pictures import png
 from PIL import Image, ImageOps
-from prepared import read, rows
+from prepared import read, rows, write_tree
 from torchvision.datasets import CIFAR10
 
 from cifar_dist.data import sources
@@ -39,14 +39,6 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
-
-
-def write_tree(root: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return root
 
 
 def row_of(content: bytes | np.ndarray, path: str = "picture", label: int = 0) -> Row:
@@ -321,7 +313,7 @@ def test_floating_point_pixels_from_0_to_1_are_read_and_others_out_of_range_refu
     row = row_of((tmp_path / "f.tiff").read_bytes())
     assert (row.encoding, decoded(row.encoded)[..., 0].tolist()) == ("PNG", np.rint(values * 255).tolist())
     Image.fromarray(values - 0.5).save(tmp_path / "f.tiff")
-    with pytest.raises(UserError, match="picture is not a readable image: .*-0.5"):
+    with pytest.raises(UserError, match=r"picture is not a readable image: .*-0.5"):
         row_of((tmp_path / "f.tiff").read_bytes())
 
 

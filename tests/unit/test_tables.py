@@ -188,7 +188,6 @@ def test_a_column_declared_as_the_label_is_read_whatever_its_name(tmp_path: Path
 
 
 def test_columns_may_differ_in_name_between_files(tmp_path: Path):
-    # For the lead: fails; the pictures of all files are read from the column of the first (TableReader.column).
     put(tmp_path / "train.parquet", table([0, 1]))
     put(tmp_path / "test.parquet", table([0, 1], first=2).rename_columns(["picture", "label"]))
     if (sentence := sentence_of(lambda: contents(parquet(tmp_path)))) is not None:
@@ -396,8 +395,6 @@ def test_damaged_tables_are_named(tmp_path: Path, damage: Any, format: str):
 
 
 def test_a_stream_cut_off_between_two_batches_is_noticed(tmp_path: Path):
-    # For the lead: fails; Arrow takes the end of the file for the end of the stream, and the rows behind it are lost
-    # without a word. A whole stream ends with the bytes ff ff ff ff 00 00 00 00.
     made = table([0, 1] * 4)
     with pa.OSFile(str(tmp_path / "data-0.arrow"), "wb") as file, pa.ipc.new_stream(file, made.schema) as writer:
         writer.write_table(made.slice(0, 4))

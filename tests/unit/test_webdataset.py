@@ -127,14 +127,12 @@ def test_a_shard_without_a_split_beside_others_is_refused(tmp_path: Path):
 
 
 def test_shards_of_test_only_are_refused(tmp_path: Path):
-    # For the lead: see what is said here.
     shard(tmp_path / "test-0.tar", samples(4))
     with pytest.raises(UserError, match="train"):
         source_of(tmp_path)
 
 
 def test_a_bad_picture_is_named_with_its_shard(tmp_path: Path):
-    # For the lead: fails; of several shards, ShardTree.where names none, and their files often have equal names.
     shard(tmp_path / "train-0.tar", samples(4))
     shard(tmp_path / "train-1.tar", {**samples(4, 4), "0002.png": b"text"})
     shard(tmp_path / "test-0.tar", samples(4, 8))

@@ -26,6 +26,7 @@ from cifar_dist.uris import absolute_uri, open_uri, split_uri
 
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # the start of a zip archive, and of an empty one
 COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+FAULTS = zipfile.BadZipFile, NotImplementedError, IndexError, ValueError, pa.ArrowException  # of a damaged zip archive
 SMALL = 1 << 16  # bytes of a zip archive
 BLOCK = 512  # bytes: members of a tar begin at multiples; two blocks of zeros end it
 
@@ -84,7 +85,7 @@ class ZipTree:
         try:
             with archive.open(infos[at]) as file:
                 content = file.read(size + 1)  # not all that a forged archive may unpack to
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, EOFError) as error:
+        except (*FAULTS, zlib.error, lzma.LZMAError, RuntimeError, OSError, EOFError) as error:
             raise UserError(f"{self.where(name)} cannot be unpacked: {first_line(error)}") from error
         if len(content) != size:
             raise UserError(f"{self.where(name)} has another size than the archive says")
@@ -104,9 +105,12 @@ def members(uri: str, version: str) -> tuple[zipfile.ZipFile, dict[int, zipfile.
             if file.size() < SMALL:  # zipfile tries places before its start, at which Arrow raises other errors
                 file = io.BytesIO(file.read())
             archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, pa.ArrowException) as error:
+            infos = {info.header_offset: info for info in archive.infolist() if not info.filename.endswith("/")}
+    except FAULTS as error:
         raise UserError(f"{uri} is no whole zip archive: {first_line(error)}; copy it again") from error
-    return archive, {info.header_offset: info for info in archive.infolist() if not info.is_dir()}
+    if not all(info.filename for info in infos.values()):
+        raise UserError(f"{uri} is no whole zip archive: it holds a file without a name; make it again")
+    return archive, infos
 
 
 def plain_name(name: str) -> str:
