@@ -317,3 +317,30 @@ def test_a_name_in_a_tar_that_is_not_utf_8_is_refused(tmp_path: Path):
             archive.addfile(member, io.BytesIO(content))
     with pytest.raises(UserError, match=r"train/cat/caf.*\.png' is a name that is not UTF-8; rename it"):
         source_of(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_an_empty_class_folder_in_an_archive_is_refused_like_a_real_one(tmp_path: Path, kind: str):
+    path = KINDS[kind](tmp_path / f"a.{kind}", FILES)
+    if kind == "zip":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("train/emu/", b"")
+    else:
+        root = write_tree(tmp_path / "files", FILES)
+        (root / "train/emu").mkdir()
+        with tarfile.open(path, "w") as archive:
+            archive.add(root, ".")
+    with pytest.raises(UserError, match="class 'emu' has no images in"):
+        source_of(path)
+
+
+def test_archives_of_other_kinds_are_named(tmp_path: Path):
+    (tmp_path / "a.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(100))
+    with pytest.raises(UserError, match="is a 7z archive; zip and tar are read: unpack it"):
+        source_of(tmp_path / "a.7z")
+
+
+def test_files_around_a_single_folder_are_told(tmp_path: Path):
+    root = write_tree(tmp_path, {f"data/{name}": content for name, content in FILES.items()} | {"notes.txt": b"x"})
+    source = source_of(root)
+    assert [(out.path, out.kind) for out in source.left_out] == [("notes.txt", "notes and other files")]

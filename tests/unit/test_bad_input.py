@@ -596,7 +596,6 @@ PREPARE = [
            damage=updated(MANIFEST, format_version=3)),
     pictures("no folder given", "--path ''", "needs --path: a folder, an archive or a URI"),
     pictures("no such folder", "--path {s}/nowhere", "{s}/nowhere does not exist", "a folder, an archive or a URI"),
-    # For the lead: fails with a traceback (archives.py open_tree: is_zipfile of a file of fewer than 22 bytes).
     pictures("a file for the folder", "--path {s}/notes.txt", "{s}/notes.txt"),
     pictures("a folder without pictures", "--path {s}/flat", "{s}/flat holds no pictures", "CLASS/IMAGE",
              damage=folder_made("flat/train")),

@@ -203,7 +203,6 @@ FALSE_WORDS: dict[str, Callable[[dict], object]] = {
     "a file in another folder": lambda v: first_file(v).update(name="../train-00000.parquet"),
     "a file twice": lambda v: v["splits"]["train"]["files"][1].update(first_file(v)),
     "files in another order": swapped("name", "num_rows", "num_bytes", "sha256", "rows_sha256"),
-    # For the lead: fails with ValueError (staged.py copy_split, max of no sizes).
     "no files": lambda v: v["splits"]["train"].update(files=[]),
     "files that are a text": lambda v: v["splits"]["train"].update(files="train-00000.parquet"),
 }

@@ -26,6 +26,7 @@ from cifar_dist.uris import absolute_uri, open_uri, split_uri
 
 ZIP = (b"PK\x03\x04", b"PK\x05\x06")  # the start of a zip archive, and of an empty one
 COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+OTHERS = {b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!\x1a\x07": "RAR", b"\x28\xb5\x2f\xfd": "zstd"}
 FAULTS = zipfile.BadZipFile, NotImplementedError, IndexError, ValueError, pa.ArrowException  # of a damaged zip archive
 SMALL = 1 << 16  # bytes of a zip archive
 BLOCK = 512  # bytes: members of a tar begin at multiples; two blocks of zeros end it
@@ -50,6 +51,8 @@ def open_tree(path: str) -> Tree:
     for magic, opener in COMPRESSED.items():
         if start.startswith(magic):
             return unpacked(uri, opener)
+    if other := next((kind for magic, kind in OTHERS.items() if start.startswith(magic)), None):
+        raise UserError(f"{path} is a {other} archive; zip and tar are read: unpack it, and name the folder")
     parent, name = split_uri(uri)
     return FolderTree(uri=parent, only=name)
 
@@ -67,12 +70,14 @@ class ZipTree:
         return True
 
     def files(self) -> Files:
+        archive, infos = members(self.uri, self.version)
         found = {}
-        for info in members(self.uri, self.version)[1].values():
+        for info in infos.values():
             if info.flag_bits & 1:
                 raise UserError(f"{self.uri} is encrypted; unpack it, and name the folder")
             found[plain_name(info.filename)] = (info.file_size, info.CRC, info.header_offset)
-        return Files.of(found).below(self.root)
+        folders = [plain_name(name) for name in archive.namelist() if name.endswith("/")]
+        return Files.of(with_empty_folders(found, folders)).below(self.root)
 
     def below(self, prefix: str) -> "ZipTree":
         return replace(self, root=self.root + prefix)
@@ -113,6 +118,12 @@ def members(uri: str, version: str) -> tuple[zipfile.ZipFile, dict[int, zipfile.
     return archive, infos
 
 
+def with_empty_folders(found: dict[str, tuple[int, int, int]], folders: list[str]) -> dict[str, tuple[int, int, int]]:
+    """Adds the folders FOLDER/ in which no file is found, as the tree of a folder has them."""
+    full = {name[: i + 1] for name in [*found, *folders] for i, sign in enumerate(name[:-1]) if sign == "/"}
+    return found | {name: (0, 0, 0) for name in folders if name not in full and name.strip("./")}
+
+
 def plain_name(name: str) -> str:
     return name.removeprefix("./")
 
@@ -135,7 +146,8 @@ class TarTree:
 
     def files(self) -> Files:
         found: dict[str, tuple[int, int, int]] = {}
-        file, where, links, end = tar_at(self.uri, self.version), self.shown or self.uri, dict[str, str](), 0
+        file, where, end = tar_at(self.uri, self.version), self.shown or self.uri, 0
+        links, folders = dict[str, str](), list[str]()
         file.seek(0)  # tarfile begins where the last reader has stopped
         try:
             with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -147,6 +159,8 @@ class TarTree:
                     elif member.islnk() or member.issym():
                         folder = posixpath.dirname(name) if member.issym() else ""
                         links[name] = posixpath.normpath(posixpath.join(folder, member.linkname))
+                    elif member.isdir():
+                        folders.append(f"{name}/")
                     archive.members = []  # type: ignore[attr-defined]  # else it keeps an object for each
             if file.read_at(2 * BLOCK, end) != bytes(2 * BLOCK):
                 raise UserError(f"{where} is no whole tar archive: its end is missing; copy it again")
@@ -154,7 +168,7 @@ class TarTree:
             raise UserError(f"{where} is no whole tar archive: {first_line(error)}; copy it again") from error
         for name, target in links.items():
             found[name] = found.get(target, (GONE, 0, 0))
-        return Files.of(found).below(self.root)
+        return Files.of(with_empty_folders(found, folders)).below(self.root)
 
     def below(self, prefix: str) -> "TarTree":
         return replace(self, root=self.root + prefix)

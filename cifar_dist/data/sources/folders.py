@@ -150,9 +150,9 @@ def folders_of_splits(below: dict[str, list[int]], where: str) -> dict[str, str]
 
 
 def without_labels(found: Pictures, names: dict[int, str], split: str, top: str) -> list[str]:
-    """Leaves a split's pictures out, none of which lies in a folder of a class. Returns the note to tell, if any."""
+    """Leaves a split's pictures out, none of which lies in a folder of a class. Returns the note to tell."""
     if not names:
-        return []
+        return [f"{top}/ holds no pictures"]
     note = (
         f"{top}/ is left out: its {len(names):,} pictures lie in no folder of a class of train, so they have no labels"
     )
@@ -238,14 +238,18 @@ def refuse_inner_splits(where: str, names: list[str], class_names: list[str]) ->
         )
 
 
-def unwrapped(tree: Tree, files: Files) -> tuple[Tree, Files, str]:
-    """Returns tree, files and prefix below folders that hold a single folder and no picture: 'data/' of an archive."""
-    prefix = ""
+def unwrapped(tree: Tree, files: Files) -> tuple[Tree, Files, str, list[LeftOut]]:
+    """Returns tree, files and prefix below folders that hold a single folder and no picture: 'data/' of an archive.
+
+    Returns the files outside the prefix too, which are left out."""
+    prefix, outside = "", list[LeftOut]()
     while True:
-        names = [
-            name for name in files.names if kind_of(name.rstrip("/") + ("/x.png" if name.endswith("/") else "")) == ""
-        ]
+        names = [name for name in files.names if kind_of(f"{name}x.png" if name.endswith("/") else name) == ""]
         tops = {name.partition("/")[0] for name in names}
         if len(tops) != 1 or any(name.count("/") < 2 for name in names) or split_of_folder(top := tops.pop()):
-            return tree, files, prefix
+            return tree, files, prefix, outside
+        for name in files.names:
+            if not name.startswith(f"{top}/"):
+                kind = kind_of(name) or NOTE
+                outside.append(LeftOut(path=f"{prefix}{name}", kind=kind, reason=kind))
         tree, files, prefix = tree.below(f"{top}/"), files.below(f"{top}/"), f"{prefix}{top}/"

@@ -42,10 +42,12 @@ def find_source(
     else:
         if label_column or image_column:
             raise UserError("--image-column and --label-column are for tables; folders name their classes")
-        tree, files, prefix = (tree, files, "") if tables_by_themselves(files) else unwrapped(tree, files)
-        where = f"{path.rstrip('/')}/{prefix}".rstrip("/")
-        tables = tables_by_themselves(files)
-        source = labelled_source(tree, files, tables) if tables else folder_source(tree, files, where)
+        if tables := tables_by_themselves(files):
+            source = labelled_source(tree, files, tables)
+        else:
+            tree, files, prefix, outside = unwrapped(tree, files)
+            source = folder_source(tree, files, f"{path.rstrip('/')}/{prefix}".rstrip("/"))
+            source.left_out.extend(outside)
     source.name = name
     return with_test_split(source, test_fraction, seed)
 

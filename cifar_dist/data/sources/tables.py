@@ -19,6 +19,7 @@ from cifar_dist.errors import UserError, first_line
 
 TABLES = {".parquet", ".arrow"}
 ROWS_AT_ONCE = 32
+BESIDE = "it is no table of this data set"
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's format of streams
 BUFFER = 1 << 20  # bytes read at once: without it, a whole row group is
 
@@ -52,11 +53,15 @@ class TableReader:
     def _of_file(self, number: int, rows: np.ndarray) -> Iterator[Read]:
         place, column = self.files[number], self.columns[number]
         where = self.tree.where(place[0])
+        num_found = 0
         with opened(self.tree, place) as table:
             for first, batch in table.batches(column, rows):
                 chosen = rows[(rows >= first) & (rows < first + len(batch))]
+                num_found += len(chosen)
                 for row in chosen.tolist():
                     yield partial(content_of, batch, row - first, f"{where} row {row}", row)
+        if num_found < len(rows):
+            raise UserError(f"{where} holds fewer rows than it says; copy it again")
 
 
 def content_of(column: Any, at: int, where: str, row: int) -> Content:
@@ -143,7 +148,7 @@ def opened(tree: Tree, place: tuple[str, int, int]) -> Iterator[Any]:
     try:
         with tree.open(*place) as file:
             yield ParquetTable(file) if kind == "Parquet" else ArrowTable(file)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
         raise UserError(f"{where} is not a readable {kind} file: {first_line(error)}") from error
 
 
@@ -183,9 +188,7 @@ def table_source(
         reader=TableReader(tree, places, tuple(of_file.image for of_file in columns)),
         layout=describe(columns[0], len(places)),
         notes=found.notes,
-        left_out=[
-            LeftOut(path=n, kind=kind_of(n) or "pictures beside the tables", reason="it is no table") for n in others
-        ],
+        left_out=[LeftOut(path=n, kind=kind_of(n) or "pictures beside the tables", reason=BESIDE) for n in others],
     )
 
 
