@@ -169,6 +169,8 @@ class SourceSettings(Section):
         super().__post_init__()
         if self.source == "shapes" and self.path:
             raise UserError("--source shapes draws its images and reads no --path")
+        if self.near_duplicates and self.check == "fast":
+            raise UserError("--near-duplicates compares pixels, which --check fast does not read; use --check full")
         if self.source not in ("folder", "parquet") and (self.labels or self.image_column or self.label_column):
             raise UserError(f"--labels, --image-column and --label-column are for --source folder, not {self.source}")
 

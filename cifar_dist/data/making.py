@@ -99,6 +99,10 @@ def make_part(part: Part, uri: str, checker: Checker, passed: Callable[[int], No
     return made
 
 
+class ReadFault(UserError):
+    """A picture that could not be read now, because of its disk, its network or its rights: it may be sound."""
+
+
 class Found:
     """What is found out about a part's pictures."""
 
@@ -144,6 +148,8 @@ def pictures_of(part: Part, found: Found, passed: Callable[[int], None]) -> Iter
         picture = None
         try:
             picture = picture_of(read, label, part, found)
+        except ReadFault:
+            raise
         except UserError as error:
             if not part.skip_bad:
                 raise UserError(f"{error}; mend or remove it, or leave such files out with --skip-bad") from error
@@ -154,8 +160,13 @@ def pictures_of(part: Part, found: Found, passed: Callable[[int], None]) -> Iter
 
 
 def picture_of(read: Read, label: int, part: Part, found: Found) -> Picture[Row]:
-    """Reads a picture. Raises UserError if it is not sound."""
-    content = read()
+    """Reads a picture. Raises UserError if it is not sound, ReadFault if that cannot be told."""
+    try:
+        content = read()
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise ReadFault(f"{error}; --skip-bad does not leave it out, as it may be sound: try again") from error
+        raise
     if isinstance(content.data, np.ndarray):
         height, width = content.data.shape[:2]
         shown = Shown(content.data, "raw pixels", height, width, is_odd=True)

@@ -116,14 +116,18 @@ def bounds_of(num_bytes: np.ndarray) -> list[int]:
 
 def made_before(folder: Folder, part: Part) -> Made | None:
     """Returns what is known of a part that was made earlier and is whole, else None."""
+    made = noted(folder, part)
+    if made is None or (made.file and sha256_of(folder, f"{part.name}.parquet") != made.file["sha256"]):
+        return None
+    return made if sha256_of(folder, f"{part.name}.facts") == made.facts_sha256 else None
+
+
+def noted(folder: Folder, part: Part) -> Made | None:
+    """Returns what was noted of a part when it was made, None if nothing was. Its files may be gone."""
     try:
         values = from_json(folder.read(f"{part.name}.json"))
         made = Made(**{k: v for k, v in values.items() if k != "sha256"})
-        if not is_sealed(values) or made.key != part.key or (made.bad and not part.skip_bad):
-            return None
-        if made.file and sha256_of(folder, f"{part.name}.parquet") != made.file["sha256"]:
-            return None
-        return made if sha256_of(folder, f"{part.name}.facts") == made.facts_sha256 else None
+        return made if is_sealed(values) and made.key == part.key and (part.skip_bad or not made.bad) else None
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
 

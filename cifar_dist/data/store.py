@@ -6,13 +6,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
+from pyarrow import fs
+
 from cifar_dist.data.assembly import card_of, made_of, manifest_of, moves
 from cifar_dist.data.card import CARD, read_card, write_card
 from cifar_dist.data.check import Checker
 from cifar_dist.data.left_out import LEFT_OUT, BadPictures
 from cifar_dist.data.making import make_part
 from cifar_dist.data.manifest import MANIFEST, OLD_MANIFEST, Manifest, has_old_manifest, read_manifest
-from cifar_dist.data.parts import PREPARING, Made, Part, made_before, parts_of, sha256_of
+from cifar_dist.data.parts import PREPARING, Made, Part, made_before, noted, parts_of, sha256_of
 from cifar_dist.data.sources.picture import Rules
 from cifar_dist.data.sources.source import Source
 from cifar_dist.environment import frugal_memory
@@ -68,6 +70,8 @@ def prepare(source: Source, uri: str, how: Preparation | None = None) -> tuple[M
     they raise UserError.
     """
     how, folder = how or Preparation(), Folder(uri)
+    if folder.fs.get_file_info(folder.path).type == fs.FileType.File:
+        raise UserError(f"{uri} is a file; name a folder with --out")
     parts = list(parts_of(source, how.rules, near_duplicates=how.near_duplicates, skip_bad=how.skip_bad))
     old, has_old_name = old_manifest(folder, how.overwrite)
     if old and is_made_of(old, folder, parts, how.skip_bad) and is_whole(folder, old):
@@ -76,13 +80,16 @@ def prepare(source: Source, uri: str, how: Preparation | None = None) -> tuple[M
     clear_unfinished(folder, parts)
     if not how.overwrite:
         refuse_foreign(folder, old)
+    if old:
+        refuse_other(folder, old, source, how.skip_bad)
     with claimed(folder) as claim:
         bad = BadPictures(source, how.max_bad_share)
         made = all_made(parts, folder, how, bad)
         manifest = manifest_of(source, parts, made)
         card = card_of(source, manifest, folder, parts, made, bad)
         if old is not None and (old.class_names, old.splits) != (manifest.class_names, manifest.splits):
-            raise UserError(f"{uri} already holds another data set ({old.source}); use --overwrite or another --out")
+            folder.delete(PREPARING)  # or it would keep a copy of what is not wanted here
+            raise UserError(other(folder, old))
         is_there = old is not None and old.sha256 == manifest.sha256 and is_whole(folder, old) and folder.exists(CARD)
         claim.check()
         if not is_there:
@@ -117,13 +124,14 @@ class Claim:
 @contextlib.contextmanager
 def claimed(folder: Folder) -> Iterator[Claim]:
     """Claims the folder. Leaves the parts that are complete in PREPARING if an error comes between."""
-    claim = Claim(folder)
+    claim = None
     try:
+        claim = Claim(folder)
         yield claim
     except FileNotFoundError as error:
         raise UserError(f"{error} while {folder.uri} was written; is another job preparing the same folder?") from error
     finally:
-        if not claim.is_moving and folder.exists(claim.name):  # else PREPARING belongs to another job
+        if claim and not claim.is_moving and folder.exists(claim.name):  # else PREPARING belongs to another job
             folder.delete(claim.name)
             if not any(name.endswith(".json") for name in folder.names(PREPARING)):  # else the next start goes on
                 folder.delete(PREPARING)
@@ -175,6 +183,18 @@ def old_manifest(folder: Folder, overwrite: bool) -> tuple[Manifest | None, bool
         return (read_manifest(folder.uri) if has_manifest and not overwrite else None), has_old_name
     except UserError as error:
         raise UserError(f"{error} with --overwrite") from error
+
+
+def refuse_other(folder: Folder, old: Manifest, source: Source, skip_bad: bool) -> None:
+    """Raises UserError if the data set `old` can only be another one, before the pictures are read."""
+    counts = {split: len(items) for split, items in source.splits.items()}
+    same = all(old.num_rows(split) == counts.get(split) for split in old.splits) and len(counts) == len(old.splits)
+    if old.class_names != source.class_names or not (same or skip_bad or old.num_skipped):
+        raise UserError(other(folder, old))
+
+
+def other(folder: Folder, old: Manifest) -> str:
+    return f"{folder.uri} already holds another data set ({old.source}); use --overwrite or another --out"
 
 
 def refuse_foreign(folder: Folder, old: Manifest | None) -> None:
@@ -239,9 +259,13 @@ def clear_unfinished(folder: Folder, parts: list[Part]) -> None:
         )
     if MANIFEST in inside and not folder.exists(MANIFEST):  # interrupted while moving files
         known = {sha256 for name in {MANIFEST, REPLACED} & set(inside) for sha256 in checksums(folder, name)}
+        made = {made.file["sha256"]: part.name for part in parts if (made := noted(folder, part)) and made.file}
         for name in data_files(folder):
-            if sha256_of(folder, name) in known:
+            if (sha256 := sha256_of(folder, name)) in made:
+                folder.move(name, f"{made[sha256]}.parquet")
+            elif sha256 in known:
                 folder.delete(name)
+        inside = folder.names(PREPARING)
     if not parts:
         return folder.delete(PREPARING)
     wanted = {f"part-{part.key}.{kind}" for part in parts for kind in ("parquet", "facts", "json")}

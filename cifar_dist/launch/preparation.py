@@ -14,6 +14,7 @@ from cifar_dist.launch.cluster import connect, count_resource
 from cifar_dist.storage import Folder
 
 AHEAD = 2  # parts that wait for each CPU
+WORD_SECONDS = 60.0  # without a finished part: then a line says what is waited for
 
 
 def make_on_node(part: Part, uri: str) -> Made:
@@ -42,7 +43,7 @@ def on_cluster(
     """Yields what is made of each part, in any order, with a task for each CPU of the cluster, or `num_tasks`."""
     connect(address, 1)
     task = ray.remote(num_cpus=1, max_retries=3)(make_on_node)
-    most = num_tasks or AHEAD * count_resource("CPU")
+    most = num_tasks or max(1, AHEAD * count_resource("CPU"))
     left, running = iter(parts), dict[Any, int]()
     try:
         while True:
@@ -50,7 +51,14 @@ def on_cluster(
                 running[task.remote(part.portable(), uri)] = len(part.items)
             if not running:
                 return
-            finished, _ = ray.wait(list(running))
+            finished, _ = ray.wait(list(running), timeout=WORD_SECONDS)
+            if not finished:
+                free = ray.available_resources().get("CPU", 0)
+                print(
+                    f"no part was finished in {WORD_SECONDS:.0f} s: {len(running)} wait or run; the cluster has "
+                    f"{count_resource('CPU')} CPUs, {free:g} of them free",
+                    flush=True,
+                )
             for reference in finished:
                 made = ray.get(reference)
                 passed(running.pop(reference))

@@ -1,6 +1,7 @@
 """Parts of a data set: the same bytes in any number of processes and any order; what a kill leaves is used."""
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ from PIL import Image
 from prepared import numbered, png, sentence_of, write_tree
 from watched_items import watched
 
-from cifar_dist.data import making, parts, sources
+from cifar_dist.data import making, parts, sources, store
 from cifar_dist.data.card import read_card
 from cifar_dist.data.manifest import read_manifest
 from cifar_dist.data.processes import in_processes
@@ -471,3 +472,63 @@ def test_the_fast_check_stores_the_same_of_plain_files(tmp_path: Path, mixed: Pa
     assert {name for name in one if one[name] != other[name]} == {"data_card.json"}
     compared = [read_card(str(tmp_path / name), full)["duplicates"]["num_compared"] for name in ("full", "fast")]
     assert compared[0] == 65 > compared[1] > 0
+
+
+# Faults of reading, and kills while files are moved
+
+
+def test_a_fault_of_the_disk_is_no_bad_picture(tmp_path: Path):
+    """It would be left out for ever: nothing of the file changes when the disk answers again."""
+    root = write_tree(
+        tmp_path / "pictures", numbered(*(f"train/{c}/{i}.png" for c in ("cat", "dog") for i in range(6)))
+    )
+    out, how = str(tmp_path / "out"), Preparation(skip_bad=True, max_bad_share=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def read(path: Path) -> bytes:
+            if path.name == "3.png":
+                raise OSError(errno.EIO, "Input/output error")
+            return open(path, "rb").read()
+
+        patch.setattr(Path, "read_bytes", read)
+        with pytest.raises(UserError, match=r"3\.png cannot be read: Input/output error; --skip-bad does not"):
+            prepare(sources.find_source("folder", str(root)), out, how)
+    manifest, _ = prepare(sources.find_source("folder", str(root)), out, how)
+    assert manifest.num_skipped == 0
+    assert sum(manifest.num_rows(split) for split in manifest.splits) == 12
+
+
+def test_files_that_were_moved_before_a_kill_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    log, out = tmp_path / "log", tmp_path / "out"
+
+    def killed(*_: object) -> None:
+        raise SystemExit(9)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "write_card", killed)
+        with pytest.raises(SystemExit):
+            prepare(watched(log), str(out))
+    assert (out / "train-00000.parquet").exists()
+    assert not (out / "_manifest.json").exists()
+    prepared_of(log)
+    prepare(watched(log), str(out))
+    assert prepared_of(log) == []
+    prepare(watched(tmp_path / "log2"), str(tmp_path / "fresh"))
+    assert files_of(out) == files_of(tmp_path / "fresh")
+
+
+def test_another_data_set_is_refused_before_a_picture_is_read(tmp_path: Path):
+    log, out = tmp_path / "log", tmp_path / "out"
+    prepare(sources.shapes(60, 20), str(out))
+    before = files_of(out)
+    with pytest.raises(UserError, match="already holds another data set"):
+        prepare(watched(log), str(out))
+    assert prepared_of(log) == []
+    assert files_of(out) == before
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path):
+    (tmp_path / "out").write_bytes(b"mine")
+    with pytest.raises(UserError, match="out is a file; name a folder with --out"):
+        prepare(sources.shapes(20, 20), str(tmp_path / "out"))
+    assert (tmp_path / "out").read_bytes() == b"mine"

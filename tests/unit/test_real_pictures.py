@@ -1,4 +1,4 @@
-"""The pictures of Pillow's own tests: what training sees of each is what Pillow shows, or a sentence refuses it."""
+"""Pictures of Pillow's tests, scikit-image and imageio: training sees what Pillow shows, or a sentence refuses."""
 
 import hashlib
 import io
@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from cifar_dist.data import check, sources
 from cifar_dist.data.sources.fast_check import plain_file
+from cifar_dist.data.sources.names import kind_of
 from cifar_dist.data.sources.picture import Rules, Shown, show
 from cifar_dist.errors import UserError
 
@@ -24,6 +25,12 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path.home() / ".cache" / "cifar_dist-tests"
+MORE = {  # source distributions, where that of Pillow comes from, with their SHA-256
+    "a1/b4/2528bb43c67d48053a7a649a9666432dc307d66ba02e3a6d5c40f46655df/"
+    "scikit_image-0.26.0.tar.gz": "f5f970ab04efad85c24714321fcc91613fcb64ef2a892a13167df2f3e59199fa",
+    "f3/cd/69e4ac55b6dafdd2b5f32075236841a3945dea7323d0232d80f28c37cea8/"
+    "imageio-2.38.1.tar.gz": "6769f1f01c4dd46448307863a787c9a22fa4dbe11c0c88f525c6e410fdfd7983",
+}
 GROUNDS = {"white": 255, "black": 0}
 # Files of a kind that is read, and whole, though they look damaged or are so in Pillow's eyes.
 STRANGE = {"junk_jpeg_header.jpg", "photoshop-200dpi-broken.jpg", "tiff_strip_planar_16bit_RGB.tiff", "badplanes.bmp"}
@@ -52,13 +59,23 @@ def download(url: str, sha256: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, bytes]:
-    """Name -> file of Pillow's source distribution, as uv.lock names it."""
+    """Name -> file of the source distributions of Pillow, as uv.lock names it, scikit-image and imageio."""
     packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
     (source,) = [package["sdist"] for package in packages if package["name"] == "pillow"]
-    content = download(source["url"], source["hash"].removeprefix("sha256:"))
+    found = members(download(source["url"], source["hash"].removeprefix("sha256:")), "/Tests/images/")
+    index = source["url"].partition("/packages/")[0]
+    for place, sha256 in MORE.items():
+        name = place.rpartition("/")[2].rpartition("-")[0]
+        more = members(download(f"{index}/packages/{place}", sha256), "/")
+        found |= {f"{name}/{path}": content for path, content in more.items() if kind_of(path) == ""}
+    return found
+
+
+def members(content: bytes, folder: str) -> dict[str, bytes]:
+    """The files below a folder of a source distribution, by their names in it."""
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        members = [m for m in archive.getmembers() if m.isfile() and "/Tests/images/" in m.name]
-        return {m.name.partition("/Tests/images/")[2]: archive.extractfile(m).read() for m in members}
+        files = [member for member in archive.getmembers() if member.isfile() and folder in member.name]
+        return {m.name.partition(folder)[2]: archive.extractfile(m).read() for m in files}
 
 
 def seen(content: bytes, name: str, rules: Rules) -> Shown | str:
