@@ -16,6 +16,7 @@ from cifar_dist.data.near_duplicates import perceptual_hash
 from cifar_dist.data.parts import Made, Part
 from cifar_dist.data.sources.picture import Shown, encode_png, show
 from cifar_dist.data.sources.source import Read
+from cifar_dist.data.sources.trees import need_small
 from cifar_dist.data.staged import ROWS_PER_GROUP, RowsDigest, staged_batches
 from cifar_dist.errors import UserError
 from cifar_dist.new_file import NewFile
@@ -23,7 +24,6 @@ from cifar_dist.sealed_json import seal, to_json
 from cifar_dist.storage import Folder
 
 BYTES_PER_GROUP = 4 << 20  # of encoded pictures in a Parquet row group, which is held in memory
-MOST_BYTES = (1 << 31) - 1  # of a picture: a Parquet column of the type `binary` holds no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +171,8 @@ def picture_of(read: Read, label: int, part: Part, found: Found) -> Picture[Row]
         height, width = content.data.shape[:2]
         shown = Shown(content.data, "raw pixels", height, width, is_odd=True)
     else:
+        need_small(content.where, len(content.data))
         shown = show(content.data, content.where, part.rules)
-        if len(content.data) > MOST_BYTES:
-            raise UserError(f"{content.where} has {len(content.data)} bytes; pictures of up to 2 GiB are stored")
     if shown.largest is not None:
         found.deep.add(content.where, shown.largest)
     digest = pixels_sha256(shown.pixels) if shown.pixels is not None else None

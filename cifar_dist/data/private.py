@@ -196,13 +196,13 @@ def once_per_node(
     return path
 
 
-def need_room(path: Path, num_bytes: int, what: str) -> None:
+def need_room(path: Path, num_bytes: int, what: str, advice: str = "set --staging-folder") -> None:
     """Raises UserError if the disk at a path has less room than `num_bytes`, so that a long copy does not fail late."""
     free = shutil.disk_usage(path.parent).free
     if free < num_bytes:
         raise UserError(
             f"{what} needs {num_bytes / 2**30:,.2f} GiB on this node, and {path.parent} has {free / 2**30:,.2f} GiB "
-            "free; make room, or set --staging-folder"
+            f"free; make room, or {advice}"
         )
 
 

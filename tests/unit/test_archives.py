@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,6 +19,9 @@ import pytest
 from prepared import contents, listed, numbered, png, read, sentence_of, write_tree
 
 from cifar_dist.data import sources
+from cifar_dist.data.sources import unpacking as unpacking_module
+from cifar_dist.data.sources.archives import open_tree
+from cifar_dist.data.sources.trees import FolderTree
 from cifar_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -169,19 +173,76 @@ def test_names_that_lead_elsewhere_write_nothing_and_are_not_read(tmp_path: Path
 
 
 UNPACK = """
-import sys, os
+import sys, os, signal
 from cifar_dist.data.sources import find_source
 source = find_source("folder", sys.argv[1])
-assert os.listdir(os.environ["TMPDIR"])
+(folder,) = os.listdir(os.environ["TMPDIR"])
+print(*os.listdir(os.path.join(os.environ["TMPDIR"], folder)), source.reader.identity, sep="\\n")
+if len(sys.argv) > 2:
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def unpacking(path: Path, *words: str) -> list[str]:
+    """The names of the unpacked files while a job reads an archive, and the identity of what it reads."""
+    temporary = path.with_name("tmp")
+    temporary.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", UNPACK, str(path), *words]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=not words)
+    return done.stdout.splitlines()
+
+
+def unpacked_files(path: Path) -> list[Path]:
+    return [p for p in path.with_name("tmp").rglob("*") if p.is_file()]
 
 
 def test_a_compressed_tar_leaves_nothing_in_the_temporary_folder(tmp_path: Path):
     path = KINDS["tar.gz"](tmp_path / "a.tgz", FILES)
+    assert len(unpacking(path)) == 2
+    assert unpacked_files(path) == []
+
+
+def test_what_a_killed_job_has_unpacked_is_used_and_then_removed(tmp_path: Path):
+    path = KINDS["tar.gz"](tmp_path / "a.tgz", FILES)
+    name, identity = unpacking(path, "kill")
+    (left,) = unpacked_files(path)
+    before = left.stat().st_ino, left.stat().st_mtime_ns
+    left.with_name(f"{name}.part-1234").write_bytes(b"half")
+    left.with_name("unpacked-0.tar").write_bytes(b"of another archive")
+    assert unpacking(path, "kill")[-1] == identity
+    assert (left.stat().st_ino, left.stat().st_mtime_ns) == before
+    KINDS["tar.gz"](path, {**FILES, "train/cat/9.png": png(9)})
+    assert unpacking(path)[-1] != identity
+    assert unpacked_files(path) == []
+
+
+def test_an_unpacked_archive_stays_while_another_job_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = KINDS["tar.gz"](tmp_path / "a.tgz", FILES)
     (tmp_path / "tmp").mkdir()
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
-    subprocess.run([sys.executable, "-c", UNPACK, path], check=True, env=environment, cwd=ROOT)
-    assert list((tmp_path / "tmp").iterdir()) == []
+    monkeypatch.setattr(unpacking_module, "default_folder", lambda: str(tmp_path / "tmp"))
+    source = source_of(path)
+    (file,) = unpacked_files(path)
+    unpacking(path)
+    assert unpacked_files(path) == [file]
+    assert contents(source).keys() == set(NAMES)
+    unpacking_module.let_go(file)
+    assert unpacked_files(path) == []
+
+
+def test_a_compressed_tar_has_the_same_identity_wherever_it_is_unpacked(tmp_path: Path):
+    path = KINDS["tar.gz"](tmp_path / "a.tgz", FILES)
+    assert source_of(path).reader.identity == unpacking(path)[-1]
+    assert str(path) in source_of(path).reader.identity
+
+
+def test_room_is_looked_for_before_unpacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = KINDS["tar.gz"](tmp_path / "a.tgz", FILES)
+    path.write_bytes(path.read_bytes()[:-4] + struct.pack("<I", 3 << 30))
+    monkeypatch.setattr("cifar_dist.data.private.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 2 << 30))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=rf"unpacking {path} needs 3.00 GiB.*has 2.00 GiB free; make room, or set TMP"):
+        source_of(path)
 
 
 # What is refused
@@ -211,7 +272,9 @@ def test_an_encrypted_zip_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("size", [0, 1, 100, 2**31, 2**32 - 2])
 def test_forged_sizes_are_refused(tmp_path: Path, size: int):
     path = forged(zipped(tmp_path / "a.zip", FILES), 22, 24, struct.pack("<I", size))
-    with pytest.raises(UserError, match=rf"{path}: train/cat/0.png (cannot be unpacked|has another size|is empty)"):
+    with pytest.raises(
+        UserError, match=rf"{path}: train/cat/0.png (cannot be unpacked|has another size|is empty|has \d+)"
+    ):
         read(source_of(path))
 
 
@@ -344,3 +407,108 @@ def test_files_around_a_single_folder_are_told(tmp_path: Path):
     root = write_tree(tmp_path, {f"data/{name}": content for name, content in FILES.items()} | {"notes.txt": b"x"})
     source = source_of(root)
     assert [(out.path, out.kind) for out in source.left_out] == [("notes.txt", "notes and other files")]
+
+
+def test_two_files_of_one_name_in_a_zip_are_refused(tmp_path: Path):
+    path = zipped(tmp_path / "a.zip", FILES)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(NAMES[1], png(9))
+    with pytest.raises(UserError, match=f"{path} holds two files named {NAMES[1]}; make it again"):
+        source_of(path)
+
+
+@pytest.mark.parametrize(
+    ("num_zeros", "is_whole"), [(0, False), (511, False), (512, True), (1024, True), (70000, True)]
+)
+def test_a_tar_ends_with_a_block_of_zeros_or_more(tmp_path: Path, num_zeros: int, is_whole: bool):
+    path = tarred(tmp_path / "a.tar", FILES)
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+    end = last.offset_data + -(-last.size // 512) * 512
+    path.write_bytes(path.read_bytes()[:end] + bytes(num_zeros))
+    sentence = sentence_of(lambda: source_of(path))
+    assert sentence == (None if is_whole else f"{path} is no whole tar archive: its end is missing; copy it again")
+
+
+def test_a_second_archive_behind_a_tar_is_refused(tmp_path: Path):
+    path = tarred(tmp_path / "a.tar", FILES)
+    path.write_bytes(path.read_bytes() + tarred(tmp_path / "b.tar", {"train/cat/9.png": png(9)}).read_bytes())
+    with pytest.raises(UserError, match=f"{path} holds data behind its end, perhaps a second archive; unpack it"):
+        source_of(path)
+
+
+def test_links_in_a_tar_lead_through_links_and_to_folders(tmp_path: Path):
+    root = write_tree(tmp_path / "files", {f"data/{name}": content for name, content in FILES.items()})
+    write_tree(root, {"store/bird/1.png": png(71)})
+    (root / "store/bird/2.png").symlink_to("../../data/train/cat/0.png")
+    (root / "data/train/bird").symlink_to("../../store/hop")
+    (root / "store/hop").symlink_to("bird")
+    (root / "data/train/cat/link.png").symlink_to("again.png")
+    (root / "data/train/cat/again.png").symlink_to("../bird/1.png")
+    (root / "data/train/cat/loop.png").symlink_to("loop.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(root, ".")
+    files = open_tree(str(tmp_path / "a.tar")).below("data/").files()
+    plain = FolderTree(uri=str(root / "data")).files()
+    assert files.names == plain.names
+    assert files.sizes.tolist() == plain.sizes.tolist()
+    assert files.sizes[files.names.index("train/cat/loop.png")] == -1
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../../data"])
+def test_a_link_to_a_folder_above_it_in_a_tar_is_refused(tmp_path: Path, target: str):
+    root = write_tree(tmp_path / "files", {f"data/{name}": content for name, content in FILES.items()})
+    (root / "data/train/emu").symlink_to(target)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(root, ".")
+    with pytest.raises(UserError, match=r"a.tar: data/train/emu is a link to a folder above it"):
+        source_of(tmp_path / "a.tar")
+
+
+def lattice(root: Path) -> Path:
+    """Folders of two links each to the next one: few folders, and a million ways through them."""
+    for level in range(20):
+        (root / f"{level}").mkdir(parents=True)
+        for link in "ab":
+            (root / f"{level}" / link).symlink_to(f"../{level + 1}")
+    write_tree(root, {"20/1.png": png(1)})
+    return root
+
+
+def test_links_that_lead_through_a_folder_in_many_ways_are_refused(tmp_path: Path):
+    root = lattice(tmp_path / "files")
+    with pytest.raises(UserError, match=f"more than 100 links lead to the folder {root}"):
+        source_of(root)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(root, ".")
+    with pytest.raises(UserError, match=r"a.tar: more than 100 links lead to the folder"):
+        source_of(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("make", [zipped, tarred], ids=["zip", "tar"])
+def test_files_of_unknown_kind_are_not_read_whole(tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch):
+    files = {"train/cat/picture": png(50), "train/cat/other": bytes(1 << 20)}
+    path = make(tmp_path / "a", {**FILES, **files})
+    kind = type(open_tree(str(path)))
+    whole = kind.read
+
+    def read_little(tree: Any, name: str, size: int, at: int) -> bytes:
+        assert size <= 16
+        return whole(tree, name, size, at)
+
+    monkeypatch.setattr(kind, "read", read_little)
+    monkeypatch.setattr(kind, "open", None)
+    source = source_of(path)
+    assert "train/cat/picture" in {name for name, _ in listed(source)["train"]}
+    assert [out.path for out in source.left_out] == ["train/cat/other"]
+
+
+@pytest.mark.parametrize("make", [zipped, tarred, write_tree], ids=["zip", "tar", "folder"])
+def test_a_picture_of_more_than_2_gib_is_refused_before_it_is_read(tmp_path: Path, make: Any):
+    path = make(tmp_path / "a", FILES)
+    source = source_of(path)
+    items = source.splits["train"]
+    column = items.schema.get_field_index("num_bytes")
+    items = items.set_column(column, "num_bytes", pa.array([1 << 31] * len(items), pa.int64()))
+    with pytest.raises(UserError, match=r"train/cat/0.png has 2147483648 bytes; files of up to 2 GiB are read"):
+        next(source.reader.reads(items))()

@@ -1,14 +1,17 @@
 """Folders of pictures as people have them: what is read with which label, what is left out, what is refused."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from prepared import contents, listed, numbered, png, read, write_tree
 
 from cifar_dist.data import sources
 from cifar_dist.data.sources.told import found_lines
+from cifar_dist.data.sources.trees import FolderTree
 from cifar_dist.errors import UserError
 
 TRAIN = [f"train/{c}/{i}.png" for c in ("cat", "dog") for i in range(2)]
@@ -310,3 +313,31 @@ def test_a_file_that_is_no_archive_and_no_table_is_refused(tmp_path: Path, conte
     (tmp_path / "notes.txt").write_bytes(content)
     with pytest.raises(UserError, match=f"{tmp_path}/?.*holds no pictures"):
         folder(tmp_path / "notes.txt")
+
+
+def test_names_that_mean_something_in_a_uri_are_read_as_they_are(tmp_path: Path):
+    names = ["my data", "w%41", "a#b", "c?d=1"]
+    root = write_tree(tmp_path / "a b%20c" / "in", numbered(*(f"{n}/{i}.png" for n in names for i in range(3))))
+    quoted = f"file://{quote(str(root.parent))}"
+    for where in (quoted, f"{quoted}/in", f"{quoted}/in/"):
+        assert contents(sources.find_source("folder", where)) == contents(sources.find_source("folder", str(root)))
+    (root / "w%41" / "1.png").write_bytes(b"text")
+    with pytest.raises(UserError, match=re.escape(f"{quoted}/in/w%2541/1.png is no image")):
+        contents(sources.find_source("folder", f"{quoted}/in"))
+
+
+def test_a_file_that_has_changed_since_it_was_listed_is_refused(tmp_path: Path):
+    root = write_tree(tmp_path / "a", numbered(*(f"{c}/{i}.png" for c in "ab" for i in range(3))))
+    source = sources.find_source("folder", str(root))
+    (root / "a/0.png").write_bytes((root / "a/0.png").read_bytes() + b"more")
+    with pytest.raises(UserError, match=r"a/0.png has changed while it was read; run the same command again"):
+        contents(source)
+
+
+def test_a_file_that_was_replaced_by_one_of_the_same_size_and_time_is_another(tmp_path: Path):
+    root = write_tree(tmp_path / "a", numbered(*(f"{c}/{i}.png" for c in "ab" for i in range(3))))
+    path, tree = root / "a/0.png", FolderTree(uri=str(root))
+    before, info = tree.files().changed.tolist(), path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert [a == b for a, b in zip(before, tree.files().changed.tolist(), strict=True)] == [False] + [True] * 5

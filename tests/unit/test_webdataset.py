@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ import pytest
 from prepared import contents, png, read, rows
 
 from cifar_dist.data import sources
+from cifar_dist.data.sources.archives import TarTree
+from cifar_dist.data.sources.source import FileReader, items_table
+from cifar_dist.data.sources.trees import FolderTree
+from cifar_dist.data.sources.webdataset import ShardTree
+from cifar_dist.data.sources.zips import ZipTree
 from cifar_dist.errors import UserError
 
 
@@ -146,3 +152,29 @@ def test_a_test_split_without_labels_is_left_out_and_told(tmp_path: Path):
     source = source_of(tmp_path)
     assert source.notes == ["test is left out: its 4 rows have no labels"]
     assert contents(source).keys() == {f"{i:04d}.png" for i in range(10)}
+
+
+def test_remote_trees_read_ahead_in_order_and_zip_does_not(tmp_path: Path):
+    class Slow:
+        reads_ahead, waiting, most = True, 0, 0
+
+        def where(self, name: str, _at: int = 0) -> str:
+            return name
+
+        def read(self, name: str, _size: int, _at: int) -> bytes:
+            self.waiting += 1
+            time.sleep(0.05)
+            self.most = max(self.most, self.waiting)
+            self.waiting -= 1
+            return name.encode()
+
+    tree = Slow()
+    items = items_table([str(i) for i in range(20)], [0] * 20, num_bytes=1)
+    found = [read().data for read in FileReader(tree).reads(items)]  # type: ignore[arg-type]
+    assert found == [str(i).encode() for i in range(20)]
+    assert tree.most > 1
+    tar = TarTree(uri="s3://bucket/a", shown="s3://bucket/a", version="")
+    assert tar.reads_ahead
+    assert ShardTree((tar,)).reads_ahead
+    assert not ZipTree(uri="s3://bucket/a", version="").reads_ahead
+    assert not FolderTree(uri=str(tmp_path)).reads_ahead

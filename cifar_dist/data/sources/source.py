@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cifar_dist.data.order import TEST, stratified_split
 from cifar_dist.data.sources.names import LeftOut
-from cifar_dist.data.sources.trees import FolderTree, Tree
+from cifar_dist.data.sources.trees import Tree
 from cifar_dist.errors import UserError
 
 # One row per picture, in stored order. num_bytes: of the file, to divide work evenly. file, at: where the reader finds
@@ -74,7 +74,7 @@ class FileReader:
 
     def reads(self, items: pa.Table) -> Iterator[Read]:
         places = zip(*(items[name].to_pylist() for name in ("name", "num_bytes", "at")), strict=True)
-        if not (isinstance(self.tree, FolderTree) and "://" in self.tree.uri):
+        if not self.tree.reads_ahead:
             return (self._read_of(*place) for place in places)
         return ahead(self._read_of(*place) for place in places)
 

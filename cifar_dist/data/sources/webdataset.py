@@ -29,6 +29,10 @@ class ShardTree:
     def is_shared(self) -> bool:
         return all(shard.is_shared for shard in self.shards)
 
+    @property
+    def reads_ahead(self) -> bool:
+        return all(shard.reads_ahead for shard in self.shards)
+
     def read(self, name: str, size: int, at: int) -> bytes:
         return self.shards[at >> 48].read(name, size, at & ((1 << 48) - 1))
 
