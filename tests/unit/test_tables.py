@@ -1,15 +1,20 @@
 """Tables of pictures, Parquet and Arrow: which files, columns and labels are read, and what is refused."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from prepared import contents, png, read, rows, sentence_of
 
 from cifar_dist.data import sources
+from cifar_dist.data.sources.archives import TarTree
+from cifar_dist.data.sources.table_readers import ArrowTable
 from cifar_dist.errors import UserError
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -436,3 +441,127 @@ def test_metadata_that_cannot_be_read_is_refused(tmp_path: Path):
     put(tmp_path / "train.parquet", table([0, 1]).replace_schema_metadata({"huggingface": "{"}))
     with pytest.raises(UserError, match=r"train.parquet has Hugging Face metadata that cannot be read"):
         parquet(tmp_path)
+
+
+# How much is read
+
+
+class Counting(io.BytesIO):
+    """A file that counts the bytes that are read."""
+
+    num_read = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
+        self.num_read += len(content)
+        return content
+
+
+def large_pictures(num: int, num_bytes: int = 50_000) -> pa.Array:
+    return pa.array([{"bytes": bytes([i]) * num_bytes, "path": f"{i}.png"} for i in range(num)], IMAGE)
+
+
+def arrow_file(made: pa.Table, format: str = "stream", rows: int = 3, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    opener = pa.ipc.new_stream if format == "stream" else pa.ipc.new_file
+    with opener(buffer, made.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(made, max_chunksize=rows)
+    return buffer.getvalue()
+
+
+LABELS = {
+    "numbers": pa.array([4, 1, None, 3] * 5),
+    "texts": pa.array(["a", "", None, "long " * 9] * 5),
+    "booleans": pa.array([True, False, None, True] * 5),
+    "a dictionary": pa.array(["a", "b", None, "c"] * 5).dictionary_encode(),
+}
+OTHERS = {
+    "lists": pa.array([[1, 2], None, [], [3]] * 5),
+    "fixed": pa.array([[1, 2]] * 20, pa.list_(pa.int8(), 2)),
+    "nulls": pa.nulls(20),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("options", [{}, {"compression": "lz4"}], ids=["plain", "lz4"])
+@pytest.mark.parametrize("format", ["stream", "file"])
+def test_labels_and_pictures_of_arrow_files_are_found(format: str, options: dict[str, str], label: str, other: str):
+    pictures = large_pictures(20, 100)
+    made = pa.table({"other": OTHERS[other], "label": LABELS[label], "image": pictures})
+    content = arrow_file(made, format, **options)
+    table = ArrowTable(io.BytesIO(content))
+    labels, sizes = table.labels_and_sizes("label", "image")
+    assert labels.to_pylist() == LABELS[label].to_pylist()
+    assert len(sizes) == 20
+    for places in (table.find_places(), None):
+        table.places = places
+        found = dict[int, Any]()
+        for first, batch in table.batches("image", np.array([4, 5, 13])):
+            found |= {first + i: value for i, value in enumerate(batch.to_pylist())}
+        assert [found[row] for row in (4, 5, 13)] == pictures.take(pa.array([4, 5, 13])).to_pylist()
+
+
+@pytest.mark.parametrize("format", ["stream", "file"])
+def test_labels_of_an_arrow_file_are_read_without_the_pictures(format: str):
+    made = pa.table({"image": large_pictures(40), "label": [i % 2 for i in range(40)]})
+    file = Counting(arrow_file(made, format))
+    labels, sizes = ArrowTable(file).labels_and_sizes("label", "image")
+    assert labels.to_pylist() == made["label"].to_pylist()
+    assert 50_000 < sizes.min() < sizes.max() + 1 < 50_100
+    assert file.num_read < 150_000
+
+
+@pytest.mark.parametrize("format", ["stream", "file"])
+def test_a_part_of_an_arrow_file_is_read_without_what_lies_before_it(format: str):
+    made = pa.table({"image": large_pictures(40), "label": [i % 2 for i in range(40)]})
+    file = Counting(arrow_file(made, format))
+    table = ArrowTable(file)
+    table.find_places()
+    before = file.num_read
+    ((first, batch),) = table.batches("image", np.array([30, 31]))
+    assert (first, batch.to_pylist()) == (30, made["image"].to_pylist()[30:33])
+    assert file.num_read - before < 200_000
+
+
+def test_a_second_stream_behind_the_first_is_refused(tmp_path: Path):
+    content = arrow_file(table([0, 1] * 4))
+    (tmp_path / "data-0.arrow").write_bytes(content + content)
+    with pytest.raises(UserError, match=r"data-0.arrow is not a readable Arrow file: it holds data behind its end"):
+        parquet(tmp_path)
+
+
+def test_any_damaged_byte_of_an_arrow_file_is_survived(tmp_path: Path):
+    content = arrow_file(table([0, 1] * 4))
+    path = tmp_path / "data-0.arrow"
+    for at in range(0, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        sentence_of(lambda: [read() for read in all_reads(parquet(tmp_path, test_fraction=0.5))])
+
+
+def test_a_path_that_is_not_utf_8_is_told(tmp_path: Path):
+    paths = pa.array([b"0.png", b"\xff", b"2.png", b"3.png"]).view(pa.string())
+    made = pa.StructArray.from_arrays([pa.array([png(i) for i in range(4)], pa.binary()), paths], ["bytes", "path"])
+    put(tmp_path / "train.parquet", pa.table({"image": made, "label": [0, 1, 0, 1]}))
+    put(tmp_path / "test.parquet", table([0, 1]))
+    with pytest.raises(UserError, match=r"train.parquet row 1 cannot be read: its path is not UTF-8"):
+        rows(parquet(tmp_path))
+
+
+def all_reads(source: sources.Source) -> Any:
+    return source.reader.reads(source.splits["train"])
+
+
+@pytest.mark.parametrize("format", ["stream", "file", "parquet"])
+def test_a_table_in_a_tar_is_read_in_place(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(TarTree, "read", None)
+    made = table([0, 1] * 10)
+    name = "train-0.parquet" if format == "parquet" else "train-0.arrow"
+    content = put(tmp_path / name, made).read_bytes() if format == "parquet" else arrow_file(made, format)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for path, data in {"notes.txt": b"x", name: content}.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    source = parquet(tmp_path / "a.tar", test_fraction=0.5)
+    assert {path: int(name) for path, (_, name) in contents(source).items()} == {f"{i}.png": i % 2 for i in range(20)}

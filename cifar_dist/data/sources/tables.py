@@ -1,155 +1,20 @@
 """Pictures in tables: Parquet files and Arrow files, named as the library `datasets` names them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cifar_dist.data.sources.columns import Columns, columns_of
 from cifar_dist.data.sources.labels import Labels, numbered
 from cifar_dist.data.sources.names import LeftOut, kind_of, listing, split_in, suffix_of
-from cifar_dist.data.sources.source import Content, Read, Source, items_table, need_two_classes
+from cifar_dist.data.sources.source import Source, items_table, need_two_classes
+from cifar_dist.data.sources.table_readers import ParquetTable, TableReader, opened
 from cifar_dist.data.sources.trees import Files, Tree
-from cifar_dist.errors import UserError, first_line
+from cifar_dist.errors import UserError
 
 TABLES = {".parquet", ".arrow"}
-ROWS_AT_ONCE = 32
 BESIDE = "it is no table of this data set"
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's format of streams
-BUFFER = 1 << 20  # bytes read at once: without it, a whole row group is
-
-
-@dataclass(frozen=True)
-class TableReader:
-    """Reads items that are rows of tables: `file` numbers `files` and their `columns` of pictures, `at` is the row.
-
-    files: name, size, place in the tree."""
-
-    tree: Tree
-    files: tuple[tuple[str, int, int], ...]
-    columns: tuple[str, ...]
-
-    @property
-    def is_shared(self) -> bool:
-        return self.tree.is_shared
-
-    @property
-    def identity(self) -> str:
-        return repr(self)
-
-    def reads(self, items: pa.Table) -> Iterator[Read]:
-        numbers, rows = (items[name].to_numpy() for name in ("file", "at"))
-        ends = [*(np.flatnonzero(np.diff(numbers)) + 1), len(numbers)]
-        start = 0
-        for end in filter(None, ends):
-            yield from self._of_file(int(numbers[start]), rows[start:end])
-            start = end
-
-    def _of_file(self, number: int, rows: np.ndarray) -> Iterator[Read]:
-        place, column = self.files[number], self.columns[number]
-        where = self.tree.where(place[0])
-        num_found = 0
-        with opened(self.tree, place) as table:
-            for first, batch in table.batches(column, rows):
-                chosen = rows[(rows >= first) & (rows < first + len(batch))]
-                num_found += len(chosen)
-                for row in chosen.tolist():
-                    yield partial(content_of, batch, row - first, f"{where} row {row}", row)
-        if num_found < len(rows):
-            raise UserError(f"{where} holds fewer rows than it says; copy it again")
-
-
-def content_of(column: Any, at: int, where: str, row: int) -> Content:
-    """Returns a row's picture. Does not follow paths to files outside the table."""
-    value = column[at].as_py()
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is None and path:
-        raise UserError(f"{where} names the file {path} and holds no bytes; store the pictures in the table")
-    return Content(data or b"", path or f"row-{row}", where)
-
-
-class ParquetTable:
-    """A Parquet file, read in small parts."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = pq.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
-        self.schema = self.file.schema_arrow
-        groups = [self.file.metadata.row_group(i) for i in range(self.file.num_row_groups)]
-        self.starts = np.cumsum([0, *(group.num_rows for group in groups)])
-        self._groups = groups
-
-    def column(self, name: str) -> Any:
-        return self.file.read([name])[name]
-
-    def sizes(self, name: str) -> np.ndarray:
-        """Returns the mean bytes of a picture of each row's group, int64 [n]."""
-        means = []
-        for group in self._groups:
-            chunks = [group.column(i) for i in range(group.num_columns)]
-            total = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == name)
-            means.append(total // max(group.num_rows, 1))
-        return np.repeat(np.array(means, np.int64), np.diff(self.starts))
-
-    def batches(self, name: str, rows: np.ndarray) -> Iterator[tuple[int, Any]]:
-        """Yields (first row, values) of parts that hold the rows."""
-        for group in np.unique(np.searchsorted(self.starts, rows, "right") - 1).tolist():
-            first, last = int(self.starts[group]), int(rows[rows < self.starts[group + 1]][-1])
-            for batch in self.file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[name]):
-                yield first, batch.column(0)
-                first += len(batch)
-                if first > last:
-                    break
-
-
-class ArrowTable:
-    """An Arrow file as `save_to_disk` writes it: a stream, or a file of the other format."""
-
-    def __init__(self, file: Any) -> None:
-        file = file if isinstance(file, pa.NativeFile) else pa.PythonFile(file, "r")
-        magic = file.read(6)
-        file.seek(0)
-        reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
-        self.schema = reader.schema
-        self._file, self._is_file = file, magic == b"ARROW1"
-        every = (reader.get_batch(i) for i in range(reader.num_record_batches)) if self._is_file else iter(reader)
-        self._batches = every
-
-    def labels_and_sizes(self, label: str, image: str) -> tuple[Any, np.ndarray]:
-        """Returns the labels, and the mean bytes of a picture of each row's batch, int64 [n]. Reads to the end."""
-        labels, sizes = [], []
-        for batch in self._batches:
-            labels.append(batch.column(label))
-            sizes.append(np.full(len(batch), batch.column(image).nbytes // max(len(batch), 1), np.int64))
-        if not self._is_file:
-            self._file.seek(self._file.size() - len(END_OF_STREAM))
-            if self._file.read() != END_OF_STREAM:  # Arrow takes the end of the file for that of the stream
-                raise OSError("its end is missing")
-        kind = self.schema.field(label).type
-        return pa.chunked_array(labels, kind), np.concatenate([np.zeros(0, np.int64), *sizes])
-
-    def batches(self, name: str, rows: np.ndarray) -> Iterator[tuple[int, Any]]:
-        first = 0
-        for batch in self._batches:
-            yield first, batch.column(name)
-            first += len(batch)
-            if first > rows[-1]:
-                return
-
-
-@contextmanager
-def opened(tree: Tree, place: tuple[str, int, int]) -> Iterator[Any]:
-    """Opens a table. Raises UserError if it is none, or damaged where it is read."""
-    where, kind = tree.where(place[0]), "Parquet" if suffix_of(place[0]) == ".parquet" else "Arrow"
-    try:
-        with tree.open(*place) as file:
-            yield ParquetTable(file) if kind == "Parquet" else ArrowTable(file)
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
-        raise UserError(f"{where} is not a readable {kind} file: {first_line(error)}") from error
 
 
 def is_table(name: str) -> bool:
