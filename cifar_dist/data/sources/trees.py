@@ -137,10 +137,9 @@ class FolderTree:
                 with open(folder.at(name), "rb", buffering=0) as file:
                     return file.read(num_bytes)
             return folder.tried("read", name, lambda: folder.fs.open_input_file(folder.at(name)).read(num_bytes))
-        except FileNotFoundError as error:
-            raise UserError(f"{self.where(name[len(self.root) :])} is gone") from error
         except OSError as error:
-            raise UserError(f"{self.where(name[len(self.root) :])} cannot be read: {error.strerror}") from error
+            where = self.where(name[len(self.root) :])
+            raise UserError(f"{where} cannot be read: {error.strerror or first_line(error)}") from error
 
     def open(self, name: str, size: int, at: int) -> Any:  # noqa: ARG002
         folder = folder_at(self.uri)
