@@ -10,6 +10,9 @@ import pytest
 from prepared import contents, listed, numbered, png, read, write_tree
 
 from cifar_dist.data import sources
+from cifar_dist.data.card_words import HARMLESS
+from cifar_dist.data.sources.formats import RAW_SUFFIXES, SUFFIXES
+from cifar_dist.data.sources.names import NOTES, PICTURES
 from cifar_dist.data.sources.told import found_lines
 from cifar_dist.data.sources.trees import FolderTree
 from cifar_dist.errors import UserError
@@ -127,7 +130,7 @@ def test_a_split_folder_in_a_folder_of_its_name_is_looked_through(tmp_path: Path
     assert source.class_names == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("name", ["test/0.png", "test/unknown/0.png", "Test/a/b/0.png"])
+@pytest.mark.parametrize("name", ["test/0.png", "test/unknown/0.png", "Test/images/b/0.png", "test/Test/0.png"])
 def test_a_test_split_without_labels_is_left_out_and_told(tmp_path: Path, name: str):
     source = folder(write_tree(tmp_path, numbered(*TRAIN, name)), test_fraction=0.5)
     assert left_out(source) == {name: "pictures without a label"}
@@ -166,11 +169,82 @@ def test_a_class_may_have_any_name(tmp_path: Path, name: str):
     assert listed(folder(write_tree(tmp_path, numbered(*names))))["train"] == by_second(*names[:2])
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("seg_train/seg_train", "seg_test/seg_test"), ("train_images", "test-images"), ("TrainSet", "testset")],
+)
+def test_splits_are_known_by_words_between_other_signs(tmp_path: Path, train: str, test: str):
+    names = [f"{train}/{c}/{i}.png" for c in ("cat", "dog") for i in range(2)]
+    others = [f"{test}/cat/0.png", f"{test}/dog/0.png"]
+    source = folder(write_tree(tmp_path, numbered(*names, *others)))
+    assert {split: [path for path, _ in part] for split, part in listed(source).items()} == {
+        "train": names,
+        "test": others,
+    }
+    assert source.layout == f"folders {train}/CLASS/*, {test}/CLASS/*"
+    assert "  classes    cat, dog" in found_lines(source, str(tmp_path))
+
+
+def test_accents_are_compared_as_letters(tmp_path: Path):
+    """macOS writes them as letters of their own."""
+    names = [f"train/{c}/{i}.png" for c in ("caf\u00e9", "tea") for i in range(2)]
+    test = "test/cafe\u0301/0.png"
+    source = folder(write_tree(tmp_path, numbered(*names, test)))
+    assert source.class_names == ["caf\u00e9", "tea"]
+    assert listed(source)["test"] == [(test, "caf\u00e9")]
+
+
+def test_class_folders_of_numbers_are_in_the_order_of_the_numbers(tmp_path: Path):
+    names = [f"{split}/{c}/0.png" for split in ("train", "test") for c in range(12)]
+    assert folder(write_tree(tmp_path / "a", numbered(*names))).class_names == [str(i) for i in range(12)]
+    names = [f"{c}/{i}.png" for c in range(12) for i in range(2)]
+    assert folder(write_tree(tmp_path / "b", numbered(*names))).class_names == [str(i) for i in range(12)]
+
+
+@pytest.mark.parametrize("around", ["images", "Train"])
+def test_a_single_folder_in_a_split_is_looked_through_and_told(tmp_path: Path, around: str):
+    names = [name.replace("train/", f"train/{around}/") for name in TRAIN]
+    test = [f"test/{around}/cat/0.png", f"test/{around}/dog/0.png"]
+    source = folder(write_tree(tmp_path, numbered(*names, *test)))
+    assert source.class_names == ["cat", "dog"]
+    assert source.layout == f"folders train/{around}/CLASS/*, test/{around}/CLASS/*"
+    assert {split: len(part) for split, part in listed(source).items()} == {"train": 4, "test": 2}
+
+
+def test_the_only_class_of_a_test_split_is_not_looked_through(tmp_path: Path):
+    test = ["test/cat/left/0.png", "test/cat/right/0.png"]
+    assert listed(folder(write_tree(tmp_path, numbered(*TRAIN, *test))))["test"] == by_second(*test)
+
+
 # Files that are no pictures of the data set
 
 
+def test_pictures_of_every_kind_that_has_a_sentence_are_pictures():
+    assert {*RAW_SUFFIXES, *SUFFIXES} - NOTES <= PICTURES
+    assert not PICTURES & NOTES
+    assert UNKNOWN not in HARMLESS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("0.tga", bytes(50), "is a TGA file, which is not read"),
+        ("0.dcm", bytes(128) + b"DICM", "is a DICOM file"),
+        ("0.dds", b"DDS " + bytes(50), "is a DDS texture"),
+        ("0.qoi", b"qoif" + bytes(50), "is a QOI file"),
+        ("0.exr", b"v/1\1" + bytes(50), "is an OpenEXR file"),
+        ("0.rw2", b"IIU\0" + bytes(50), "is a camera's raw file"),
+        ("slice0", bytes(128) + b"DICM", "is a DICOM file"),
+    ],
+)
+def test_pictures_of_kinds_that_are_not_read_are_bad_pictures(tmp_path: Path, name: str, content: bytes, message: str):
+    source = folder(write_tree(tmp_path, {**numbered(*TRAIN, *TEST), f"train/cat/{name}": content}))
+    with pytest.raises(UserError, match=message):
+        read(source)
+
+
 STRAY = "files of the system or of tools"
-NOTE, OTHER = "notes and other files", "data files of another kind"
+NOTE, OTHER, UNKNOWN = "notes and other files", "data files of another kind", "files of an unknown kind"
 
 
 @pytest.mark.parametrize(
@@ -188,7 +262,8 @@ NOTE, OTHER = "notes and other files", "data files of another kind"
         ("train/labels.csv", NOTE),
         ("train/cat/0.xml", NOTE),
         ("LICENSE", NOTE),
-        ("train/cat/annotation.weird", NOTE),
+        ("train/cat/annotation.weird", UNKNOWN),
+        ("train/cat/annotation", UNKNOWN),
         ("train.zip", OTHER),
         ("train/cat/features.npy", OTHER),
         ("train/cat/film.mp4", OTHER),
@@ -247,6 +322,14 @@ def test_what_cannot_be_read_is_named_and_can_be_skipped(tmp_path: Path, kind: s
     assert [bad["path"] for bad in found.bad] == ["train/cat/z.png"]
 
 
+@pytest.mark.parametrize("name", ["train/emu", "train/cat/v1.2"])
+def test_a_broken_link_that_may_stand_for_a_folder_is_refused(tmp_path: Path, name: str):
+    root = write_tree(tmp_path, numbered(*TRAIN))
+    (root / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"{root / name} is a broken link or no regular file, and may stand for"):
+        folder(root)
+
+
 def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path):
     root = write_tree(tmp_path, numbered(*TRAIN))
     (root / "train" / "cat").joinpath(os.fsdecode(b"caf\xe9.png")).write_bytes(png(0))
@@ -271,6 +354,18 @@ def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path):
         ([*TRAIN, "test/cat/0.png", "test/emu/0.png"], "class 'emu' is in ROOT/test but not in ROOT/train"),
         ([*TRAIN, "val/cat/0.png", "val/emu/0.png"], "class 'emu' is in ROOT/val but not in ROOT/train"),
         ([*TRAIN, "other/cat/0.png"], "ROOT/other would not be read, with its 1 pictures: beside train"),
+        ([*TRAIN, "seg_pred/seg_pred/0.png"], "ROOT/seg_pred would not be read, with its 1 pictures: beside train"),
+        (
+            [*TRAIN, "test/CAT/0.png", "test/DOG/0.png"],
+            "classes CAT, DOG are in ROOT/test but not in ROOT/train, whose classes are cat, dog; rename",
+        ),
+        ([*TRAIN, "test/CAT/0.png"], "class 'CAT' is in ROOT/test but not in ROOT/train"),
+        (["car/0.png", "bus/0.png", "train/0.png"], "if train is a class, it needs another name"),
+        (["car/0.png", "toy train/0.png"], "if toy train is a class, it needs another name"),
+        (["caf\u00e9/0.png", "cafe\u0301/0.png"], "two folders of classes look the same"),
+        (["cat/0.png", "dog/0.png", "emu/x.npy"], "class 'emu' has no images in ROOT; add some or remove the folder"),
+        (["cat/0.png", "dog/0.png", "emu/scan"], "class 'emu' has no images in ROOT; add some or remove the folder"),
+        (["train.zip", "test.zip"], "ROOT holds no pictures, but archives: test.zip, train.zip; unpack them, or name"),
         ([*TRAIN, "val/cat/0.png", "valid/cat/0.png"], "ROOT holds two folders for validation: val and valid; join"),
         ([*TRAIN, "Train/cat/9.png"], "ROOT holds two folders for train: Train and train; join them"),
         (["cat/0.png", "test/0.png"], "ROOT holds a folder test and none named train"),
@@ -285,7 +380,7 @@ def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path):
     ],
 )
 def test_a_folder_that_cannot_be_a_source_is_refused(tmp_path: Path, names: list[str], message: str):
-    root = write_tree(tmp_path, {name: png(0) for name in names if not name.endswith("/")})
+    root = write_tree(tmp_path, {name: png(0) if name.endswith("g") else b"x" for name in names if name[-1] != "/"})
     for name in names:
         (root / name).mkdir(parents=True, exist_ok=True) if name.endswith("/") else None
     with pytest.raises(UserError, match=message.replace("ROOT", str(root))) as caught:

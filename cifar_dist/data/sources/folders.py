@@ -1,82 +1,35 @@
 """Pictures in folders: SPLIT/CLASS/... or CLASS/..., read at any depth below a class folder."""
 
+import unicodedata
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from cifar_dist.data.sources.names import NOTE, STRAY, LeftOut, kind_of, listing, split_of_folder
-from cifar_dist.data.sources.source import FileReader, Source, items_table, need_two_classes
+from cifar_dist.data.sources.labels import in_order
+from cifar_dist.data.sources.names import NO_CLASS, UNLABELLED, LeftOut, listing, split_of_folder, splits_in, suffix_of
+from cifar_dist.data.sources.pictures import Pictures, pictures_of, table_of
+from cifar_dist.data.sources.source import FileReader, Source, need_two_classes
 from cifar_dist.data.sources.trees import Files, Tree
 from cifar_dist.errors import UserError
 
 LAYOUTS = "SPLIT/CLASS/IMAGE or CLASS/IMAGE, where SPLIT is train, val or test"
-STARTS = (  # of the files that Pillow knows
-    *(b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\xff\x4f\xff\x51"),
-    *(b"\0\0\0\x0cjP  ", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6"),
-)
+ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz"}
 
 
-class Pictures(NamedTuple):
-    """The pictures of a tree (names, and their rows in the tree's Files), its empty folders, and what is left out."""
+class Split(NamedTuple):
+    """The folder of a split, with '/', and its pictures: their names below it by their position among all pictures."""
 
-    names: list[str]
-    rows: list[int]
-    empty: list[str]
-    left_out: list[LeftOut]
-
-
-def pictures_of(tree: Tree, files: Files) -> Pictures:
-    """Tells pictures from other files: by their names, or by their first bytes where a name does not say."""
-    found = Pictures([], [], [], [])
-    for row, name in enumerate(files.names):
-        kind = kind_of(name)
-        if name.endswith("/"):
-            if kind_of(name + "x.png") == "":
-                found.empty.append(name)
-            continue
-        if kind is None:
-            size, at = int(files.sizes[row]), int(files.at[row])
-            kind = "" if size > 0 and starts_as_picture(tree, name, size, at) else NOTE
-        if kind:
-            found.left_out.append(LeftOut(path=name, kind=kind, reason=kind))
-        else:
-            found.names.append(name)
-            found.rows.append(row)
-    found.empty.extend(without_pictures(found))
-    return found
-
-
-def without_pictures(found: Pictures) -> list[str]:
-    """Returns folders FOLDER/ that hold other files and no picture: a class whose pictures are missing.
-
-    Folders of notes at the top are no classes."""
-    full = {folder for name in found.names for folder in folders_above(name)}
-    others: set[str] = set()
-    for out in found.left_out:
-        folder = out.path.rpartition("/")[0]
-        is_data = folder and kind_of(f"{folder}/x.png") == "" and (out.kind == STRAY or "/" in folder)
-        others |= {f"{folder}/"} if is_data and folder not in full else set()
-    return sorted(others)
-
-
-def folders_above(name: str) -> list[str]:
-    parts = name.split("/")[:-1]
-    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def starts_as_picture(tree: Tree, name: str, size: int, at: int) -> bool:
-    start = tree.start(name, size, at)
-    is_riff, is_avif = start[:4] == b"RIFF" and start[8:12] == b"WEBP", start[4:12] in (b"ftypavif", b"ftypavis")
-    return start.startswith(STARTS) or is_riff or is_avif
+    folder: str
+    names: dict[int, str]
 
 
 def folder_source(tree: Tree, files: Files, where: str) -> Source:
     """Returns the source of pictures in class folders. Raises UserError for a layout that is not understood."""
     found = pictures_of(tree, files)
     if not found.names:
-        raise UserError(f"{where} holds no pictures; --source folder reads {LAYOUTS}")
+        raise UserError(no_pictures(found, where))
     below: dict[str, list[int]] = {}  # positions of pictures by their first folder
     for i, name in enumerate(found.names):
         top, mark, _ = name.partition("/")
@@ -93,11 +46,17 @@ def folder_source(tree: Tree, files: Files, where: str) -> Source:
             f"{where} holds a folder {others[0]} and none named train; --source folder reads {LAYOUTS}; name the "
             "folder of training pictures train, or give a class another name"
         )
-    names = sorted(below)
+    names = classes_of(f"{top}/" for top in below)
     refuse_inner_splits(where, found.names, names)
     order, labels = by_class(found.names, names, where)
     splits = {"train": table_of(files, found, order.tolist(), labels)}
     return source_of(tree, found, names, splits, layout=f"folders CLASS/{depth(found.names, 1)}", where=where)
+
+
+def no_pictures(found: Pictures, where: str) -> str:
+    if archives := [out.path for out in found.left_out if suffix_of(out.path) in ARCHIVES]:
+        return f"{where} holds no pictures, but archives: {listing(archives)}; unpack them, or name one with --path"
+    return f"{where} holds no pictures; --source folder reads {LAYOUTS}"
 
 
 def no_class(where: str, name: str) -> str:
@@ -109,91 +68,123 @@ def no_class(where: str, name: str) -> str:
 
 def split_folders(tree: Tree, files: Files, found: Pictures, below: dict[str, list[int]], where: str) -> Source:
     """Returns the source of SPLIT/CLASS/... `below`: positions of the pictures by their first folder."""
-    folders = folders_of_splits(below, where)
-    inner = {split: inner_names(found, below[top], top) for split, top in folders.items()}
-    class_names = classes_of(inner["train"].values(), [n for n in found.empty if n.startswith(f"{folders['train']}/")])
-    notes, splits = [], {}
-    for split, top in folders.items():
-        names = inner[split]
-        known = set(classes_of(names.values(), []))
-        if split != "train" and not known & set(class_names):
-            notes += without_labels(found, names, split, top)
+    class_names: list[str] = []
+    notes, splits, shown = list[str](), dict[str, pa.Table](), list[str]()
+    for split, top in folders_of_splits(below, where).items():
+        folder, names = inner = inner_names(found, below[top], top, class_names)
+        if split == "train":
+            train, empty = folder, [name[len(folder) :] for name in found.empty if name.startswith(folder)]
+            class_names = classes_of([*names.values(), *empty])
+        known = classes_of(names.values())
+        if extra := [name for name in known if same(name) not in {same(known) for known in class_names}]:
+            if len(extra) == len(known) and has_no_labels(extra, top):
+                notes += without_labels(found, inner, split)
+                continue
+            raise UserError(
+                f"{named(extra)} in {where}/{folder[:-1]} but not in {where}/{train[:-1]}, whose classes are "
+                f"{listing(class_names)}; rename the folder, or move it away"
+            )
+        if split != "train" and not known:
+            notes += without_labels(found, inner, split)
             continue
-        if extra := sorted(known - set(class_names)):
-            raise UserError(f"class {extra[0]!r} is in {where}/{top} but not in {where}/{folders['train']}")
         if loose := [name for name in names.values() if "/" not in name]:
-            raise UserError(no_class(f"{where}/{top}", loose[0]))
-        order, labels = by_class(list(names.values()), class_names, f"{where}/{top}", split)
+            raise UserError(no_class(f"{where}/{folder[:-1]}", loose[0]))
+        order, labels = by_class(list(names.values()), class_names, f"{where}/{folder[:-1]}", split)
         positions = list(names)
         splits[split] = table_of(files, found, [positions[i] for i in order], labels)
-    shown = [f"{folders[split]}/CLASS/{depth(inner[split].values(), 1)}" for split in splits]
+        shown.append(f"{folder}CLASS/{depth(names.values(), 1)}")
     return source_of(tree, found, class_names, splits, layout=f"folders {', '.join(shown)}", where=where, notes=notes)
+
+
+def named(folders: list[str]) -> str:
+    many = f"classes {listing(folders)} are"
+    return f"class {folders[0]!r} is" if len(folders) == 1 else many
+
+
+def has_no_labels(folders: list[str], top: str) -> bool:
+    """Whether the single folder of a split holds its unlabelled pictures: its name is that of no class."""
+    (first, *more) = folders
+    return not more and (first.lower() in NO_CLASS or first.lower() == top.lower() or bool(splits_in(first)))
 
 
 def folders_of_splits(below: dict[str, list[int]], where: str) -> dict[str, str]:
     """Returns the folder of each split, train first. Raises UserError for other folders with pictures."""
     folders: dict[str, str] = {}
+    trains = [top for top in sorted(below) if split_of_folder(top) == "train"]
     for top, positions in sorted(below.items()):
         split = split_of_folder(top)
         if split is None:
             if positions:
                 raise UserError(
-                    f"{where}/{top} would not be read, with its {len(positions)} pictures: beside train, --source "
-                    "folder reads val and test; move it away, or rename it (a class named train needs another name)"
+                    f"{where}/{top} would not be read, with its {len(positions)} pictures: beside {trains[0]}, "
+                    f"--source folder reads folders for val and test; move it away, or rename it (if {trains[0]} is a "
+                    "class, it needs another name)"
                 )
         elif split in folders:
-            raise UserError(f"{where} holds two folders for {split}: {folders[split]} and {top}; join them")
+            both = f"{folders[split]} and {top}"
+            raise UserError(f"{where} holds two folders for {split}: {both}; join them, or rename one")
         else:
             folders[split] = top
     return {split: folders[split] for split in ("train", "validation", "test") if split in folders}
 
 
-def without_labels(found: Pictures, names: dict[int, str], split: str, top: str) -> list[str]:
+def without_labels(found: Pictures, inner: Split, split: str) -> list[str]:
     """Leaves a split's pictures out, none of which lies in a folder of a class. Returns the note to tell."""
+    folder, names = inner
     if not names:
-        return [f"{top}/ holds no pictures"]
-    note = (
-        f"{top}/ is left out: its {len(names):,} pictures lie in no folder of a class of train, so they have no labels"
-    )
+        return [f"{folder} holds no pictures"]
+    count = f"its {len(names):,} pictures"
+    note = f"{folder} is left out: {count} lie in no folder of a class of train, so they have no labels"
     found.left_out.extend(
         LeftOut(path=found.names[i], kind="pictures without a label", reason=note, split=split) for i in names
     )
     return [note]
 
 
-def inner_names(found: Pictures, positions: list[int], top: str) -> dict[int, str]:
-    """Returns the names below the folder `top` by position, and without a folder train/train that only repeats it."""
-    names = {i: found.names[i][len(top) + 1 :] for i in positions}
-    firsts = {name.partition("/")[0] for name in names.values()}
-    if len(firsts) == 1 and (first := firsts.pop()).lower() == top.lower() and all("/" in n for n in names.values()):
-        return {i: name[len(first) + 1 :] for i, name in names.items()}
-    return names
+def inner_names(found: Pictures, positions: list[int], top: str, class_names: list[str]) -> Split:
+    """Returns a split's pictures below its folder, or below the one folder around all its classes: train/images.
+
+    class_names: of train, none before they are known."""
+    folder, known = f"{top}/", {same(name) for name in class_names}
+    while True:
+        names = {i: found.names[i][len(folder) :] for i in positions}
+        every = [*names.values(), *(name[len(folder) :] for name in found.empty if name.startswith(folder))]
+        firsts = {name.partition("/")[0] if "/" in name else "" for name in every if name}
+        inner = {name.split("/")[1] if name.count("/") > 1 else "" for name in every if name}
+        first = firsts.pop() if len(firsts) == 1 else ""
+        is_around = len(inner) > 1 or same(first.lower()) == same(top.lower())  # a class may hold several folders
+        if not first or "" in inner or not is_around or first.lower() in UNLABELLED or same(first) in known:
+            return Split(folder, names)
+        folder += f"{first}/"
 
 
-def classes_of(names: Iterable[str], empty: list[str]) -> list[str]:
-    """Returns the sorted class folders: the first folders of the names, and empty folders SPLIT/CLASS/."""
+def same(name: str) -> str:
+    """Returns a name as it is compared: accents are letters of their own on some systems."""
+    return unicodedata.normalize("NFC", name)
+
+
+def classes_of(names: Iterable[str]) -> list[str]:
+    """Returns the class folders of the names CLASS/..., in order. Raises UserError for two that look the same."""
     found = {name.partition("/")[0] for name in names if "/" in name}
-    return sorted(found | {name.split("/")[1] for name in empty if name.count("/") > 1})
+    spelled: dict[str, str] = {}
+    for name in sorted(found):
+        if spelled.setdefault(same(name), name) != name:
+            raise UserError(f"two folders of classes look the same, {name!r}: their accents differ in code; join them")
+    return in_order(found)
 
 
 def by_class(
     names: Collection[str], class_names: list[str], where: str, split: str = "train"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (stored order of the names CLASS/..., class by class, and their labels), int64 [n] each."""
-    number = {name: label for label, name in enumerate(class_names)}
-    labels = np.array([number[name.partition("/")[0]] for name in names], np.int64)
+    number = {same(name): label for label, name in enumerate(class_names)}
+    labels = np.array([number[same(name.partition("/")[0])] for name in names], np.int64)
     counts = np.bincount(labels, minlength=len(class_names))
     if split == "train" and not counts.all():
         name = class_names[int(np.argmin(counts))]
         raise UserError(f"class {name!r} has no images in {where}; add some or remove the folder")
     order = np.argsort(labels, kind="stable")
     return order, labels[order]
-
-
-def table_of(files: Files, found: Pictures, positions: list[int], labels: np.ndarray) -> pa.Table:
-    rows = np.array(found.rows, np.int64)[positions]
-    numbers = {"num_bytes": files.sizes[rows], "at": files.at[rows], "changed": files.changed[rows]}
-    return items_table([found.names[i] for i in positions], labels, **numbers)
 
 
 def source_of(
@@ -235,20 +226,3 @@ def refuse_inner_splits(where: str, names: list[str], class_names: list[str]) ->
             f"the folders in {where} ({listing(class_names)}) hold folders named train, as in CLASS/train/IMAGE; "
             "put the split above the class: train/CLASS/IMAGE"
         )
-
-
-def unwrapped(tree: Tree, files: Files) -> tuple[Tree, Files, str, list[LeftOut]]:
-    """Returns tree, files and prefix below folders that hold a single folder and no picture: 'data/' of an archive.
-
-    Returns the files outside the prefix too, which are left out."""
-    prefix, outside = "", list[LeftOut]()
-    while True:
-        names = [name for name in files.names if kind_of(f"{name}x.png" if name.endswith("/") else name) == ""]
-        tops = {name.partition("/")[0] for name in names}
-        if len(tops) != 1 or any(name.count("/") < 2 for name in names) or split_of_folder(top := tops.pop()):
-            return tree, files, prefix, outside
-        for name in files.names:
-            if not name.startswith(f"{top}/"):
-                kind = kind_of(name) or NOTE
-                outside.append(LeftOut(path=f"{prefix}{name}", kind=kind, reason=kind))
-        tree, files, prefix = tree.below(f"{top}/"), files.below(f"{top}/"), f"{prefix}{top}/"

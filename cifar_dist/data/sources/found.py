@@ -1,9 +1,10 @@
 """Finds out how the pictures at a path are laid out."""
 
 from cifar_dist.data.sources.archives import TarTree, open_tree
-from cifar_dist.data.sources.folders import folder_source, unwrapped
+from cifar_dist.data.sources.folders import folder_source
 from cifar_dist.data.sources.label_files import FOUND_BY_ITSELF, labelled_source
 from cifar_dist.data.sources.names import kind_of, split_of_folder
+from cifar_dist.data.sources.pictures import unwrapped
 from cifar_dist.data.sources.source import Source, with_test_split
 from cifar_dist.data.sources.tables import is_table, table_source
 from cifar_dist.data.sources.trees import Files

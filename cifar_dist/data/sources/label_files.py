@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from cifar_dist.data.sources.columns import LABEL_NAMES
-from cifar_dist.data.sources.folders import Pictures, pictures_of, table_of
 from cifar_dist.data.sources.labels import Labels, numbered
 from cifar_dist.data.sources.names import PICTURES, SPLIT_OF, LeftOut, listing, suffix_of
+from cifar_dist.data.sources.pictures import Pictures, pictures_of, table_of
 from cifar_dist.data.sources.source import FileReader, Source, need_two_classes
 from cifar_dist.data.sources.trees import Files, Tree
 from cifar_dist.errors import UserError

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cifar_dist.data.sources.formats import RAW_SUFFIXES, SUFFIXES
+
 # The words by which the library `datasets` knows splits.
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -15,14 +17,20 @@ SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in word
 PICTURES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"),
     *(".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".jpf", ".ppm", ".pgm", ".pbm", ".pnm"),
-    *(".heic", ".heif", ".hif", ".svg", ".psd", ".ico", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".jxl"),
+    ".hif",
 }
+# A split whose pictures lie in a single folder of such a name has no labels.
+UNLABELLED = {"unknown", "unlabeled", "unlabelled"}
+NO_CLASS = UNLABELLED | {"images", "image", "imgs", "img", "pictures", "photos", "data", "all"}
 # What lies beside pictures and is none. Files with other suffixes are opened to see whether they are pictures.
 NOTES = {
     *(".txt", ".md", ".rst", ".pdf", ".doc", ".docx", ".html", ".htm", ".rtf", ".odt", ".log", ".bib", ".url"),
     *(".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".db", ".sqlite"),
     *(".py", ".ipynb", ".sh", ".bat", ".m", ".js", ".css", ".lock", ".md5", ".sha256", ".cls", ".crc"),
 }
+# Kinds that are told by content, with formats.py's sentence: bad pictures, not notes.
+UNREAD = {".exr", ".dds", ".qoi", ".hdr", ".xcf", ".sgi", ".fits", ".icns", ".jxr", ".wdp", ".hdp", ".pam", ".wmf"}
+PICTURES |= (UNREAD | {*RAW_SUFFIXES, *SUFFIXES}) - NOTES
 DATA = {
     *(".parquet", ".arrow", ".npy", ".npz", ".h5", ".hdf5", ".mat", ".pkl", ".pickle", ".pt", ".tfrecord", ".bin"),
     *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"),
@@ -31,6 +39,7 @@ DATA = {
 SYSTEM = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "@eadir", "$recycle.bin", "system volume information"}
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "__pycache__"}
 STRAY, NOTE, OTHER_DATA = "files of the system or of tools", "notes and other files", "data files of another kind"
+UNKNOWN = "files of an unknown kind"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +70,24 @@ def kind_of(name: str) -> str | None:
     return NOTE if suffix in NOTES else OTHER_DATA if suffix in DATA else None
 
 
+def splits_in(name: str) -> list[str]:
+    """Returns the splits whose words a name holds, in any case and between other signs: 'seg_Train', 'testset'."""
+    return [
+        split
+        for split in ("test", "validation", "train")
+        if re.search(rf"(^|[-._ 0-9])({'|'.join(SPLIT_WORDS[split])})(set)?($|[-._ 0-9])", name.lower())
+    ]
+
+
 def split_of_folder(name: str) -> str | None:
-    """Returns the split whose name a folder has, in any case: 'Val' is validation."""
-    return SPLIT_OF.get(name.lower())
+    """Returns the split that a folder's name names, None if it names none or several."""
+    found = splits_in(name) if "/" not in name else []
+    return found[0] if len(found) == 1 else None
 
 
 def split_in(name: str) -> str | None:
-    """Returns the split that a path names, as `datasets` looks for it: a word between other signs, the last that is."""
-    for part in reversed(name.split("/")):
-        for split in ("test", "validation", "train"):
-            for word in SPLIT_WORDS[split]:
-                if re.search(rf"(^|[-._ 0-9]){word}($|[-._ 0-9])", part):
-                    return split
-    return None
+    """Returns the split that a path names, as `datasets` looks for it: the last folder or file that names one."""
+    return next((splits_in(part)[0] for part in reversed(name.split("/")) if splits_in(part)), None)
 
 
 def listing(names: Iterable[str], limit: int = 3) -> str:

@@ -11,6 +11,7 @@ from cifar_dist.data.sources.names import listing
 from cifar_dist.data.sources.source import Source
 from cifar_dist.errors import UserError, printable
 
+NUM_NAMES = 10  # of classes
 NUM_SAMPLED = 16  # pictures whose headers are read for their sizes
 
 
@@ -20,6 +21,7 @@ def found_lines(source: Source, path: str | None) -> list[str]:
     for split in ("train", "validation", "test"):
         if split in source.splits:
             lines.append(f"  {split:11}{described(source, split)}")
+    lines.append(f"  {'classes':11}{listing(source.class_names, NUM_NAMES)}")
     if "validation" not in source.splits:
         lines.append("  validation drawn from train by each run")
     if sizes := sampled_sizes(source):
