@@ -641,7 +641,7 @@ PREPARE = [
             "--image-column", damage=source(no_column("image"))),
     parquet("images that are text", "", "image (string)", "which holds the pictures",
             damage=source(text_column("image"))),
-    parquet("labels of other classes", "", "class 'circle' is in another split but not in train",
+    parquet("labels of other classes", "", "has pictures of class 'circle', and train has none",
             damage=source(text_column("label"))),
     parquet("a label column that is not there", "--label-column lable", "{s}/" + SOURCE_TRAIN + " has no column lable",
             "did you mean label?"),

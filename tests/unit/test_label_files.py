@@ -162,6 +162,84 @@ def test_a_table_in_each_folder_of_a_split_is_found_by_itself(tmp_path: Path, na
     assert source.drawn == []
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "train/metadata.csv"])
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_table_below_a_folder_around_all_is_found(tmp_path: Path, name: str, kind: str):
+    folder = name.rpartition("/")[0]
+    files = {f"mydata/{folder}/{n}".replace("//", "/"): content for n, content in numbered(*NAMES).items()}
+    files[f"mydata/{name}"] = text(*joined(",", "file_name,label"))
+    root = write_tree(tmp_path / "pictures", {**files, "notes.txt": b"x"})
+    if kind == "zip":
+        root = tmp_path / f"{name.replace('/', '')}.zip"
+        with zipfile.ZipFile(root, "w") as archive:
+            for path, content in {**files, "notes.txt": b"x"}.items():
+                archive.writestr(path, content)
+    source = labelled(root, test_fraction=0.34)
+    assert {path.rpartition("/")[2]: found for path, found in contents(source).items()} == WANTED
+    assert source.layout.endswith("metadata.csv, all in mydata/")
+    assert [out.path for out in source.left_out] == ["notes.txt"]
+
+
+def test_the_columns_of_a_table_found_by_itself_are_named_by_options(tmp_path: Path):
+    lines = ["file_name,fine,coarse", *(f"{n},x{i},{c}" for i, (n, c) in enumerate(zip(NAMES, LABELS, strict=True)))]
+    root = write_tree(tmp_path, {**numbered(*NAMES), "metadata.csv": text(*lines)})
+    assert contents(labelled(root, label_column="coarse", test_fraction=0.34)) == WANTED
+
+
+@pytest.mark.parametrize(
+    "table", [None, ["file_name", "8.png", "9.png"], ["file_name,label", "8.png,", "9.png,"]], ids=str
+)
+def test_a_folder_of_test_pictures_without_labels_is_left_out_and_told(tmp_path: Path, table: list[str] | None):
+    """Beside train/metadata.csv: without a table, without a column of labels, or without any label in it."""
+    files = {f"train/{n}": content for n, content in numbered(*NAMES).items()}
+    files |= {"train/metadata.csv": text(*joined(",", "file_name,label")), "test/8.png": png(8), "test/9.png": png(9)}
+    if table:
+        files["test/metadata.csv"] = text(*table)
+    source = labelled(write_tree(tmp_path, files), test_fraction=0.34)
+    assert {path.rpartition("/")[2]: found for path, found in contents(source).items()} == WANTED
+    (note,) = source.notes
+    assert note.startswith("test is left out: its 2 rows" if table else "test/ is left out: no table of labels names")
+    assert source.drawn == ["test"]
+
+
+@pytest.mark.parametrize("start", ["{root}/", "pictures/"])
+def test_paths_may_begin_with_the_folder(tmp_path: Path, start: str):
+    root = write_tree(tmp_path / "pictures", numbered(*NAMES))
+    lines = [f"{start.format(root=root)}{n},{c}" for n, c in zip(NAMES, LABELS, strict=True)]
+    write_tree(tmp_path, {"l.csv": text("path,label", *lines)})
+    assert contents(labelled(root, tmp_path / "l.csv", test_fraction=0.34)) == WANTED
+
+
+@pytest.mark.parametrize("name", ["fold", "set"])
+def test_a_column_of_numbers_is_no_column_of_splits(tmp_path: Path, name: str):
+    lines = [f"{n},{c},{i % 3}" for i, (n, c) in enumerate(zip(NAMES, LABELS, strict=True))]
+    root = write_tree(tmp_path, {**numbered(*NAMES), "l.csv": text(f"path,label,{name}", *lines)})
+    assert contents(labelled(root, "l.csv", test_fraction=0.34)) == WANTED
+
+
+@pytest.mark.parametrize(
+    ("labels", "class_names"),
+    [
+        (["0.0", "1.0"], ["0", "1"]),
+        (["0.0", "1"], ["0", "1"]),
+        (["--1", "2"], ["--1", "2"]),
+        (["9" * 5000, "2"], ["2", "9" * 5000]),
+        (["-1", "1"], ["-1", "1"]),
+    ],
+    ids=range(5),
+)
+def test_odd_texts_are_labels(tmp_path: Path, labels: list[str], class_names: list[str]):
+    lines = [f"{n},{labels[i % 2]}" for i, n in enumerate(NAMES)]
+    root = write_tree(tmp_path, {**numbered(*NAMES), "l.csv": text("path,label", *lines)})
+    assert labelled(root, "l.csv", test_fraction=0.34).class_names == class_names
+
+
+def test_large_numbers_in_json_are_labels(tmp_path: Path):
+    lines = [json.dumps({"path": n, "label": 10 ** (30 * (i % 2))}) for i, n in enumerate(NAMES)]
+    root = write_tree(tmp_path, {**numbered(*NAMES), "l.jsonl": text(*lines)})
+    assert labelled(root, "l.jsonl", test_fraction=0.34).class_names == ["1", str(10**30)]
+
+
 def test_class_folders_are_not_overruled_by_a_table_beside_them(tmp_path: Path):
     names = [f"train/{c}/{i}.png" for c in ("cat", "dog") for i in range(2)]
     source = labelled(write_tree(tmp_path, {**numbered(*names), "labels.csv": text("path,label")}), test_fraction=0.5)
@@ -253,12 +331,14 @@ def test_a_table_that_does_not_fit_is_refused_by_its_line(tmp_path: Path, lines:
         ("l.jsonl", b'{"path": "0.png", "label": [1]}\n{"path": "1.png", "label": [2]}', "label"),
         ("l.jsonl", b'{"path": "0.png", "label": {"a": 1}}\n{"path": "1.png", "label": "b"}\n', "l.jsonl"),
         ("l.jsonl", b'{"path": "0.png", "label": 0.5}\n{"path": "1.png", "label": 1}', "0.5"),
+        ("l.jsonl", b'{"path": "0.png", "label": Infinity}\n{"path": "1.png", "label": 1}', "label inf"),
+        ("l.jsonl", b'{"path": "0.png", "label": 1e99}\n{"path": "1.png", "label": 1}', r"label 1e\+99"),
         ("l.csv", "path,label\n0.png,café".encode("latin-1"), "is not UTF-8 .* save it as UTF-8"),
         ("l.csv", "path,label\n0.png,cat".encode("utf-16"), "is not UTF-8"),
         ("l.txt", b"path,label\n0.png,cat", "is no table of labels; --labels names a .csv, .tsv or .jsonl file"),
         ("0.png", b"", "is no table of labels"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, name: str, content: bytes, message: str):
     root = write_tree(tmp_path / "pictures", numbered(*NAMES))

@@ -118,7 +118,7 @@ def test_folders_around_all_are_looked_through(tmp_path: Path, wrapper: str, nam
     files = numbered(*names)
     plain = folder(write_tree(tmp_path / "plain", files))
     wrapped = folder(write_tree(tmp_path / "wrapped", {f"{wrapper}/{name}": c for name, c in files.items()}))
-    assert (listed(wrapped), wrapped.layout) == (listed(plain), plain.layout)
+    assert (listed(wrapped), wrapped.layout) == (listed(plain), f"{plain.layout}, all in {wrapper}/")
     assert contents(wrapped) == contents(plain)
 
 
@@ -436,3 +436,35 @@ def test_a_file_that_was_replaced_by_one_of_the_same_size_and_time_is_another(tm
     path.write_bytes(path.read_bytes())
     os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
     assert [a == b for a, b in zip(before, tree.files().changed.tolist(), strict=True)] == [False] + [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["data/train.parquet", "logo.png"], "to read the tables, such as data/train.parquet, use --source parquet"),
+        (
+            ["data/train.parquet", "assets/a.png"],
+            "to read the tables, such as data/train.parquet, use --source parquet",
+        ),
+        (
+            ["train.parquet", *TRAIN],
+            "tables such as train.parquet lie beside them; name --source parquet for the tables",
+        ),
+        (["data/0.parquet", *TRAIN], "tables such as data/0.parquet lie beside them"),
+        (["hub/train/0.parquet", "cat/0.png", "dog/0.png"], "class 'hub' has no images .*use --source parquet"),
+    ],
+)
+def test_pictures_beside_tables_are_refused(tmp_path: Path, names: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        folder(write_tree(tmp_path, dict.fromkeys(names, png(0))))
+
+
+def test_a_table_in_a_class_folder_belongs_to_the_pictures(tmp_path: Path):
+    source = folder(write_tree(tmp_path, {**numbered(*TRAIN, *TEST), "train/cat/features.parquet": b"x"}))
+    assert left_out(source) == {"train/cat/features.parquet": OTHER}
+
+
+@pytest.mark.parametrize("option", ["label_column", "image_column"])
+def test_columns_have_no_effect_on_folders(tmp_path: Path, option: str):
+    with pytest.raises(UserError, match="--image-column and --label-column are for tables; folders name their classes"):
+        folder(write_tree(tmp_path, numbered(*TRAIN)), **{option: "x"})

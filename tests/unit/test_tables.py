@@ -13,6 +13,7 @@ import pytest
 from prepared import contents, png, read, rows, sentence_of
 
 from cifar_dist.data import sources
+from cifar_dist.data.card_words import HARMLESS
 from cifar_dist.data.sources.archives import TarTree
 from cifar_dist.data.sources.table_readers import ArrowTable
 from cifar_dist.errors import UserError
@@ -74,6 +75,9 @@ LAYOUTS = {
         "train.parquet/part-00001-cd.parquet",
         "test.parquet/part-0.parquet",
     ],
+    "upper case": ["Train-0.parquet", "Train-1.parquet", "TEST.parquet"],
+    "sets": ["trainset/train-0.parquet", "trainset/train-1.parquet", "testset/test.parquet"],
+    "names of sets": ["trainset-0.parquet", "trainset-1.parquet", "testset.parquet"],
     "words": ["my training 1.parquet", "my training 2.parquet", "evaluation.parquet"],
 }
 
@@ -276,6 +280,48 @@ def test_a_test_split_without_labels_is_left_out_and_told(tmp_path: Path, label:
     assert contents(source).keys() == {f"{i}.png" for i in range(8)}
 
 
+@pytest.mark.parametrize("kind", [pa.int8(), pa.int64(), pa.float32()], ids=str)
+def test_labels_of_minus_1_and_1_are_two_classes(tmp_path: Path, kind: pa.DataType):
+    put(tmp_path / "train.parquet", table(pa.array([-1, 1, -1], kind)))
+    put(tmp_path / "test.parquet", table(pa.array([1, -1], kind)))
+    put(tmp_path / "val.parquet", table(pa.array([-1, -1], kind)))
+    source = parquet(tmp_path)
+    assert source.class_names == ["-1", "1"]
+    assert (classes(source), classes(source, "test")) == (["-1", "1", "-1"], ["1", "-1"])
+    assert source.notes == ["validation is left out: its 2 rows have no labels"]
+
+
+@pytest.mark.parametrize("test", [{}, {"label": pa.nulls(3)}, {"id": pa.array([7, 8, 9])}], ids=["none", "nulls", "id"])
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+@pytest.mark.parametrize("options", [{}, {"label_column": "label"}], ids=["by itself", "named"])
+def test_a_test_table_without_a_column_of_labels_is_left_out_and_told(
+    tmp_path: Path, test: dict[str, Any], format: str, options: dict[str, str]
+):
+    made = {"train": table([0, 1] * 4), "test": pa.table({"image": images(3, 20), **test})}
+    for split, content in made.items():
+        if format == "parquet":
+            put(tmp_path / f"{split}.parquet", content)
+        else:
+            save_to_disk(tmp_path / split, [content])
+    source = parquet(tmp_path, **options)
+    assert source.notes == ["test is left out: its 3 rows have no labels"]
+    assert source.drawn == ["test"]
+    assert contents(source).keys() == {f"{i}.png" for i in range(8)}
+
+
+@pytest.mark.parametrize("name", ["id", "index", "idx", "__index_level_0__", "uid"])
+def test_a_column_of_row_numbers_is_no_label(tmp_path: Path, name: str):
+    made = pa.table({"image": images(4), name: [0, 1, 2, 3]})
+    put(tmp_path / "train.parquet", made)
+    with pytest.raises(UserError, match="which holds the labels"):
+        parquet(tmp_path)
+    put(tmp_path / "train.parquet", made.append_column("kind", pa.array(["a", "b", "a", "b"])))
+    assert parquet(tmp_path, test_fraction=0.5).class_names == ["a", "b"]
+    assert parquet(
+        put(tmp_path / "x" / "train.parquet", table([0, 1] * 2).rename_columns(["image", name])), label_column=name
+    )
+
+
 # What is refused
 
 
@@ -286,16 +332,23 @@ def test_a_test_split_without_labels_is_left_out_and_told(tmp_path: Path, label:
         ([0, 1, -1], [0], "train.parquet row 2 has the label -1, which names no class"),
         (["a", "", "b"], ["a"], "train.parquet row 1 has the label , which names no class"),
         ([0, 1], [0, -1], "test.parquet row 1 has the label -1, which names no class"),
-        ([0, 1], [0, 2], "ROOT: class '2' is in another split but not in train"),
-        ([0, 1], ["a", "b"], "ROOT: class 'a' is in another split but not in train"),
-        ([0.0, 0.5], [0.0], r"train.parquet row 1 has the label 0.5; a class needs a whole number or a text"),
+        ([0, 1], [0, 2], "ROOT/test.parquet has pictures of class '2', and train has none; add some to train, or"),
+        ([0, 1], ["a", "b"], "ROOT/test.parquet has pictures of class 'a', and train has none"),
+        (
+            [0.0, 0.5],
+            [0.0],
+            r"train.parquet row 1 has the label 0.5; a class needs a whole number below 2\^63 or a text",
+        ),
         ([0.0, float("nan"), 1.0], [0.0], "train.parquet row 1 has the label nan; a class needs a whole number"),
+        ([0.0, float("inf"), 1.0], [0.0], "train.parquet row 1 has the label inf; a class needs a whole number"),
+        ([0.0, 1e300, 1.0], [0.0], r"train.parquet row 1 has the label 1e\+300; a class needs a whole number"),
+        (pa.array([0, 1 << 63], pa.uint64()), [0], "train.parquet row 1 has the label 9223372036854775808; a class"),
         ([0, 0], [0], "ROOT holds 1 classes, '0'; a classifier needs 2 or more"),
-        (pa.array([], pa.int64()), [0], "class '0' is in another split but not in train"),
+        (pa.array([], pa.int64()), [0], "ROOT/test.parquet has pictures of class '0', and train has none"),
         (
             pa.array([[0], [1]]),
             [0],
-            r"train.parquet has the columns image \(struct\), label \(list<.*Name it with --label-column",
+            "train.parquet: column label holds lists; a classifier needs one label a picture; name a column of such labels with",
         ),
     ],
     ids=str,
@@ -360,8 +413,8 @@ def test_columns_that_do_not_fit_are_refused(tmp_path: Path, made: pa.Table, opt
         ),
         (["train-0.parquet", "b/train-0.parquet"], "ROOT holds several data sets: "),
         (
-            ["train-0.parquet", "more.parquet"],
-            "ROOT/more.parquet would not be read: its name says no split, and others",
+            ["a/train-0.parquet", "b/test-0.parquet"],
+            "ROOT/b/test-0.parquet belongs to another data set than ROOT/a/train-0.parquet, which has no test",
         ),
         (["test-0.parquet"], "ROOT holds no table of train, only test-0.parquet"),
         (["_metadata.parquet"], "ROOT holds no Parquet or Arrow files"),
@@ -374,12 +427,20 @@ def test_files_whose_names_do_not_say_enough_are_refused(tmp_path: Path, names: 
         parquet(tmp_path)
 
 
-def test_tables_of_test_of_another_data_set_are_told(tmp_path: Path):
-    """Only one of the data sets has a table of train: what is not read of the other one is in left_out."""
-    for name in ("a/train-0.parquet", "b/test-0.parquet"):
-        put(tmp_path / name, table([0, 1] * 3))
-    source = parquet(tmp_path, test_fraction=0.5)
-    assert [out.path for out in source.left_out] == ["b/test-0.parquet"]
+def test_tables_that_are_not_read_are_told(tmp_path: Path):
+    """One is of a data set without train, the other names no split."""
+    for i, name in enumerate(("a/train-0.parquet", "a/test-0.parquet", "b/test-0.parquet", "a/extra-0.parquet")):
+        put(tmp_path / name, table([0, 1], first=2 * i))
+    source = parquet(tmp_path)
+    assert {out.path: out.kind for out in source.left_out} == dict.fromkeys(
+        ("a/extra-0.parquet", "b/test-0.parquet"), "tables that are not read"
+    )
+    assert "tables that are not read" not in HARMLESS
+    assert source.notes == [
+        "a/extra-0.parquet is left out: its name says no split",
+        "b/test-0.parquet is left out: it is of another data set",
+    ]
+    assert contents(source).keys() == {f"{i}.png" for i in range(4)}
 
 
 @pytest.mark.parametrize(

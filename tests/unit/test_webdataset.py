@@ -178,3 +178,50 @@ def test_remote_trees_read_ahead_in_order_and_zip_does_not(tmp_path: Path):
     assert ShardTree((tar,)).reads_ahead
     assert not ZipTree(uri="s3://bucket/a", version="").reads_ahead
     assert not FolderTree(uri=str(tmp_path)).reads_ahead
+
+
+@pytest.mark.parametrize("text", ["--1", "9" * 5000, str(10**30)], ids=["sign", "digits", "number"])
+@pytest.mark.parametrize("suffix", ["cls", "json"])
+def test_odd_numbers_are_labels(tmp_path: Path, text: str, suffix: str):
+    labels = [text, "2"] if suffix == "cls" else [json.dumps({"label": text}), '{"label": "2"}']
+    shard(tmp_path / "a.tar", samples(6, label=lambda i: labels[i % 2], suffix=suffix))
+    assert set(source_of(tmp_path, test_fraction=0.34).class_names) == {text, "2"}
+
+
+def test_large_numbers_in_json_are_labels(tmp_path: Path):
+    shard(tmp_path / "a.tar", samples(6, label=lambda i: json.dumps({"label": 10 ** (30 * (i % 2))}), suffix="json"))
+    assert source_of(tmp_path, test_fraction=0.34).class_names == ["1", str(10**30)]
+
+
+def test_json_that_is_too_deep_is_refused(tmp_path: Path):
+    shard(tmp_path / "a.tar", samples(6, label=lambda _: "[" * 900_000, suffix="json"))
+    with pytest.raises(UserError, match=r"0000.json holds no label"):
+        source_of(tmp_path)
+
+
+def test_json_beside_pictures_in_class_folders_is_a_note(tmp_path: Path):
+    files = {
+        f"{c}/{i}.{s}": png(int(i)) if s == "png" else "{}"
+        for c in ("cat", "dog")
+        for i in "01"
+        for s in ("png", "json")
+    }
+    source = source_of(shard(tmp_path / "a.tar", files), test_fraction=0.5)
+    assert (source.class_names, source.layout) == (["cat", "dog"], "folders CLASS/*")
+    assert {out.kind for out in source.left_out} == {"notes and other files"}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("image_column", "--image-column has no effect on the webdataset shards in"),
+        (
+            "label_column",
+            "0000.png has its label in 0000.cls, and --label-column names a key of 0000.json; leave it out",
+        ),
+    ],
+)
+def test_columns_without_effect_are_refused(tmp_path: Path, option: str, message: str):
+    shard(tmp_path / "a.tar", samples(4))
+    with pytest.raises(UserError, match=message):
+        source_of(tmp_path, **{option: "x"})

@@ -10,6 +10,7 @@ from cifar_dist.sealed_json import from_json, is_texts
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "class", "class_name", "target", "category", "fine_label", "cls", "coarse_label")
+ROW_NAMES = {"id", "idx", "index", "__index_level_0__", "uid", "uuid", "guid", "row", "row_id", "image_id", "number"}
 
 
 class Columns(NamedTuple):
@@ -21,15 +22,19 @@ class Columns(NamedTuple):
     others: list[str]
 
 
-def columns_of(where: str, schema: pa.Schema, image_column: str | None, label_column: str | None) -> Columns:
-    """Chooses the columns of a table. Raises UserError if no column fits, or several fit equally."""
+def columns_of(
+    where: str, schema: pa.Schema, image_column: str | None, label_column: str | None, *, needs_label: bool = True
+) -> Columns:
+    """Chooses the columns of a table, '' for a label that is not needed. Raises UserError if no choice is clear."""
     features = features_of(where, schema)
     shown = ", ".join(f"{field.name} ({short(field.type)})" for field in schema)
+    if not needs_label and label_column not in schema.names:
+        label_column = None
     for option, name in (("--image-column", image_column), ("--label-column", label_column)):
         if name and name not in schema.names:
             raise UserError(f"{where} has no column {name}{nearest(name, schema.names)}; {option} is one of: {shown}")
     images = [field.name for field in schema if is_picture(field.type)]
-    labels = [field.name for field in schema if is_label(field.type)]
+    labels = [field.name for field in schema if is_label(field.type) or is_empty_label(field, label_column)]
     if image_column and image_column not in images:
         raise UserError(f"{where}: column {image_column} holds no pictures; those are binary, or a struct with bytes")
     if label_column and label_column not in labels:
@@ -38,14 +43,28 @@ def columns_of(where: str, schema: pa.Schema, image_column: str | None, label_co
     image = image_column or choice(images, IMAGE_NAMES, typed["Image"])
     if not image:
         raise UserError(f"{where} has the columns {shown}; which holds the pictures? Name it with --image-column")
-    label = label_column or choice([n for n in labels if n != image], LABEL_NAMES, typed["ClassLabel"])
+    label = label_column or label_of(where, schema, [name for name in labels if name != image], typed["ClassLabel"])
     if not label:
+        if not needs_label:
+            return Columns(image, "", None, [])
         raise UserError(f"{where} has the columns {shown}; which holds the labels? Name it with --label-column")
     names = features.get(label, {}).get("names")
     if names is not None and not (is_texts(names) and names and len(set(names)) == len(names)):
         raise UserError(f"{where} has Hugging Face metadata whose class names are no list of names; write it again")
     others = [n for n in labels if n != label and (n in LABEL_NAMES or n in typed["ClassLabel"])]
     return Columns(image, label, names if pa.types.is_integer(schema.field(label).type) else None, others)
+
+
+def label_of(where: str, schema: pa.Schema, labels: list[str], typed: list[str]) -> str | None:
+    """Returns the column of labels among those that hold some, if the choice is clear. Raises UserError for lists."""
+    fitting = [name for name in labels if name.lower() not in ROW_NAMES]
+    lists = [field.name for field in schema if field.name in LABEL_NAMES and is_list(field.type)]
+    if lists and not {*LABEL_NAMES, *typed} & {*fitting}:
+        raise UserError(
+            f"{where}: column {lists[0]} holds lists; a classifier needs one label a picture; name a column of such "
+            "labels with --label-column"
+        )
+    return choice(fitting, LABEL_NAMES, typed)
 
 
 def choice(fitting: list[str], usual: tuple[str, ...], typed: list[str]) -> str | None:
@@ -91,6 +110,15 @@ def is_label(kind: pa.DataType) -> bool:
             pa.types.is_large_string,
         )
     )
+
+
+def is_empty_label(field: pa.Field, label_column: str | None) -> bool:
+    """Whether a column whose values are all missing is that of the labels."""
+    return pa.types.is_null(field.type) and field.name in (label_column, *LABEL_NAMES)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def short(kind: pa.DataType) -> str:

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from cifar_dist.data.sources.columns import LABEL_NAMES
+from cifar_dist.data.sources.columns import LABEL_NAMES, ROW_NAMES
 from cifar_dist.data.sources.labels import Labels, numbered
 from cifar_dist.data.sources.names import PICTURES, SPLIT_OF, LeftOut, listing, suffix_of
 from cifar_dist.data.sources.pictures import Pictures, pictures_of, table_of
@@ -49,8 +50,10 @@ class LabelTable(NamedTuple):
     splits: list[str]
 
 
-def read_table(uri: str, content: bytes, image_column: str | None, label_column: str | None) -> LabelTable:
-    """Reads a table of labels. Raises UserError."""
+def read_table(
+    uri: str, content: bytes, image_column: str | None, label_column: str | None, *, needs_label: bool = True
+) -> LabelTable:
+    """Reads a table of labels; a table that needs none may lack the column. Raises UserError."""
     suffix = suffix_of(uri.partition("?")[0])
     if suffix not in TABLE_SUFFIXES:
         raise UserError(f"{uri} is no table of labels; --labels names a .csv, .tsv or .jsonl file")
@@ -61,13 +64,14 @@ def read_table(uri: str, content: bytes, image_column: str | None, label_column:
     rows = json_rows(uri, text) if suffix in (".jsonl", ".ndjson") else csv_rows(uri, text)
     names: list[str] = []  # of the columns of paths, labels and splits
     found = LabelTable([], [], [], [])
-    for line, row in rows:
+    every = list(rows)
+    for line, row in every:
         if not names:
             paths = column(uri, list(row), image_column, PATH_NAMES, "--image-column", "paths")
             others = [name for name in row if name != paths]
-            labels = column(uri, others, label_column, LABEL_NAMES, "--label-column", "labels")
-            names = [paths, labels, next((name for name in row if name.lower() in SPLIT_NAMES), "")]
-        word = str(row.get(names[2]) or "").strip().lower() if names[2] else ""
+            labels = label_column_of(uri, others, label_column, needs_label=needs_label)
+            names = [paths, labels, split_column([values for _, values in every])]
+        word = word_of(row.get(names[2])) if names[2] else ""
         if word and word not in SPLIT_OF:
             raise UserError(
                 f"{uri} line {line} has the split {word!r}{nearest(word, SPLIT_OF)}; train, val, test are known"
@@ -78,7 +82,7 @@ def read_table(uri: str, content: bytes, image_column: str | None, label_column:
         label = label.strip() or None if isinstance(label, str) else label
         if type(label) not in (str, int, float, bool, type(None)):
             raise UserError(f"{uri} line {line} has the label {label!r}; a number, a text, true or false is read")
-        if label is None and SPLIT_OF.get(word, "train") == "train":
+        if label is None and needs_label and SPLIT_OF.get(word, "train") == "train":
             raise UserError(f"{uri} line {line} has no {names[1]}")
         found.lines.append(line)
         found.paths.append(str(row[names[0]]).strip())
@@ -87,6 +91,28 @@ def read_table(uri: str, content: bytes, image_column: str | None, label_column:
     if not found.paths:
         raise UserError(f"{uri} has no rows")
     return found
+
+
+def label_column_of(uri: str, names: list[str], label_column: str | None, *, needs_label: bool) -> str:
+    try:
+        return column(uri, names, label_column, LABEL_NAMES, "--label-column", "labels")
+    except UserError:
+        if needs_label:
+            raise
+        return ""
+
+
+def split_column(rows: list[dict[str, Any]]) -> str:
+    """Returns the column of splits: the one named split, or one of a like name that holds words of splits."""
+    for name in rows[0]:
+        words = {word_of(row.get(name)) for row in rows} if name.lower() in SPLIT_NAMES else set()
+        if name.lower() == "split" or words & SPLIT_OF.keys():
+            return name
+    return ""
+
+
+def word_of(value: Any) -> str:
+    return str(value or "").strip().lower()
 
 
 def csv_rows(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -134,7 +160,7 @@ def column(uri: str, names: list[str], wanted: str | None, usual: tuple[str, ...
     for name in usual:
         if name in by_name:
             return by_name[name]
-    rest = [name for name in names if name.lower() not in (*SPLIT_NAMES, *PATH_NAMES)]
+    rest = [name for name in names if name.lower() not in (*SPLIT_NAMES, *PATH_NAMES, *ROW_NAMES)]
     if what == "labels" and len(rest) == 1:
         return rest[0]
     raise UserError(f"{uri} has the columns {', '.join(names)}; which holds the {what}? Name it with {option}")
@@ -176,8 +202,9 @@ def labelled_source(
     uris, seen = [], dict[int, tuple[Any, str]]()
     for labels, split_of_table in tables.items():
         uri, content, below = read_labels_file(labels, tree, files)
-        table = read_table(uri, content, image_column, label_column)
-        found = positions_of(uri, table, pictures, below, seen)
+        needs_label = split_of_table in ("", "train")
+        table = read_table(uri, content, image_column, label_column, needs_label=needs_label)
+        found = positions_of(uri, table, pictures, below, tree.where(""), seen)
         for at, label, split in zip(found, table.labels, table.splits, strict=True):
             name = split_of_table or split or "train"
             places.setdefault(name, []).append(at)
@@ -187,7 +214,7 @@ def labelled_source(
         raise UserError(f"{uris[0]} names no row of train; its splits are {', '.join(places)}")
     splits = [split for split in ("train", "validation", "test") if split in places]
     where = listing(uris)
-    numbers = numbered(where, [Labels(split=split, where=where, values=values_of(values[split])) for split in splits])
+    numbers = numbered([Labels(split=split, where=where, values=values_of(values[split])) for split in splits])
     need_two_classes(where, numbers.class_names)
     stored: dict[str, pa.Table] = {}
     for split, labels_of_split in zip(splits, numbers.numbers, strict=True):
@@ -209,20 +236,25 @@ def labelled_source(
 
 
 def values_of(labels: list[Any]) -> Any:
-    """Returns labels as an Arrow array: as texts if they differ in type. Texts of whole numbers sort as numbers."""
+    """Returns labels as an Arrow array: as texts if they differ in type. The texts 0 and 0.0 are one class."""
+    if all(label is None or (isinstance(label, str) and re.fullmatch(r"-?[0-9]+(\.0+)?", label)) for label in labels):
+        labels = [label and label.partition(".")[0] for label in labels]
     try:
         return pa.array(labels)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
         return pa.array([None if label is None else str(label) for label in labels])
 
 
 def positions_of(
-    uri: str, table: LabelTable, pictures: Pictures, below: str, seen: dict[int, tuple[Any, str]]
+    uri: str, table: LabelTable, pictures: Pictures, below: str, root: str, seen: dict[int, tuple[Any, str]]
 ) -> list[int]:
     """Returns each row's position among the pictures. Raises UserError for a path that names none, or one twice.
 
+    A path is relative to the table's folder `below`, or to `root`, or begins with root or the name of its folder.
     seen: the label and the place of each picture that a table has named."""
     place = {name: i for i, name in enumerate(pictures.names)}
+    root = root.replace("\\", "/").rstrip("/")
+    own = f"{root.rpartition('/')[2]}/"
     stems: dict[str, int] = {}
     for name, i in place.items():
         stem = name[: len(name) - len(suffix_of(name))]
@@ -230,7 +262,7 @@ def positions_of(
     found: list[int] = []
     for line, path, label in zip(table.lines, table.paths, table.labels, strict=True):
         name = path.replace("\\", "/").removeprefix("./")
-        tried = [f"{below}/{name}" if below else name, name]
+        tried = [f"{below}/{name}" if below else name, name, name.removeprefix(f"{root}/"), name.removeprefix(own)]
         at = next((known[n] for known in (place, stems) for n in tried if n in known), None)
         if at is None:
             raise UserError(f"{uri} line {line} names {path}, and no such picture is below --path; correct the table")

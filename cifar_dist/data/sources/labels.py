@@ -1,5 +1,6 @@
 """Labels of any type become class numbers."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,36 +26,51 @@ class Labels:
     names: list[str] | None = None
 
 
-def texts_of(labels: Labels) -> tuple[np.ndarray, list[str]]:
-    """Returns (codes int64 [n], the texts that they number); UNLABELLED where a row has no label. Raises UserError."""
-    values = labels.values.combine_chunks() if isinstance(labels.values, pa.ChunkedArray) else labels.values
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+def texts_of(labels: Labels, *, are_signs: bool = False) -> tuple[np.ndarray, list[str]]:
+    """Returns (codes int64 [n], the texts that they number); UNLABELLED where a row has no label. Raises UserError.
+
+    are_signs: -1 is a class, beside 1."""
+    values = decoded(labels)
     kind = values.type
+    names = labels.names
     if pa.types.is_boolean(kind):
-        values = values.cast(pa.int8())
-        names: list[str] | None = ["false", "true"]
-    elif pa.types.is_floating(kind):
-        values = whole_numbers(labels.where, values)
-        names = labels.names
-    elif pa.types.is_integer(kind):
-        names = labels.names
+        values, names = values.cast(pa.int8()), ["false", "true"]
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
         encoded = values.cast(pa.string()).dictionary_encode()
         codes = encoded.indices.fill_null(UNLABELLED).to_numpy(zero_copy_only=False).astype(np.int64)
         return without_empty(codes, encoded.dictionary.to_pylist())
-    else:
-        raise UserError(f"{labels.where} has labels of the type {kind}; numbers, texts or booleans are read")
-    numbers = values.cast(pa.int64(), safe=False).fill_null(UNLABELLED).to_numpy(zero_copy_only=False)
+    values = whole_numbers(labels.where, values)
+    none = values.is_null().to_numpy(zero_copy_only=False)
+    numbers = values.fill_null(UNLABELLED).to_numpy(zero_copy_only=False)
     if names is None:
-        found = np.unique(numbers[numbers != UNLABELLED])
-        codes = np.where(numbers == UNLABELLED, UNLABELLED, np.searchsorted(found, numbers))
+        none = none if are_signs else numbers == UNLABELLED
+        found = np.unique(numbers[~none])
+        codes = np.where(none, UNLABELLED, np.searchsorted(found, numbers))
         return codes.astype(np.int64), [str(number) for number in found]
     wrong = (numbers < UNLABELLED) | (numbers >= len(names))
     if wrong.any():
         row = int(np.argmax(wrong))
         raise UserError(f"{labels.where} row {row} has the label {numbers[row]}; 0 to {len(names) - 1} are valid")
     return numbers, names
+
+
+def decoded(labels: Labels) -> Any:
+    """Returns the labels as one Arrow array without a dictionary."""
+    values = labels.values.combine_chunks() if isinstance(labels.values, pa.ChunkedArray) else labels.values
+    return values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+
+
+def signs(files: list[Labels]) -> bool:
+    """Whether the labels of train are -1 and 1, a usual coding of two classes."""
+    found: set[Any] = set()
+    for labels in files:
+        if labels.split == "train":
+            if labels.names or not (pa.types.is_integer(kind := decoded(labels).type) or pa.types.is_floating(kind)):
+                return False
+            found |= set(decoded(labels).unique().to_pylist())
+            if len(found) > 2:
+                return False
+    return found == {-1, 1}
 
 
 def without_empty(codes: np.ndarray, texts: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -65,19 +81,29 @@ def without_empty(codes: np.ndarray, texts: list[str]) -> tuple[np.ndarray, list
 
 
 def whole_numbers(where: str, values: Any) -> Any:
-    """Returns floating-point numbers as integers. Raises UserError if one is none: it may be no class."""
-    odd = pc.fill_null(pc.not_equal(pc.floor(values), values), False)
+    """Returns numbers as int64. Raises UserError if one is none: it may be no class."""
+    kind = values.type
+    if pa.types.is_floating(kind):
+        values = values.cast(pa.float64())
+        odd = pc.or_(pc.not_equal(pc.floor(values), values), pc.greater_equal(pc.abs(values), 2.0**63))
+    elif kind == pa.uint64():
+        odd = pc.greater_equal(values, pa.scalar(1 << 63, pa.uint64()))
+    elif pa.types.is_integer(kind):
+        return values.cast(pa.int64())
+    else:
+        raise UserError(f"{where} has labels of the type {kind}; numbers, texts or booleans are read")
+    odd = pc.fill_null(odd, False)
     if pc.any(odd).as_py():
         row = pc.index(odd, True).as_py()
         raise UserError(
-            f"{where} row {row} has the label {values[row].as_py()}; a class needs a whole number or a text"
+            f"{where} row {row} has the label {values[row].as_py()}; a class needs a whole number below 2^63 or a text"
         )
-    return values.cast(pa.int64(), safe=False)
+    return values.cast(pa.int64())
 
 
 def in_order(texts: set[str]) -> list[str]:
     """Returns class names in order: by number if all are numbers, else by text."""
-    numeric = all(text.lstrip("-").isdecimal() and text.isascii() for text in texts)
+    numeric = all(re.fullmatch("-?[0-9]{1,1000}", text) for text in texts)
     return sorted(texts, key=lambda text: (int(text), text)) if numeric else sorted(texts)
 
 
@@ -90,21 +116,39 @@ class Numbered:
     notes: list[str]
 
 
-def numbered(where: str, files: list[Labels]) -> Numbered:
-    """Numbers the classes of all files. The names of the first file of train lead, others are matched by name.
+Coded = list[tuple[np.ndarray, list[str]]]
 
-    Raises UserError for a row of train without a label, and for a label of another split that train does not have."""
-    coded = [texts_of(labels) for labels in files]
-    notes: list[str] = []
-    unlabelled = {
+
+def unlabelled_splits(files: list[Labels], coded: Coded) -> set[str]:
+    """Returns the splits, without train, whose rows all lack a label."""
+    return {
         split
         for split in {labels.split for labels in files} - {"train"}
         if all(
-            (codes == UNLABELLED).all()
-            for labels, (codes, _) in zip(files, coded, strict=True)
-            if labels.split == split
+            (codes == UNLABELLED).all() or texts == [str(UNLABELLED)]
+            for labels, (codes, texts) in zip(files, coded, strict=True)
+            if labels.split == split and len(codes)
         )
     }
+
+
+def file_with(class_name: str, files: list[Labels], coded: Coded) -> str:
+    """Returns the first file that has pictures of a class."""
+    return next(
+        labels.where
+        for labels, (codes, texts) in zip(files, coded, strict=True)
+        if class_name in texts and (codes == texts.index(class_name)).any()
+    )
+
+
+def numbered(files: list[Labels]) -> Numbered:
+    """Numbers the classes of all files. The names of the first file of train lead, others are matched by name.
+
+    Raises UserError for a row of train without a label, and for a label of another split that train does not have."""
+    are_signs = signs(files)
+    coded = [texts_of(labels, are_signs=are_signs) for labels in files]
+    notes: list[str] = []
+    unlabelled = unlabelled_splits(files, coded)
     used: dict[str, set[str]] = {"train": set(), "other": set()}
     for labels, (codes, texts) in zip(files, coded, strict=True):
         if labels.split in unlabelled:
@@ -115,8 +159,11 @@ def numbered(where: str, files: list[Labels]) -> Numbered:
                 f"{labels.where} row {row} has the label {labels.values[row].as_py()}, which names no class"
             )
         used["train" if labels.split == "train" else "other"] |= {texts[code] for code in np.unique(codes)}
-    if extra := sorted(used["other"] - used["train"]):
-        raise UserError(f"{where}: class {extra[0]!r} is in another split but not in train")
+    if extra := in_order(used["other"] - used["train"]):
+        raise UserError(
+            f"{file_with(extra[0], files, coded)} has pictures of class {extra[0]!r}, and train has none; add some to "
+            "train, or remove them there"
+        )
     leading = next((labels.names for labels in files if labels.split == "train" and labels.names), None)
     class_names = [name for name in leading if name in used["train"]] if leading else in_order(used["train"])
     class_names += in_order(used["train"] - set(class_names))

@@ -14,6 +14,7 @@ from cifar_dist.data.sources.trees import Files, Tree
 from cifar_dist.errors import UserError
 
 TABLES = {".parquet", ".arrow"}
+UNREAD_TABLE = "tables that are not read"
 BESIDE = "it is no table of this data set"
 
 
@@ -26,7 +27,7 @@ def table_source(
     tree: Tree, files: Files, where: str, image_column: str | None = None, label_column: str | None = None
 ) -> Source:
     """Returns the source of the tables below a folder. Raises UserError for a layout that is not understood."""
-    chosen = by_split(files, where)
+    chosen, unread = by_split(files, where)
     rows = [(split, row) for split in ("train", "validation", "test") for row in chosen.get(split, [])]
     places = tuple((files.names[row], int(files.sizes[row]), int(files.at[row])) for _, row in rows)
     labels, sizes, columns = [], [], []
@@ -35,7 +36,7 @@ def table_source(
         columns.append(of_file)
         labels.append(table_labels)
         sizes.append(table_sizes)
-    found = numbered(where, labels)
+    found = numbered(labels)
     need_two_classes(where, found.class_names)
     splits: dict[str, list[pa.Table]] = {}
     for i, ((split, row), numbers) in enumerate(zip(rows, found.numbers, strict=True)):
@@ -45,15 +46,17 @@ def table_source(
             part = items_table([""] * len(numbers), numbers, **number, changed=changed % (1 << 62))
             splits.setdefault(split, []).append(part)
     used = {row for _, row in rows}
-    others = [n for i, n in enumerate(files.names) if i not in used and not n.endswith("/")]
+    others = [n for i, n in enumerate(files.names) if i not in used and n not in unread and not n.endswith("/")]
+    left_out = [LeftOut(path=n, kind=UNREAD_TABLE, reason=reason) for n, reason in unread.items()]
+    left_out += [LeftOut(path=n, kind=kind_of(n) or "pictures beside the tables", reason=BESIDE) for n in others]
     return Source(
         name="parquet",
         class_names=found.class_names,
         splits={split: pa.concat_tables(parts) for split, parts in splits.items()},
         reader=TableReader(tree, places, tuple(of_file.image for of_file in columns)),
         layout=describe(columns[0], len(places)),
-        notes=found.notes,
-        left_out=[LeftOut(path=n, kind=kind_of(n) or "pictures beside the tables", reason=BESIDE) for n in others],
+        notes=[*found.notes, *(f"{name} is left out: {reason}" for name, reason in unread.items())],
+        left_out=left_out,
     )
 
 
@@ -68,39 +71,51 @@ def read_labels(
     """Returns a table's columns, its labels, and the mean bytes of its pictures (int64 [n])."""
     where = tree.where(place[0])
     with opened(tree, place) as table:
-        columns = columns_of(where, table.schema, image_column, label_column)
-        if isinstance(table, ParquetTable):
+        columns = columns_of(where, table.schema, image_column, label_column, needs_label=split == "train")
+        if isinstance(table, ParquetTable) and not columns.label:
+            sizes = table.sizes(columns.image)
+            values = pa.nulls(len(sizes))
+        elif isinstance(table, ParquetTable):
             values, sizes = table.column(columns.label), table.sizes(columns.image)
         else:
-            values, sizes = table.labels_and_sizes(columns.label, columns.image)
+            values, sizes = table.labels_and_sizes(columns.label or columns.image, columns.image)
+            values = values if columns.label else pa.nulls(len(sizes))
     return columns, Labels(split=split, where=where, values=values, names=columns.names), sizes
 
 
-def by_split(files: Files, where: str) -> dict[str, list[int]]:
-    """Returns the rows of the tables of each split by the words in their names; without such words all are train."""
+def by_split(files: Files, where: str) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Returns the rows of the tables of each split by the words in their names; without such words all are train.
+
+    Returns the tables that are left out by name, too, with the reason."""
     tables = [i for i, name in enumerate(files.names) if is_table(name)]
     if not tables:
         raise UserError(f"{where} holds no Parquet or Arrow files; --source folder reads folders of pictures")
     splits = {i: split_in(files.names[i]) for i in tables}
     if not any(splits.values()):
         splits = dict.fromkeys(tables, "train")
-    if unread := [files.names[i] for i, split in splits.items() if split is None]:
-        raise UserError(
-            f"{where}/{unread[0]} would not be read: its name says no split, and others say train, validation or test; "
-            "rename it, or move it away"
-        )
-    configs = sorted({config_of(files.names[i]) for i in tables if splits[i] == "train"})
-    if not configs:
+    trains = {config_of(files.names[i]): files.names[i] for i in tables if splits[i] == "train"}
+    if not trains:
         raise UserError(f"{where} holds no table of train, only {listing([files.names[i] for i in tables])}")
-    if len(configs) > 1:
+    if len(trains) > 1:
         raise UserError(
-            f"{where} holds several data sets: {listing(configs, 10)}; name the folder of one of them with --path"
+            f"{where} holds several data sets: {listing(sorted(trains), 10)}; name the folder of one of them "
+            "with --path"
         )
+    ((config, train),) = trains.items()
     found: dict[str, list[int]] = {}
+    unread: dict[str, str] = {}
     for i, split in splits.items():
-        if split and config_of(files.names[i]) == configs[0]:
+        if split and config_of(files.names[i]) == config:
             found.setdefault(split, []).append(i)
-    return found
+        else:
+            unread[files.names[i]] = "it is of another data set" if split else "its name says no split"
+    for name in unread:
+        if (split := split_in(name)) and split not in found:
+            raise UserError(
+                f"{where}/{name} belongs to another data set than {where}/{train}, which has no {split}; put both into "
+                "one folder, or name the folder of one data set with --path"
+            )
+    return found, unread
 
 
 def config_of(name: str) -> str:

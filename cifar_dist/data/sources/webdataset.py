@@ -1,6 +1,7 @@
 """Webdataset shards: tar archives in which KEY.jpg lies beside KEY.cls or KEY.json."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +42,16 @@ class ShardTree:
 
 
 def is_shard(files: Files) -> bool:
-    """Whether a picture and a label of its name are among an archive's files."""
+    """Whether a picture and a label of its name are among an archive's files.
+
+    With pictures in several folders, JSON beside them may be notes: the folders are the classes."""
     keys: dict[str, set[str]] = {}
+    folders = {name.rpartition("/")[0] for name in files.names if kind_of(name) == ""}
+    known = set(LABEL_SUFFIXES) if len(folders) == 1 else {".cls"}
     for name in files.names:
         suffix = suffix_of(name)
         keys.setdefault(name[: len(name) - len(suffix)], set()).add(suffix)
-    return any(
-        suffixes & set(LABEL_SUFFIXES) and any(kind_of(f"x{s}") == "" for s in suffixes) for suffixes in keys.values()
-    )
+    return any(suffixes & known and any(kind_of(f"x{s}") == "" for s in suffixes) for suffixes in keys.values())
 
 
 def shards_of(tree: Tree, files: Files) -> list[tuple[str, TarTree]]:
@@ -76,7 +79,7 @@ def shard_source(shards: list[tuple[str, TarTree]], where: str, label_column: st
         labels.append(Labels(split=split, where=name, values=pa.array(values)))
         at = files.at[rows] + (number << 48)
         parts.append((split, [files.names[row] for row in rows], files.sizes[rows], at, files.changed[rows]))
-    found = numbered(where, labels)
+    found = numbered(labels)
     need_two_classes(where, found.class_names)
     splits: dict[str, list[pa.Table]] = {}
     for (split, names, sizes, at, changed), numbers in zip(parts, found.numbers, strict=True):
@@ -115,7 +118,12 @@ def pairs_of(
         of_key = labels.get(key, {})
         if not of_key:
             raise UserError(f"{shard.where(files.names[row])} has no label: {key}.cls or {key}.json is missing")
-        suffix = ".json" if label_column and ".json" in of_key else min(of_key)
+        suffix = ".json" if label_column else min(of_key)
+        if suffix not in of_key:
+            raise UserError(
+                f"{shard.where(files.names[row])} has its label in {key}.cls, and --label-column names a key of "
+                f"{key}.json; leave it out"
+            )
         values.append(label_in(shard, files, of_key[suffix], label_column))
     kinds = {type(value) for value in values}
     if len(kinds) > 1:
@@ -131,12 +139,12 @@ def label_in(shard: TarTree, files: Files, row: int, label_column: str | None) -
     try:
         text = shard.read(name, size, int(files.at[row])).decode().strip()
         if name.endswith(".cls"):
-            return int(text) if text.lstrip("-").isdecimal() else text
+            return int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text
         found = json.loads(text)
         keys = [label_column] if label_column else [key for key in LABEL_NAMES if key in found]
         value = found[keys[0]]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise UserError(f"{shard.where(name)} holds no label ({error!r}); name its key with --label-column") from error
     if type(value) not in (int, str):
         raise UserError(f"{shard.where(name)} has the label {value!r}; a number or a text is read")
-    return value
+    return str(value) if isinstance(value, int) and abs(value) >= 1 << 63 else value
