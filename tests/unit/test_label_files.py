@@ -202,6 +202,16 @@ def test_a_folder_of_test_pictures_without_labels_is_left_out_and_told(tmp_path:
     assert source.drawn == ["test"]
 
 
+def test_class_folders_of_test_are_not_left_out_beside_a_table_of_train(tmp_path: Path):
+    files = {f"train/{n}": content for n, content in numbered(*NAMES).items()}
+    files |= {
+        "train/metadata.csv": text(*joined(",", "file_name,label")),
+        **numbered("test/cat/9.png", "test/dog/9.png"),
+    }
+    with pytest.raises(UserError, match=r"train/0\.png lies in no class folder"):
+        labelled(write_tree(tmp_path, files))
+
+
 @pytest.mark.parametrize("start", ["{root}/", "pictures/"])
 def test_paths_may_begin_with_the_folder(tmp_path: Path, start: str):
     root = write_tree(tmp_path / "pictures", numbered(*NAMES))

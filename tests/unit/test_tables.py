@@ -348,7 +348,7 @@ def test_a_column_of_row_numbers_is_no_label(tmp_path: Path, name: str):
         (
             pa.array([[0], [1]]),
             [0],
-            "train.parquet: column label holds lists; a classifier needs one label a picture; name a column of such labels with",
+            "train.parquet: column label holds lists; a classifier needs one label a picture; name",
         ),
     ],
     ids=str,

@@ -123,7 +123,8 @@ def tables_by_themselves(files: Files) -> dict[str, str]:
             folder = top if top in tables else ""
             if folder not in tables:
                 if split_of_folder(top) in {"validation", "test"} and "train" in map(split_of_folder, tables):
-                    continue  # a split without labels
+                    inner.setdefault(top, set()).add(name.rpartition("/")[0])  # a split without labels
+                    continue
                 return {}
             inner[folder].add(name.rpartition("/")[0])
     if any(len(found) > 1 for found in inner.values()):

@@ -75,8 +75,7 @@ def folders_above(name: str) -> list[str]:
 
 def starts_as_picture(tree: Tree, name: str, size: int, at: int) -> bool:
     """Whether a file's content is that of a picture, read or not."""
-    with tree.open(name, size, at) as file:
-        start = file.read(512)
+    start = tree.start(name, size, at)
     is_riff, is_avif = start[:4] == b"RIFF" and start[8:12] == b"WEBP", start[4:12] in (b"ftypavif", b"ftypavis")
     unread = unread_kind(start, "")
     return start.startswith(STARTS) or is_riff or is_avif or (unread is not None and unread[1] == CONVERT)

@@ -19,7 +19,7 @@ from cifar_dist.uris import join_uri
 
 MOST_BYTES = (1 << 31) - 1  # of a picture: a Parquet column of the type `binary` holds no more
 MOST_VISITS = 100  # of a folder through links: they can lead through few folders in millions of ways
-START = 16  # bytes that tell what a file is
+START = 512  # bytes that tell what a file is
 PLAIN = "/!$&'()*+,;=:@~"  # signs that a URI holds as they are
 GONE = -1  # as a file's size: it cannot be read, for example a broken link
 
