@@ -112,6 +112,11 @@ def test_subfolders_of_a_class_belong_to_it_and_equal_names_are_kept_apart(tmp_p
     assert contents(source) == {name: (png(i), name.split("/")[1]) for i, name in enumerate([*train, *TEST])}
 
 
+def test_a_folder_around_all_may_have_the_word_of_a_split_in_its_name(tmp_path: Path):
+    source = folder(write_tree(tmp_path, numbered(*(f"my test data/{name}" for name in [*TRAIN, *TEST]))))
+    assert source.layout == "folders train/CLASS/*, test/CLASS/*, all in my test data/"
+
+
 @pytest.mark.parametrize("wrapper", ["data", "a/b/c"])
 @pytest.mark.parametrize("names", [[*TRAIN, *TEST], ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]], ids=len)
 def test_folders_around_all_are_looked_through(tmp_path: Path, wrapper: str, names: list[str]):
@@ -322,9 +327,9 @@ def test_what_cannot_be_read_is_named_and_can_be_skipped(tmp_path: Path, kind: s
     assert [bad["path"] for bad in found.bad] == ["train/cat/z.png"]
 
 
-@pytest.mark.parametrize("name", ["train/emu", "train/cat/v1.2"])
+@pytest.mark.parametrize("name", ["train/emu", "train/cat/v1.2", "emu"])
 def test_a_broken_link_that_may_stand_for_a_folder_is_refused(tmp_path: Path, name: str):
-    root = write_tree(tmp_path, numbered(*TRAIN))
+    root = write_tree(tmp_path, numbered(*TRAIN, "train/cat/deep/0.png"))
     (root / name).symlink_to("nowhere")
     with pytest.raises(UserError, match=f"{root / name} is a broken link or no regular file, and may stand for"):
         folder(root)
@@ -368,6 +373,8 @@ def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path):
         (["train.zip", "test.zip"], "ROOT holds no pictures, but archives: test.zip, train.zip; unpack them, or name"),
         ([*TRAIN, "val/cat/0.png", "valid/cat/0.png"], "ROOT holds two folders for validation: val and valid; join"),
         ([*TRAIN, "Train/cat/9.png"], "ROOT holds two folders for train: Train and train; join them"),
+        (["seg_test/cat/0.png", "seg_test/dog/0.png"], "ROOT holds a folder seg_test and none named train"),
+        (["cat/site/0.png", "dog/scan"], "class 'dog' has no images in ROOT; add some or remove the folder"),
         (["cat/0.png", "test/0.png"], "ROOT holds a folder test and none named train"),
         (["val/cat/0.png", "val/dog/0.png"], "ROOT holds a folder val and none named train"),
         (

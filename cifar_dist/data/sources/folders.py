@@ -44,7 +44,7 @@ def folder_source(tree: Tree, files: Files, where: str) -> Source:
     if others := [top for top, split in tops.items() if split and below[top]]:
         raise UserError(
             f"{where} holds a folder {others[0]} and none named train; --source folder reads {LAYOUTS}; name the "
-            "folder of training pictures train, or give a class another name"
+            f"folder of training pictures train, or give {others[0]} another name if it is a class or holds all"
         )
     names = classes_of(f"{top}/" for top in below)
     refuse_inner_splits(where, found.names, names)

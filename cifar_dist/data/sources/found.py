@@ -58,7 +58,7 @@ def picture_source(tree: Tree, files: Files, path: str, columns: dict[str, str |
     around, tables, prefix = tree, dict[str, str](), ""
     inner, outside = files, list[LeftOut]()
     while not (tables := tables_by_themselves(inner)) and (top := single_folder(inner)):
-        outside += outside_of(inner, top, prefix)
+        outside += outside_of(around, inner, top, prefix)
         around, inner, prefix = around.below(f"{top}/"), inner.below(f"{top}/"), f"{prefix}{top}/"
     if tables:
         source = labelled_source(around, inner, tables, **columns)

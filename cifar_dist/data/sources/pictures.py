@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from cifar_dist.data.sources.formats import CONVERT, unread_kind
-from cifar_dist.data.sources.names import NOTE, SPLIT_OF, UNKNOWN, LeftOut, kind_of
+from cifar_dist.data.sources.names import NOTE, SPLIT_OF, UNKNOWN, LeftOut, kind_of, split_of_folder
 from cifar_dist.data.sources.source import items_table
 from cifar_dist.data.sources.trees import GONE, Files, Tree
 from cifar_dist.errors import UserError
@@ -37,11 +37,7 @@ def pictures_of(tree: Tree, files: Files) -> Pictures:
             continue
         if kind is None:
             size, at = int(files.sizes[row]), int(files.at[row])
-            if size == GONE:
-                raise UserError(
-                    f"{tree.where(name)} is a broken link or no regular file, and may stand for a folder of pictures; "
-                    "mend or remove it"
-                )
+            refuse_gone(tree, name, size)
             if size > 0 and starts_as_picture(tree, name, size, at):
                 kind = ""
             else:
@@ -53,6 +49,15 @@ def pictures_of(tree: Tree, files: Files) -> Pictures:
             found.rows.append(row)
     found.empty.extend(without_pictures(found))
     return found
+
+
+def refuse_gone(tree: Tree, name: str, size: int) -> None:
+    """Raises UserError for a name without a suffix that cannot be read: it may be a link to a folder of a class."""
+    if size == GONE:
+        raise UserError(
+            f"{tree.where(name)} is a broken link or no regular file, and may stand for a folder of pictures; mend or "
+            "remove it"
+        )
 
 
 def without_pictures(found: Pictures) -> list[str]:
@@ -93,16 +98,17 @@ def unwrapped(tree: Tree, files: Files) -> tuple[Tree, Files, str, list[LeftOut]
     Returns the files outside the prefix too, which are left out."""
     prefix, outside = "", list[LeftOut]()
     while top := single_folder(files):
-        if any(name.count("/") < 2 for name in pictures_in(files)) or is_split(top):
+        if any(name.count("/") < 2 for name in pictures_in(files)) or is_split(top, files):
             break
-        outside += outside_of(files, top, prefix)
+        outside += outside_of(tree, files, top, prefix)
         tree, files, prefix = tree.below(f"{top}/"), files.below(f"{top}/"), f"{prefix}{top}/"
     return tree, files, prefix, outside
 
 
-def is_split(top: str) -> bool:
-    """Whether the name is that of a split as a whole; 'my test data' may be the name of a data set."""
-    return top.lower().removesuffix("set") in SPLIT_OF
+def is_split(top: str, files: Files) -> bool:
+    """Whether the one folder around all is a split's. 'my test data' with folders of splits in it is a data set's."""
+    inner = {name.split("/")[1] for name in pictures_in(files) if name.count("/") > 1}
+    return top.lower() in SPLIT_OF or (split_of_folder(top) is not None and not any(map(split_of_folder, inner)))
 
 
 def pictures_in(files: Files) -> list[str]:
@@ -111,13 +117,19 @@ def pictures_in(files: Files) -> list[str]:
 
 
 def single_folder(files: Files) -> str | None:
-    """Returns the folder that holds all pictures, if a single one does."""
-    tops = {name.partition("/")[0] if "/" in name else "" for name in pictures_in(files)}
+    """Returns the folder that holds all pictures, and all files that may be some, if a single one does."""
+    unknown = [name for name in files.names if "/" in name and kind_of(name) is None and not name.endswith("/")]
+    tops = {name.partition("/")[0] if "/" in name else "" for name in [*pictures_in(files), *unknown]}
     return tops.pop() or None if len(tops) == 1 else None
 
 
-def outside_of(files: Files, top: str, prefix: str) -> list[LeftOut]:
-    """Returns the files that do not lie in the folder `top`: no pictures, so they are left out."""
-    names = [name for name in files.names if not name.startswith(f"{top}/")]
-    kinds = [(name, kind_of(name) or (UNKNOWN if "/" in name else NOTE)) for name in names]
-    return [LeftOut(path=f"{prefix}{name}", kind=kind, reason=kind) for name, kind in kinds]
+def outside_of(tree: Tree, files: Files, top: str, prefix: str) -> list[LeftOut]:
+    """Returns the files that do not lie in the folder `top`: no pictures, so they are left out. Raises UserError."""
+    left_out = []
+    for name, size in zip(files.names, files.sizes.tolist(), strict=True):
+        if not name.startswith(f"{top}/"):
+            kind = kind_of(name)
+            if kind is None:
+                refuse_gone(tree, name, size)
+            left_out.append(LeftOut(path=f"{prefix}{name}", kind=kind or NOTE, reason=kind or NOTE))
+    return left_out
