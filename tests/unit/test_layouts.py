@@ -207,13 +207,14 @@ def test_class_folders_of_numbers_are_in_the_order_of_the_numbers(tmp_path: Path
 
 
 @pytest.mark.parametrize("around", ["images", "Train"])
-def test_a_single_folder_in_a_split_is_looked_through_and_told(tmp_path: Path, around: str):
+@pytest.mark.parametrize("classes", [["cat"], ["cat", "dog"]], ids=len)
+def test_a_single_folder_in_a_split_is_looked_through_and_told(tmp_path: Path, around: str, classes: list[str]):
     names = [name.replace("train/", f"train/{around}/") for name in TRAIN]
-    test = [f"test/{around}/cat/0.png", f"test/{around}/dog/0.png"]
+    test = [f"test/{around}/{c}/0.png" for c in classes]
     source = folder(write_tree(tmp_path, numbered(*names, *test)))
     assert source.class_names == ["cat", "dog"]
     assert source.layout == f"folders train/{around}/CLASS/*, test/{around}/CLASS/*"
-    assert {split: len(part) for split, part in listed(source).items()} == {"train": 4, "test": 2}
+    assert {split: len(part) for split, part in listed(source).items()} == {"train": 4, "test": len(classes)}
 
 
 def test_the_only_class_of_a_test_split_is_not_looked_through(tmp_path: Path):
@@ -332,6 +333,13 @@ def test_a_broken_link_that_may_stand_for_a_folder_is_refused(tmp_path: Path, na
     root = write_tree(tmp_path, numbered(*TRAIN, "train/cat/deep/0.png"))
     (root / name).symlink_to("nowhere")
     with pytest.raises(UserError, match=f"{root / name} is a broken link or no regular file, and may stand for"):
+        folder(root)
+
+
+def test_a_broken_link_beside_a_single_folder_is_refused(tmp_path: Path):
+    root = write_tree(tmp_path, numbered("cat/left/0.png", "cat/right/0.png"))
+    (root / "dog").symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"{root / 'dog'} is a broken link or no regular file"):
         folder(root)
 
 

@@ -152,7 +152,7 @@ def inner_names(found: Pictures, positions: list[int], top: str, class_names: li
         firsts = {name.partition("/")[0] if "/" in name else "" for name in every if name}
         inner = {name.split("/")[1] if name.count("/") > 1 else "" for name in every if name}
         first = firsts.pop() if len(firsts) == 1 else ""
-        is_around = len(inner) > 1 or same(first.lower()) == same(top.lower())  # a class may hold several folders
+        is_around = len(inner) > 1 or bool({*map(same, inner)} & known) or same(first.lower()) == same(top.lower())
         if not first or "" in inner or not is_around or first.lower() in UNLABELLED or same(first) in known:
             return Split(folder, names)
         folder += f"{first}/"
