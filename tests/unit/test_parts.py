@@ -498,7 +498,7 @@ def test_a_fault_of_the_disk_is_no_bad_picture(tmp_path: Path):
     assert sum(manifest.num_rows(split) for split in manifest.splits) == 12
 
 
-def test_files_that_were_moved_before_a_kill_are_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_that_were_moved_before_a_kill_are_used_again(tmp_path: Path):
     log, out = tmp_path / "log", tmp_path / "out"
 
     def killed(*_: object) -> None:
