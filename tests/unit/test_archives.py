@@ -493,7 +493,7 @@ def test_files_of_unknown_kind_are_not_read_whole(tmp_path: Path, make: Any, mon
     whole = kind.read
 
     def read_little(tree: Any, name: str, size: int, at: int) -> bytes:
-        assert size <= 16
+        assert size <= 512
         return whole(tree, name, size, at)
 
     monkeypatch.setattr(kind, "read", read_little)

@@ -1,5 +1,6 @@
 """Parts of a data set: the same bytes in any number of processes and any order; what a kill leaves is used."""
 
+import builtins
 import contextlib
 import errno
 import io
@@ -485,12 +486,13 @@ def test_a_fault_of_the_disk_is_no_bad_picture(tmp_path: Path):
     out, how = str(tmp_path / "out"), Preparation(skip_bad=True, max_bad_share=0.5)
     with pytest.MonkeyPatch.context() as patch:
 
-        def read(path: Path) -> bytes:
-            if path.name == "3.png":
+        def open_or_fail(path: Any, *args: Any, **options: Any) -> Any:
+            if str(path).endswith("3.png"):
                 raise OSError(errno.EIO, "Input/output error")
-            return open(path, "rb").read()
+            return opened(path, *args, **options)
 
-        patch.setattr(Path, "read_bytes", read)
+        opened = builtins.open
+        patch.setattr(builtins, "open", open_or_fail)
         with pytest.raises(UserError, match=r"3\.png cannot be read: Input/output error; --skip-bad does not"):
             prepare(sources.find_source("folder", str(root)), out, how)
     manifest, _ = prepare(sources.find_source("folder", str(root)), out, how)

@@ -327,13 +327,20 @@ def test_what_would_not_be_read_of_a_folder_stops_the_job(tmp_path: Path, pictur
     assert not (out / "_manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["more-00000.parquet", "TRAIN_more.parquet"])
-def test_what_would_not_be_read_of_a_table_stops_the_job(tmp_path: Path, name: str):
+def test_a_table_of_no_split_is_left_out_with_a_warning(tmp_path: Path):
     assert prepare(*SHAPES, "--out", tmp_path / "table").returncode == 0
-    (tmp_path / "table" / name).write_bytes(b"")
+    (tmp_path / "table" / "more-00000.parquet").write_bytes(b"")
+    done = prepare("--source", "parquet", "--path", tmp_path / "table", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "more-00000.parquet" in done.stdout
+    assert "WARNING: not stored: 1 tables that are not read" in done.stderr
+
+
+def test_a_damaged_table_stops_the_job(tmp_path: Path):
+    assert prepare(*SHAPES, "--out", tmp_path / "table").returncode == 0
+    (tmp_path / "table" / "TRAIN_more.parquet").write_bytes(b"")
     message = one_sentence(prepare("--source", "parquet", "--path", tmp_path / "table", "--out", tmp_path / "out"))
-    assert "would not be read" in message
-    assert name in message
+    assert "TRAIN_more.parquet is not a readable Parquet file" in message
 
 
 @pytest.mark.parametrize("name", ["README.txt", "labels.csv", "train.zip", ".cache/x", "train/cat/Thumbs.db"])
