@@ -57,7 +57,8 @@ bench: $(SYNCED) ## what docs/ quotes, on DATA, a prepared CIFAR-10 (hours; writ
 	@[ -n "$(DATA)" ] || { echo "make bench needs DATA=FOLDER, a prepared CIFAR-10"; exit 2; }
 	$(PYTHON) benchmarks/parity.py
 	$(PYTHON) benchmarks/input.py --data $(DATA) --num-images 50000 --rounds 5
-	$(PYTHON) benchmarks/prepare.py --pictures 2000 --repeat 3
+	$(PYTHON) benchmarks/prepare.py --pictures 2000 --repeat 3 --only speed
+	$(PYTHON) benchmarks/prepare.py --pictures 2000 --repeat 1 --only memory
 	$(PYTHON) benchmarks/step.py --rounds 3 --num-steps 4
 	$(PYTHON) benchmarks/features.py --data $(DATA) --rounds 2 --global-batch-size 64
 	$(PYTHON) benchmarks/scaling.py --data $(DATA) --rounds 3 --num-images 1000 --num-skipped 4 --num-steps 12 \

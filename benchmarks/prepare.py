@@ -17,7 +17,7 @@ the folder's.
 Memory, with either check, of --pictures pictures and of --times as many, which are hard links to the same files: the
 most PSS of the job's processes together, and the most RSS of one process, in MB (10^6 bytes), sampled every 0.1 s.
 
-Prints tables and writes benchmarks/results/prepare.json. Everything else that it writes is removed.
+Prints tables and writes benchmarks/results/prepare_PART.json. Everything else that it writes is removed.
 """
 
 import hashlib
@@ -261,7 +261,8 @@ def main(args: Namespace) -> None:
             sets = {f"{args.pictures:,} pictures": pictures, f"{num_more:,} pictures": more}
             results["memory"] = memory(sets, args.repeat)
     print_tables(results)
-    print(store("prepare", results, args.out))
+    for part in args.only:
+        print(store(f"prepare_{part}", {"pictures": results["pictures"], part: results[part]}, args.out))
 
 
 def options() -> Parser:

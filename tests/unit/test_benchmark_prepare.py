@@ -33,7 +33,8 @@ def run(out: Path, *words: str) -> dict:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     assert not os.listdir(folder)  # it removes what it writes
-    return json.loads((out / "prepare.json").read_text())["results"]
+    files = [json.loads(path.read_text())["results"] for path in sorted(out.glob("prepare_*.json"))]
+    return {name: value for results in files for name, value in results.items()}
 
 
 @pytest.mark.slow
