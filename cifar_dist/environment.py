@@ -20,7 +20,7 @@ OF_OTHER_CLUSTERS = (
 )
 
 # For processes that read pictures: memory that is no longer needed goes back to the system. The thresholds are above a
-# picture of a few megapixels: fetching the pages for each anew would take twice the time of its copies.
+# picture of a few megapixels: else its pages would be fetched anew for each copy.
 FRUGAL = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
@@ -116,7 +116,7 @@ def prepare_environment() -> str | None:
 def frugal_memory() -> Iterator[None]:
     """Lets processes that start meanwhile give memory back to the system, unlike those that train.
 
-    With the settings for training, a process that decodes pictures of a megapixel grows from 150 to 450 MB."""
+    With the settings for training, a process that decodes pictures would keep all that it ever needed."""
     before = {name: os.environ.get(name) for name in FRUGAL}
     os.environ |= FRUGAL
     try:

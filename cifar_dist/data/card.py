@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from cifar_dist.data.card_shape import SHAPE, check_shape
 from cifar_dist.data.card_words import warnings
 from cifar_dist.data.duplicates import MOST_EXAMPLES, Pictures, duplicates
-from cifar_dist.data.manifest import Manifest
+from cifar_dist.data.manifest import SPLITS, Manifest
 from cifar_dist.data.near_duplicates import DISTANCE, NearDuplicates, near_duplicates
 from cifar_dist.errors import UserError, printable
 from cifar_dist.sealed_json import from_json, is_sealed, seal, to_json
@@ -20,7 +20,6 @@ from cifar_dist.uris import join_uri
 
 CARD = "data_card.json"
 FORMAT_VERSION = 1
-ORDER = ("train", "validation", "test")
 MOST_SIZES = 5  # of the most common sizes that the card lists
 
 # The facts about a split: a row for each stored picture, in the order of the stored rows. path: in the source. height,
@@ -84,10 +83,10 @@ def data_card(
 
 
 def in_order(splits: dict[str, Any]) -> dict[str, Any]:
-    """Returns the splits in ORDER. Raises ValueError for a split of another name."""
-    if others := set(splits) - set(ORDER):
-        raise ValueError(f"the splits {', '.join(sorted(others))} are none of {', '.join(ORDER)}")
-    return {name: splits[name] for name in ORDER if name in splits}
+    """Returns the splits in SPLITS. Raises ValueError for a split of another name."""
+    if others := set(splits) - set(SPLITS):
+        raise ValueError(f"the splits {', '.join(sorted(others))} are none of {', '.join(SPLITS)}")
+    return {name: splits[name] for name in SPLITS if name in splits}
 
 
 def described(facts: pa.Table, class_names: list[str]) -> dict[str, Any]:

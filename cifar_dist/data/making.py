@@ -183,10 +183,11 @@ def picture_of(read: Read, label: int, part: Part, found: Found) -> Picture[Row]
         "perceptual_hash": alike,
         "has_alpha": shown.has_alpha,
     }
-    if isinstance(content.data, np.ndarray) or (shown.is_odd and shown.pixels is not None):
+    if shown.is_odd:
         assert shown.pixels is not None
         encoded = encode_png(shown.pixels)
     else:
+        assert isinstance(content.data, bytes)
         encoded = content.data
     row = Row(
         encoded=encoded,

@@ -14,12 +14,12 @@ import ray
 from tqdm import tqdm
 
 from cifar_dist.config import Config
-from cifar_dist.data.manifest import Manifest
+from cifar_dist.data.manifest import SPLITS, Manifest
 from cifar_dist.data.staged import DataSet
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate.outputs import predictions_name
 from cifar_dist.evaluate.scores import Counts
-from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, check_checkpoint, evaluate_shard
+from cifar_dist.evaluate.shard import FLIPPED, Shard, check_checkpoint, evaluate_shard
 from cifar_dist.run.checkpoint import Checkpoint
 from cifar_dist.run.folder import Run
 from cifar_dist.run.splits import ids_of, stored_split

@@ -21,7 +21,6 @@ from cifar_dist.run.network import Precision, build_model, eval_batch, image_spe
 from cifar_dist.run.splits import ids_of, stored_split
 
 TOP_K = 5
-SPLITS = ("train", "validation", "test")
 FLIPPED = "+flip"  # suffix of a split's name: predictions from the mean logits of an image and its mirror image
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from counting_base import CountingBase
 
 from cifar_dist import models
 from cifar_dist.config import Config
@@ -19,14 +20,6 @@ from cifar_dist.models.frozen import FrozenBase
 from cifar_dist.train.features import DeviceFeatures, FeatureCache, Features, cache_key, expected_bytes, open_cache
 
 SIZE, IDS = 96, np.arange(0, 200, 10)
-
-
-class CountingBase(FrozenBase):
-    num_images = 0
-
-    def __call__(self, images):
-        self.num_images += len(images)
-        return super().__call__(images)
 
 
 @pytest.fixture(scope="module")

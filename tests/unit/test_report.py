@@ -23,14 +23,14 @@ from cifar_dist import models
 from cifar_dist.cli.evaluate import evaluate
 from cifar_dist.data import sources, store
 from cifar_dist.data.card import CARD, FACTS, data_card, read_card, write_card
-from cifar_dist.data.manifest import Manifest, read_manifest
+from cifar_dist.data.manifest import SPLITS, Manifest, read_manifest
 from cifar_dist.data.private import Staging
 from cifar_dist.data.staged import DataSet, StagedSplit
 from cifar_dist.errors import UserError
 from cifar_dist.evaluate import driver, report
 from cifar_dist.evaluate.driver import Evaluation, choose, merge
 from cifar_dist.evaluate.scores import count, wilson_interval
-from cifar_dist.evaluate.shard import FLIPPED, SPLITS, Shard, evaluate_shard
+from cifar_dist.evaluate.shard import FLIPPED, Shard, evaluate_shard
 from cifar_dist.job_settings import ClusterSettings, EvaluationSettings
 from cifar_dist.recipes import recipe_config
 from cifar_dist.run import folder as run_folder

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from counting_base import CountingBase
 from validation_data import LABELS, draw, items_of, keep_rows, own_validation
 
 from cifar_dist import models
@@ -27,7 +28,6 @@ from cifar_dist.errors import UserError
 from cifar_dist.job_settings import Launch
 from cifar_dist.launch.plan import decoded_splits, ineffective_settings, make_plan
 from cifar_dist.launch.preflight import assess, disk, gather_facts, num_bytes_to_stage
-from cifar_dist.models.frozen import FrozenBase
 from cifar_dist.run.checkpoint import Cursor
 from cifar_dist.run.network import Precision
 from cifar_dist.run.splits import ids_of, split_ids, stored_split, validation_source
@@ -220,14 +220,6 @@ def test_batches_come_in_the_planned_order_whatever_split_they_are_of(uri, stagi
 
 
 # Cached features.
-
-
-class CountingBase(FrozenBase):
-    num_images = 0
-
-    def __call__(self, images):
-        self.num_images += len(images)
-        return super().__call__(images)
 
 
 @pytest.fixture(scope="module")

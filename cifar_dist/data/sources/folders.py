@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from cifar_dist.data.manifest import SPLITS
 from cifar_dist.data.sources.labels import in_order
 from cifar_dist.data.sources.names import NO_CLASS, UNLABELLED, LeftOut, listing, split_of_folder, splits_in, suffix_of
 from cifar_dist.data.sources.pictures import Pictures, pictures_of, table_of
@@ -125,7 +126,7 @@ def folders_of_splits(below: dict[str, list[int]], where: str) -> dict[str, str]
             raise UserError(f"{where} holds two folders for {split}: {both}; join them, or rename one")
         else:
             folders[split] = top
-    return {split: folders[split] for split in ("train", "validation", "test") if split in folders}
+    return {split: folders[split] for split in SPLITS if split in folders}
 
 
 def without_labels(found: Pictures, inner: Split, split: str) -> list[str]:

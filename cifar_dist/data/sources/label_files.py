@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from cifar_dist.data.manifest import SPLITS
 from cifar_dist.data.sources.columns import LABEL_NAMES, ROW_NAMES
 from cifar_dist.data.sources.labels import Labels, numbered
 from cifar_dist.data.sources.names import PICTURES, SPLIT_OF, LeftOut, listing, suffix_of
@@ -212,7 +213,7 @@ def labelled_source(
         uris.append(uri)
     if "train" not in places:
         raise UserError(f"{uris[0]} names no row of train; its splits are {', '.join(places)}")
-    splits = [split for split in ("train", "validation", "test") if split in places]
+    splits = [split for split in SPLITS if split in places]
     where = listing(uris)
     numbers = numbered([Labels(split=split, where=where, values=values_of(values[split])) for split in splits])
     need_two_classes(where, numbers.class_names)

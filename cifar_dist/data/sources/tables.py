@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cifar_dist.data.manifest import SPLITS
 from cifar_dist.data.sources.columns import Columns, columns_of
 from cifar_dist.data.sources.labels import Labels, numbered
 from cifar_dist.data.sources.names import LeftOut, kind_of, listing, split_in, suffix_of
@@ -28,7 +29,7 @@ def table_source(
 ) -> Source:
     """Returns the source of the tables below a folder. Raises UserError for a layout that is not understood."""
     chosen, unread = by_split(files, where)
-    rows = [(split, row) for split in ("train", "validation", "test") for row in chosen.get(split, [])]
+    rows = [(split, row) for split in SPLITS for row in chosen.get(split, [])]
     places = tuple((files.names[row], int(files.sizes[row]), int(files.at[row])) for _, row in rows)
     labels, sizes, columns = [], [], []
     for (split, _), place in zip(rows, places, strict=True):

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from cifar_dist.data.card_words import size_of
+from cifar_dist.data.manifest import SPLITS
 from cifar_dist.data.sources.names import listing
 from cifar_dist.data.sources.source import Source
 from cifar_dist.errors import UserError, printable
@@ -18,7 +19,7 @@ NUM_SAMPLED = 16  # pictures whose headers are read for their sizes
 def found_lines(source: Source, path: str | None) -> list[str]:
     """Returns the lines: layout, pictures and classes by split, sizes, what is left out, notes."""
     lines = [f"found in {path}: {source.layout}" if path and source.layout else f"source {source.name}"]
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         if split in source.splits:
             lines.append(f"  {split:11}{described(source, split)}")
     lines.append(f"  {'classes':11}{listing(source.class_names, NUM_NAMES)}")
